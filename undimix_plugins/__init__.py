@@ -1,0 +1,43 @@
+"""Hard negatives for contrastive learning: UnDiMix (UnReMix) weights behind the losses people already use.
+
+    embeddings -> a Contrast -> a Weighting -> log-weights -> weighted log-sum over the negatives -> the loss
+"""
+
+from undimix_plugins.checks import check_embeddings
+from undimix_plugins.components import anchor_similarity, diversity, influence
+from undimix_plugins.contrast import Contrast, as_full_precision, two_views
+from undimix_plugins.loss import LogSums, info_nce, log_sums
+from undimix_plugins.plug import WeightedLoss, require, reweight, undimix
+from undimix_plugins.weightings.hcl import HCL
+from undimix_plugins.weightings.undimix import UnDiMix
+from undimix_plugins.weightings.weighting import (
+    Uniform,
+    Weighting,
+    effective_number,
+    importance_weights,
+    mean_one,
+)
+
+__all__ = [
+    "HCL",
+    "Contrast",
+    "LogSums",
+    "UnDiMix",
+    "Uniform",
+    "WeightedLoss",
+    "Weighting",
+    "anchor_similarity",
+    "as_full_precision",
+    "check_embeddings",
+    "diversity",
+    "effective_number",
+    "importance_weights",
+    "influence",
+    "info_nce",
+    "log_sums",
+    "mean_one",
+    "require",
+    "reweight",
+    "two_views",
+    "undimix",
+]

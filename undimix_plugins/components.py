@@ -1,0 +1,256 @@
+"""The three properties of a useful hard negative, a score each (arXiv 2206.01197, section 3).
+
+Plain functions on tensors, in closed form. The rows are used as they stand: pass rows of length 1 for cosines.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from undimix_plugins.checks import check_choice, check_embeddings, check_number, check_same_length
+from undimix_plugins.contrast import distinct
+
+EUCLIDEAN_BLOCK = 1024  # pool rows whose distances to the whole pool are held at once
+
+
+def anchor_similarity(anchors: Tensor, pool: Tensor) -> Tensor:
+    """P1, anchor vicinity: `A_ij = <z_i, z_j>`.
+
+    Args:
+        anchors: Embeddings [n, d], floating point.
+        pool: The candidates [m, d], same dtype.
+
+    Returns:
+        Inner products [n, m], same dtype; in [-1, 1] for rows of length 1.
+
+    Raises:
+        ValueError: For shapes, dtypes or devices that do not fit, or (on the CPU) non-finite rows.
+
+    Examples:
+        >>> z = torch.eye(3)
+        >>> anchor_similarity(z[:1], z)
+        tensor([[1., 0., 0.]])
+    """
+    check_embeddings(anchors=anchors, pool=pool)
+    return anchors @ pool.T
+
+
+def influence(
+    anchors: Tensor,
+    pool: Tensor,
+    *,
+    temperature: float,
+    itself: Tensor | None = None,
+    positives: Tensor | None = None,
+    anchor_inputs: Tensor | None = None,
+    pool_inputs: Tensor | None = None,
+) -> Tensor:
+    """P2, model uncertainty and influence: `I_ij = <g_i, g_j>`, inner products of last-layer gradients.
+
+    Each row's pseudo-labelling task is "which candidate am I aligned with?": its probabilities p are the softmax of
+    its similarities over the temperature t, its pseudo-label y is the argmax, its loss the cross-entropy with that
+    label. The gradient of that loss at the row itself (the candidates held fixed) is
+
+        delta = (1/t) * sum over j != y of p_j (v_j - v_y),
+
+    a small one where the model is confident. An anchor's candidates are the pool but itself, plus its positive where
+    that is no row of the pool; a pool row's candidates are the anchors but itself. `influence(z, z, temperature=t)` is
+    the self-contrast of one batch of views: each pseudo-labels itself against all others.
+
+    With the last layer's inputs h, the gradient at its weight is `delta (outer) h`, so
+    `I_ij = <delta_i, delta_j> <h_i, h_j>`.
+
+    Args:
+        anchors: Embeddings [n, d], floating point.
+        pool: The candidates [m, d], same dtype.
+        temperature: A finite number above 0.
+        itself: The anchors' own columns in the pool [n], integers, -1 where there is none. None for no anchor at
+            all, except where `anchors` and `pool` are the same tensor object: then anchor i is row i.
+        positives: The anchors' positives [n, d] where these are no rows of the pool (a memory bank), else None.
+        anchor_inputs: The last layer's inputs [n, h] behind `anchors`; None for the gradient at the embedding.
+        pool_inputs: Likewise for the pool [m, h].
+
+    Returns:
+        Inner products of gradients [n, m], same dtype. A row without candidates has gradient 0.
+
+    Raises:
+        ValueError: For shapes, dtypes or devices that do not fit, a temperature that is no finite number above 0, or
+            (on the CPU) non-finite rows.
+
+    References:
+        UnDiMix, arXiv 2206.01197, section 3.1 (model-based component).
+
+    Examples:
+        >>> z = torch.nn.functional.normalize(torch.randn(6, 16), dim=1)
+        >>> influence(z, z, temperature=0.5).shape
+        torch.Size([6, 6])
+    """
+    check_embeddings(anchors=anchors, pool=pool)
+    temperature = check_number("temperature", temperature, above=0)
+    if positives is not None:
+        check_embeddings(anchors=anchors, positives=positives)
+        check_same_length(anchors=anchors, positives=positives)
+    if itself is None and anchors is pool:
+        itself = torch.arange(len(anchors), device=anchors.device)
+    of_anchors, of_pool = task_gradients(anchors, pool, temperature, itself, positives)
+    inner = of_anchors.at_scale(temperature) @ of_pool.at_scale(temperature).T
+    if anchor_inputs is None or pool_inputs is None:
+        return inner
+    check_embeddings(anchor_inputs=anchor_inputs, pool_inputs=pool_inputs)
+    check_same_length(anchors=anchors, anchor_inputs=anchor_inputs)
+    check_same_length(pool=pool, pool_inputs=pool_inputs)
+    return inner * (anchor_inputs @ pool_inputs.T)
+
+
+class TaskGradients(NamedTuple):
+    """Gradients of the pseudo-labelling tasks, with their scale apart: `delta = exp(log_scale) * direction / t`.
+
+    A confident row's gradient is as small as `exp(-1/t)`, below float32 at a temperature of .01, and products of two
+    are smaller still. Weights only need gradients relative to each other, so these never leave the range.
+
+    Attributes:
+        direction: [rows, d].
+        log_scale: [rows], at most 0; -inf for a row with fewer than two candidates, whose gradient is 0.
+        terms: [rows], the length of the terms summed in `direction`: times eps, its rounding error.
+    """
+
+    direction: Tensor
+    log_scale: Tensor
+    terms: Tensor
+
+    def at_scale(self, temperature: float) -> Tensor:
+        """The gradients themselves, delta [rows, d]."""
+        return self.log_scale.exp()[:, None] * self.direction / temperature
+
+    def relative_to_largest(self) -> TaskGradients:
+        """The same up to one common factor, the largest scale being 1."""
+        largest = self.log_scale.amax()
+        scale = (self.log_scale - largest.masked_fill(largest.isneginf(), 0)).exp()
+        return TaskGradients(
+            self.direction * scale[:, None], torch.zeros_like(scale), self.terms * scale
+        )
+
+
+def task_gradients(
+    anchors: Tensor,
+    pool: Tensor,
+    temperature: float,
+    itself: Tensor | None,
+    positives: Tensor | None,
+) -> tuple[TaskGradients, TaskGradients]:
+    """The gradients of the anchors' tasks and of the pool's; arguments as `influence` has them."""
+    logits = anchors @ pool.T / temperature
+    if itself is not None:
+        own = torch.arange(len(pool), device=pool.device) == itself[:, None]
+        logits = logits.masked_fill(own, -torch.inf)
+    of_anchors = _gradients(logits, pool, positives, anchors, temperature)
+    if anchors is pool and positives is None:
+        return of_anchors, of_anchors
+    return of_anchors, _gradients(logits.T, anchors, None, pool, temperature)
+
+
+def _gradients(
+    logits: Tensor,
+    candidates: Tensor,
+    positives: Tensor | None,
+    rows: Tensor,
+    temperature: float,
+) -> TaskGradients:
+    """`logits` [rows, candidates] of the shared candidates, -inf for the row itself; `positives` a further one each."""
+    # Differences of candidates are all that counts: taken about the mean, they keep their digits when concentrated.
+    centre = candidates.mean(dim=0)
+    candidates = candidates - centre
+    if positives is not None:
+        positives = positives - centre
+        logits = torch.cat([logits, (rows * (positives + centre)).sum(1, keepdim=True) / temperature], dim=1)
+    top, label = logits.max(dim=1, keepdim=True)
+    others = logits.scatter(1, label, -torch.inf)
+    # Probabilities relative to the second likeliest: 1 - p_label is never formed, so that nothing cancels.
+    second = others.amax(dim=1, keepdim=True)
+    second = second.masked_fill(second.isneginf(), 0)
+    relative = (others - second).exp()
+    total = relative.sum(dim=1, keepdim=True)
+    log_rest = second + total.log()
+    log_scale = second - torch.logaddexp(top, log_rest)
+    has_task = total > 0
+
+    m = len(candidates)
+    most_likely = candidates[label[:, 0].clamp(max=m - 1)]
+    expected = relative[:, :m] @ candidates
+    longest = candidates.square().sum(1).amax().sqrt()
+    if positives is not None:
+        most_likely = torch.where(label < m, most_likely, positives)
+        expected = expected + relative[:, m:] * positives
+        longest = torch.maximum(longest, positives.square().sum(1).amax().sqrt())
+    # The centre's own rounding bounds what the differences can be trusted for.
+    longest = longest + centre.square().sum().sqrt()
+    return TaskGradients(
+        direction=expected - total * most_likely,
+        log_scale=log_scale.masked_fill(~has_task, -torch.inf)[:, 0],
+        terms=(total * longest)[:, 0],
+    )
+
+
+def diversity(pool: Tensor, excluded: Tensor, *, distance: str = "cosine") -> Tensor:
+    """P3, diversity ("representativeness" in UnReMix): mean distance to the anchor's other negatives.
+
+        V_ij = 1 / (n_i - 1) * sum over k in N_i, k != j, of distance(z_j, z_k),
+
+    with N_i the n_i negatives of anchor i: the pool but its excluded columns.
+
+    Args:
+        pool: The candidates [m, d], floating point.
+        excluded: Columns of the pool that are no negatives for an anchor [n, k], integers, padded with -1.
+        distance: "cosine" (1 minus the cosine, which is 0 with a row of zeros) or "euclidean".
+
+    Returns:
+        Mean distances [n, m], at least 0 up to rounding; 0 where an anchor has fewer than two negatives. Columns
+        that are no negatives of an anchor hold no meaningful value.
+
+    Raises:
+        ValueError: For a pool that is no matrix of floats, or an unknown distance.
+
+    References:
+        UnDiMix, arXiv 2206.01197, section 3.1 (density-based component).
+
+    Examples:
+        >>> pool = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+        >>> diversity(pool, torch.tensor([[-1]]))
+        tensor([[0.5000, 0.5000, 1.0000]])
+    """
+    check_embeddings(pool=pool)
+    check_choice("distance", distance, ("cosine", "euclidean"))
+    excluded = distinct(excluded)
+    count = len(pool) - (excluded >= 0).sum(dim=1, keepdim=True)
+    others = (count - 1).clamp(min=1).to(pool.dtype)
+    if distance == "cosine":
+        length = pool.norm(dim=1, keepdim=True)
+        unit = torch.nn.functional.normalize(pool, dim=1)
+        # About their mean, rows keep their digits when concentrated: <z_j, sum> = <x_j, sum> + <mean, sum>, and the
+        # last is the same for every j. A row's distance to itself is 1 - its squared length, 1 or 0, not rounded.
+        mean = unit.mean(dim=0)
+        total = unit.sum(dim=0) - _sum_of_rows(unit, excluded)
+        own = (length > 0).to(pool.dtype).T
+        mean_distance = (others - total @ mean[:, None]) / others - (total @ (unit - mean).T - own) / others
+    else:
+        # The differences are formed, never |a|^2 + |b|^2 - 2ab, which is noise for near-duplicates.
+        blocks = pool.split(EUCLIDEAN_BLOCK)
+        mean_distance = torch.cat([_euclidean(block, pool).sum(dim=1) for block in blocks])
+        mean_distance = mean_distance.expand(len(excluded), len(pool))
+        for column in excluded.T:
+            to_excluded = _euclidean(pool[column.clamp(min=0)], pool)
+            mean_distance = mean_distance - to_excluded.masked_fill(column[:, None] < 0, 0)
+        mean_distance = mean_distance / others
+    return torch.where(count > 1, mean_distance, torch.zeros_like(mean_distance))
+
+
+def _sum_of_rows(rows: Tensor, columns: Tensor) -> Tensor:
+    """The sum of `rows[columns]` per row of `columns`; -1 picks nothing (a row of zeros put last)."""
+    return torch.cat([rows, torch.zeros_like(rows[:1])])[columns].sum(dim=1)
+
+
+def _euclidean(left: Tensor, right: Tensor) -> Tensor:
+    return torch.cdist(left, right, compute_mode="donot_use_mm_for_euclid_dist")

@@ -1,0 +1,177 @@
+"""One verb: `undimix(loss)` weights the negatives of a toolkit's loss.
+
+The core knows no toolkit. An adapter is a function `weighted(loss, weighting)` that a package registers under the
+entry-point group `undimix_plugins.adapters`, named for the toolkit's import package; most are one call of `reweight`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, ClassVar, TypeVar, cast
+
+from torch import nn
+
+from undimix_plugins.weightings.undimix import UnDiMix
+from undimix_plugins.weightings.weighting import Weighting
+
+GROUP = "undimix_plugins.adapters"
+
+Loss = TypeVar("Loss")
+
+
+def undimix(loss: Loss, weighting: Weighting | None = None, **options: Any) -> Loss:
+    """A drop-in for a toolkit's loss, of the same class, with its negatives weighted.
+
+    The result is a new object that shares the loss's model, memory bank and buffers; the loss itself is left as it was.
+    A loss that is weighted already is returned as it is, or with the new weighting if one is given.
+
+    Args:
+        loss: A loss object of a toolkit that has an adapter.
+        weighting: How much each negative counts. Defaults to `UnDiMix(**options)`.
+        options: Of `UnDiMix`, instead of a weighting.
+
+    Returns:
+        A loss with the same call, settings and class (`isinstance` holds).
+
+    Raises:
+        TypeError: For what is no loss, a loss without negatives or one not supported yet (the error lists those of its
+            toolkit that are), a toolkit without an adapter, something else than a `Weighting`, or options beside one.
+        ValueError: For options that `UnDiMix` refuses, or settings of the loss that rule a weighting out.
+
+    Examples:
+        >>> from lightly.loss import NTXentLoss
+        >>> criterion = undimix(NTXentLoss(temperature=0.5))
+        >>> isinstance(criterion, NTXentLoss)
+        True
+        >>> loss = criterion(torch.randn(8, 32), torch.randn(8, 32))
+    """
+    if loss is None or isinstance(loss, type):
+        came = "None" if loss is None else f"the class {loss.__name__}"
+        raise TypeError(f"loss: expected a loss object such as NTXentLoss(), got {came}")
+    if weighting is not None and options:
+        raise TypeError(f"options: expected none beside a weighting, got {', '.join(options)}")
+    if options:
+        weighting = UnDiMix(**options)
+    if weighting is not None:
+        check_weighting(weighting)
+    return cast(Loss, _adapter(loss).load()(loss, weighting))
+
+
+def _adapter(loss: object) -> EntryPoint:
+    adapters = {adapter.name: adapter for adapter in entry_points(group=GROUP)}
+    packages = [cls.__module__.partition(".")[0] for cls in type(loss).__mro__]
+    for package in packages:
+        if package in adapters:
+            return adapters[package]
+    raise TypeError(
+        f"loss: no adapter for {type(loss).__name__} of {packages[0]!r}; there are adapters for the losses of "
+        f"{', '.join(sorted(adapters)) or 'no toolkit (is undimix-plugins installed?)'}. To add a toolkit, register a "
+        f"function weighted(loss, weighting) under the entry-point group {GROUP!r}, named for its import package"
+    )
+
+
+def check_weighting(weighting: object) -> None:
+    """Raises a TypeError unless `weighting` is an instance of `Weighting`."""
+    if not isinstance(weighting, Weighting):
+        came = f"the class {weighting.__name__}" if isinstance(weighting, type) else repr(weighting)
+        raise TypeError(f"weighting: expected an instance of Weighting such as UnDiMix(), got {came}")
+
+
+class WeightedLoss(nn.Module):
+    """What the adapters' losses share: a weighting beside the host's settings.
+
+    Attributes:
+        weighting: How much each negative counts.
+        replaces: The host's methods that work out the loss, which the class has its own of.
+    """
+
+    weighting: Weighting
+    replaces: ClassVar[tuple[str, ...]] = ("forward",)
+
+    def weigh(self, weighting: Weighting | None) -> None:
+        """Sets the weighting, by default `UnDiMix()`; a class extends it to check that its settings go with that."""
+        weighting = UnDiMix() if weighting is None else weighting
+        check_weighting(weighting)
+        self.weighting = weighting
+
+    def extra_repr(self) -> str:
+        """The weighting, beside what the host shows."""
+        return ", ".join(filter(None, [super().extra_repr(), f"weighting={self.weighting}"]))
+
+
+def reweight(
+    loss: nn.Module, weighting: Weighting | None, classes: Mapping[type[nn.Module], type[WeightedLoss]]
+) -> nn.Module:
+    """What an adapter does: gives a host's loss object our class for its class, and the weighting.
+
+    Args:
+        loss: The host's loss object; it is not changed.
+        weighting: How much each negative counts; None for `UnDiMix()`.
+        classes: The host's losses that are supported, each with our subclass of it.
+
+    Returns:
+        `loss` itself where it is weighted already and `weighting` is None; otherwise a new object.
+
+    Raises:
+        TypeError: For a loss that is none of these, or that works out its loss by code of its own.
+    """
+    if isinstance(loss, WeightedLoss):
+        if weighting is None:
+            return loss
+        weighted: type[nn.Module] = type(loss)
+    else:
+        weighted = _weighted_class(loss, classes)
+    new = weighted.__new__(weighted)
+    # Modules, parameters, buffers and hooks stay shared, but each object needs dictionaries of its own.
+    tables = set(vars(nn.Module()))
+    new.__dict__.update({k: v.copy() if k in tables and hasattr(v, "copy") else v for k, v in vars(loss).items()})
+    cast(WeightedLoss, new).weigh(weighting)
+    return new
+
+
+def _weighted_class(
+    loss: nn.Module, classes: Mapping[type[nn.Module], type[WeightedLoss]]
+) -> type[nn.Module]:
+    cls = type(loss)
+    supported = ", ".join(sorted({f"{host.__module__.partition('.')[0]}'s {host.__name__}" for host in classes}))
+    host = next((base for base in cls.__mro__ if base in classes), None)
+    if host is None:
+        raise TypeError(
+            f"loss: {cls.__name__} has no negatives to weight or is not supported; supported: {supported}"
+        )
+    ours = classes[host]
+    for name in ours.replaces:
+        if name in vars(loss) or getattr(cls, name) is not getattr(host, name):
+            raise TypeError(
+                f"loss: {cls.__name__} replaces {host.__name__}.{name} by its own, which would be lost; "
+                f"supported: {supported}, and subclasses that inherit {name} unchanged"
+            )
+    return ours if cls is host else _subclass(ours, cls)
+
+
+@lru_cache(maxsize=None)
+def _subclass(ours: type[WeightedLoss], theirs: type[nn.Module]) -> type[nn.Module]:
+    """A class that is both, for a user's own subclass of a host's loss."""
+
+    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        # A class made here has no name that pickle could import: it is made again from its two bases.
+        return _blank, (ours, theirs), self.__getstate__()
+
+    namespace = {"__module__": theirs.__module__, "__doc__": theirs.__doc__, "__reduce_ex__": reduce}
+    return type(theirs.__name__, (ours, theirs), namespace)
+
+
+def _blank(ours: type[WeightedLoss], theirs: type[nn.Module]) -> nn.Module:
+    cls = _subclass(ours, theirs)
+    return cls.__new__(cls)
+
+
+def require(toolkit: str, extra: str) -> None:
+    """Raises an ImportError that says which extra to install, where a toolkit's import package is missing."""
+    if importlib.util.find_spec(toolkit) is None:
+        raise ImportError(
+            f"this adapter needs {toolkit}, which is not installed: pip install 'undimix-plugins[{extra}]'"
+        )

@@ -1,0 +1,200 @@
+"""The importance weights of UnDiMix: similarity, influence and diversity, mixed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from undimix_plugins.checks import check_choice, check_number
+from undimix_plugins.components import TaskGradients, diversity, task_gradients
+from undimix_plugins.contrast import Contrast
+from undimix_plugins.weightings.weighting import Weighting, mean_one
+
+# A deviation below this many eps of the terms that made a score is rounding: coincident rows must weigh the same.
+ROUNDING = 32
+
+
+class Prepared(NamedTuple):
+    """What is worked out once for all anchors."""
+
+    contrast: Contrast
+    of_anchors: TaskGradients
+    of_pool: TaskGradients
+
+
+@dataclass(frozen=True)
+class UnDiMix(Weighting):
+    """Uncertainty and diversity mixing: negatives near the anchor, influential and diverse count more.
+
+    Each score (`anchor_similarity` A, `influence` I, `diversity` V) is standardised over the anchor's n_i negatives
+    (mean 0, population deviation 1; a deviation within rounding gives scores of 0) to A~, I~, V~. With strengths l and
+    hardness h the weights are
+
+        geometric:  w_ij = exp(h * S_ij) / mean over k of exp(h * S_ik),  S = l_A A~ + l_I I~ + l_V V~
+        linear:     w_ij = n_i * (l_A softmax(h A~) + l_I softmax(h I~) + l_V softmax(h V~)),  the l's summing to 1
+
+    They average 1 over an anchor's negatives and carry no gradient, so `hardness=0` is exactly the plain loss. Linear
+    is the paper's interpolation. Geometric is ours: it multiplies where the paper adds, so that a negative must score
+    on all three.
+
+    Attributes:
+        similarity: Strength l_A of anchor vicinity, finite; under linear mixing at least 0.
+        influence: Strength l_I of model uncertainty and influence, likewise.
+        diversity: Strength l_V of the distance to the other negatives (representativeness in UnReMix), likewise.
+        hardness: Scales all standardised scores, at least 0; 0 is the plain loss.
+        mixing: "geometric" or "linear".
+        gradient: Where the influence takes gradients: at the "embedding", or at the last layer's "weight", which needs
+            that layer's inputs in the Contrast.
+        distance: Of the diversity: "cosine" or "euclidean".
+
+    Raises:
+        ValueError: For strengths not finite, all 0 (that is `Uniform()`) or, under linear mixing, negative; `hardness`
+            negative or not finite; an unknown `mixing`, `gradient` or `distance`. In use: `gradient="weight"` with a
+            Contrast that lacks the last layer's inputs.
+
+    References:
+        Tabassum, Wahed, Eldardiry, Lourentzou: UnReMix: Hard Negative Sampling Strategies for Contrastive
+        Representation Learning (first named UnDiMix), arXiv 2206.01197, section 3.
+
+    Examples:
+        >>> contrast = two_views(torch.randn(8, 4), torch.randn(8, 4), temperature=0.5)
+        >>> weights = importance_weights(contrast, UnDiMix(hardness=2.0))
+        >>> torch.allclose(weights.sum(dim=1), contrast.count)
+        True
+    """
+
+    similarity: float = 0.5
+    influence: float = 0.5
+    diversity: float = 0.5
+    hardness: float = 1.0
+    mixing: str = "geometric"
+    gradient: str = "embedding"
+    distance: str = "cosine"
+
+    citation: ClassVar[str] = """
+@misc{tabassum2022unremix,
+    title={Hard Negative Sampling Strategies for Contrastive Representation Learning},
+    author={Afrina Tabassum and Muntasir Wahed and Hoda Eldardiry and Ismini Lourentzou},
+    year={2022},
+    eprint={2206.01197},
+    archivePrefix={arXiv},
+    primaryClass={cs.LG},
+    url={https://arxiv.org/abs/2206.01197},
+}
+"""
+
+    def __post_init__(self) -> None:
+        check_choice("mixing", self.mixing, ("linear", "geometric"))
+        check_choice("gradient", self.gradient, ("embedding", "weight"))
+        check_choice("distance", self.distance, ("cosine", "euclidean"))
+        check_number("hardness", self.hardness, at_least=0)
+        strengths = {name: getattr(self, name) for name in ("similarity", "influence", "diversity")}
+        for name, strength in strengths.items():
+            if self.mixing == "linear":
+                check_number(name, strength, at_least=0)
+            else:
+                check_number(name, strength)
+        if not any(strengths.values()):
+            raise ValueError(
+                "similarity, influence, diversity: expected at least one strength other than 0, got all 0; "
+                "for plain weights use Uniform()"
+            )
+
+    @torch.no_grad()
+    def prepare(self, contrast: Contrast) -> Prepared:
+        """The gradients of the pseudo-labelling tasks of all anchors and of the whole pool."""
+        if self.gradient == "weight" and self.influence and contrast.anchor_inputs is None:
+            raise ValueError(
+                "gradient='weight' needs the last layer's inputs: expected a Contrast with anchor_inputs and "
+                "pool_inputs, got None; without them use gradient='embedding'"
+            )
+        of_anchors, of_pool = task_gradients(
+            contrast.anchors,
+            contrast.pool,
+            contrast.temperature,
+            contrast.itself,
+            None if contrast.positives_in_pool else contrast.positives,
+        )
+        return Prepared(contrast, of_anchors, of_pool.relative_to_largest())
+
+    @torch.no_grad()
+    def log_weights(self, prepared: Prepared, rows: slice) -> Tensor:
+        """`log w` [r, m], without gradient."""
+        contrast = prepared.contrast
+        negative = contrast.is_negative(rows)
+        scores = [
+            (strength, standardise(*score(prepared, rows, negative), negative))
+            for strength, score in (
+                (self.similarity, self._similarity),
+                (self.influence, self._influence),
+                (self.diversity, self._diversity),
+            )
+            if strength
+        ]
+        if self.mixing == "geometric":
+            mixed = torch.stack([strength * score for strength, score in scores]).sum(dim=0)
+            return mean_one(self.hardness * mixed, negative)
+        total = sum(strength for strength, _ in scores)
+        parts = [
+            mean_one(self.hardness * score, negative) + math.log(strength / total)
+            for strength, score in scores
+        ]
+        return torch.stack(parts).logsumexp(dim=0)
+
+    # Each score comes with the size of its rounding error per anchor [r, 1], in units of eps.
+
+    def _similarity(self, prepared: Prepared, rows: slice, negative: Tensor) -> tuple[Tensor, Tensor]:
+        anchors, pool = prepared.contrast.anchors[rows], prepared.contrast.pool
+        longest = _largest(pool.norm(dim=1), negative)
+        return anchors @ pool.T, anchors.norm(dim=1, keepdim=True) * longest
+
+    def _influence(self, prepared: Prepared, rows: slice, negative: Tensor) -> tuple[Tensor, Tensor]:
+        contrast, of_pool = prepared.contrast, prepared.of_pool
+        # An anchor's own scale multiplies its whole row, which standardising undoes.
+        direction, terms = prepared.of_anchors.direction[rows], prepared.of_anchors.terms[rows, None]
+        scores = direction @ of_pool.direction.T
+        length, pool_length = direction.norm(dim=1, keepdim=True), of_pool.direction.norm(dim=1)
+        error = terms * _largest(pool_length, negative) + length * _largest(of_pool.terms, negative)
+        if self.gradient == "weight":
+            assert contrast.anchor_inputs is not None and contrast.pool_inputs is not None
+            anchor_inputs = contrast.anchor_inputs[rows]
+            scores = scores * (anchor_inputs @ contrast.pool_inputs.T)
+            longest = _largest(contrast.pool_inputs.norm(dim=1), negative)
+            error = error * anchor_inputs.norm(dim=1, keepdim=True) * longest
+        return scores, error
+
+    def _diversity(self, prepared: Prepared, rows: slice, negative: Tensor) -> tuple[Tensor, Tensor]:
+        contrast = prepared.contrast
+        assert contrast.excluded is not None
+        scores = diversity(contrast.pool, contrast.excluded[rows], distance=self.distance)
+        lengths = contrast.pool.norm(dim=1)
+        error = torch.ones_like(lengths) if self.distance == "cosine" else lengths
+        return scores, _largest(error, negative)
+
+
+def standardise(scores: Tensor, error: Tensor, negative: Tensor) -> Tensor:
+    """Mean 0 and population deviation 1 over each anchor's negatives; 0 where the deviation is rounding.
+
+    Args:
+        scores: [r, m].
+        error: The size of the terms that made a row's scores [r, 1]; times eps, their rounding error.
+        negative: Which columns are negatives, bool [r, m].
+
+    Returns:
+        [r, m], 0 in the columns that are no negatives.
+    """
+    count = negative.sum(dim=1, keepdim=True).clamp(min=1)
+    mean = scores.masked_fill(~negative, 0).sum(dim=1, keepdim=True) / count
+    centred = (scores - mean).masked_fill(~negative, 0)
+    deviation = (centred.square().sum(dim=1, keepdim=True) / count).sqrt()
+    rounding = ROUNDING * torch.finfo(scores.dtype).eps * error
+    return torch.where(deviation > rounding, centred / deviation, torch.zeros_like(centred))
+
+
+def _largest(values: Tensor, negative: Tensor) -> Tensor:
+    """The largest of the pool's `values` [m], at least 0, among each anchor's negatives: [r, 1]."""
+    return torch.where(negative, values, torch.zeros_like(values)).amax(dim=1, keepdim=True)

@@ -1,0 +1,157 @@
+"""What a weighting is, the plain one, and what weightings share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from undimix_plugins.contrast import Contrast
+
+
+class Weighting:
+    """How much each negative of an anchor counts. A subclass needs `log_weights`; the rest has defaults.
+
+    Attributes:
+        citation: BibTeX of the method, for model cards; empty where there is none.
+
+    Examples:
+        A weighting of one's own, twice the weight on the more similar half of the anchor's negatives:
+
+        >>> class HarderHalf(Weighting):
+        ...     def log_weights(self, contrast: Contrast, rows: slice) -> Tensor:
+        ...         similarity = contrast.logits(rows).detach()
+        ...         return (similarity > similarity.median(dim=1, keepdim=True).values) * math.log(2)
+        >>> import math
+        >>> info_nce(two_views(torch.randn(8, 4), torch.randn(8, 4), 0.5), HarderHalf()).dim()
+        0
+    """
+
+    citation: ClassVar[str] = ""
+
+    def prepare(self, contrast: Contrast) -> Any:
+        """What `log_weights` needs of the whole contrast, worked out once; by default the contrast itself."""
+        return contrast
+
+    def log_weights(self, prepared: Any, rows: slice) -> Tensor:
+        """Log-weights of the whole pool for a block of anchors.
+
+        Args:
+            prepared: What `prepare` returned.
+            rows: The block of anchors, r of them.
+
+        Returns:
+            [r, m] for a pool of m, in the embeddings' dtype. Columns that are no negatives of an anchor are ignored.
+            A gradient flows through them unless they are detached.
+        """
+        raise NotImplementedError(f"{type(self).__name__} needs a method log_weights(prepared, rows)")
+
+    def combine(self, contrast: Contrast, positives: Tensor, negatives: Tensor, count: Tensor) -> Tensor:
+        """The negatives' part of the denominator, where a method changes more than weights (debiasing).
+
+        Args:
+            contrast: What is compared.
+            positives: The positives' logits [n].
+            negatives: The log of the weighted sum of the negatives' exponentials [n]; finite.
+            count: How many negatives each anchor has [n], at least 1.
+
+        Returns:
+            What stands for `negatives` [n]; by default itself. Ignored for an anchor without negatives.
+        """
+        return negatives
+
+
+@dataclass(frozen=True)
+class Uniform(Weighting):
+    """Every negative counts the same: the host's plain loss.
+
+    Examples:
+        >>> Uniform()
+        Uniform()
+    """
+
+    def log_weights(self, prepared: Contrast, rows: slice) -> Tensor:
+        """Zeros [r, m]."""
+        return torch.zeros_like(prepared.pool[:, :1]).T.expand(len(prepared.anchors[rows]), -1)
+
+
+def masked_log_sum_exp(scores: Tensor, mask: Tensor) -> Tensor:
+    """The log of the sum of exponentials over the columns that `mask` marks; -inf, with gradient 0, for none.
+
+    Args:
+        scores: [r, m].
+        mask: bool [r, m].
+
+    Returns:
+        [r], same dtype as `scores`.
+
+    Examples:
+        >>> masked_log_sum_exp(torch.zeros(1, 4), torch.tensor([[True, True, False, False]])).exp()
+        tensor([2.])
+    """
+    scores = scores.masked_fill(~mask, -torch.inf)
+    top = scores.detach().amax(dim=1, keepdim=True)
+    top = top.masked_fill(top.isneginf(), 0)
+    total = (scores - top).exp().sum(dim=1)
+    # log(0) would be right, but its gradient is not a number.
+    none = total == 0
+    return (total.masked_fill(none, 1).log() + top[:, 0]).masked_fill(none, -torch.inf)
+
+
+def mean_one(log_weights: Tensor, negative: Tensor) -> Tensor:
+    """Brings weights to mean 1 over each anchor's negatives.
+
+    Args:
+        log_weights: [r, m].
+        negative: Which columns are negatives, bool [r, m].
+
+    Returns:
+        `log_weights` less the log of the mean weight over the row's negatives [r, m].
+
+    Examples:
+        >>> mean_one(torch.tensor([[1.0, 1.0, 5.0]]), torch.tensor([[True, True, False]]))
+        tensor([[0., 0., 4.]])
+    """
+    log_sum = masked_log_sum_exp(log_weights, negative)
+    log_mean = log_sum - negative.sum(dim=1).clamp(min=1).to(log_sum.dtype).log()
+    return log_weights - log_mean.masked_fill(log_mean.isneginf(), 0)[:, None]
+
+
+def importance_weights(contrast: Contrast, weighting: Weighting) -> Tensor:
+    """The weights themselves, to look at: what each negative of each anchor counts.
+
+    Args:
+        contrast: What is compared, n anchors and a pool of m.
+        weighting: How.
+
+    Returns:
+        Weights [n, m] without gradient, 0 in the columns that are no negatives of an anchor.
+
+    Examples:
+        >>> contrast = two_views(torch.randn(4, 8), torch.randn(4, 8), temperature=0.5)
+        >>> importance_weights(contrast, Uniform())[0]
+        tensor([0., 1., 1., 1., 0., 1., 1., 1.])
+    """
+    rows = slice(0, len(contrast.anchors))
+    with torch.no_grad():
+        weights = weighting.log_weights(weighting.prepare(contrast), rows).exp()
+        return weights.masked_fill(~contrast.is_negative(rows), 0)
+
+
+def effective_number(weights: Tensor) -> Tensor:
+    """The effective number of negatives of each anchor, `(sum_j w_j)^2 / sum_j w_j^2` (Kish 1965).
+
+    Args:
+        weights: Importance weights [n, m], 0 for what is no negative.
+
+    Returns:
+        [n], from 1 (one negative has all the weight) to the number of negatives (all count the same); 0 without any.
+
+    Examples:
+        >>> effective_number(torch.tensor([[1.0, 1.0, 0.0], [2.0, 0.0, 0.0]]))
+        tensor([2., 1.])
+    """
+    squares = weights.square().sum(dim=1)
+    return weights.sum(dim=1).square() / squares.masked_fill(squares == 0, 1)

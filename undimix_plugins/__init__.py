@@ -1,6 +1,6 @@
 """Hard negatives for contrastive learning: UnDiMix (UnReMix) weights behind the losses people already use.
 
-    embeddings -> a Contrast -> a Weighting -> log-weights -> weighted log-sum over the negatives -> the loss
+embeddings -> a Contrast -> a Weighting -> log-weights -> weighted log-sum over the negatives -> the loss
 """
 
 from undimix_plugins.checks import check_embeddings

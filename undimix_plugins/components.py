@@ -129,9 +129,7 @@ class TaskGradients(NamedTuple):
         """The same up to one common factor, the largest scale being 1."""
         largest = self.log_scale.amax()
         scale = (self.log_scale - largest.masked_fill(largest.isneginf(), 0)).exp()
-        return TaskGradients(
-            self.direction * scale[:, None], torch.zeros_like(scale), self.terms * scale
-        )
+        return TaskGradients(self.direction * scale[:, None], torch.zeros_like(scale), self.terms * scale)
 
 
 def task_gradients(
@@ -237,7 +235,7 @@ def diversity(pool: Tensor, excluded: Tensor, *, distance: str = "cosine") -> Te
         mean_distance = (others - total @ mean[:, None]) / others - (total @ (unit - mean).T - own) / others
     else:
         # The differences are formed, never |a|^2 + |b|^2 - 2ab, which is noise for near-duplicates.
-        blocks = pool.split(EUCLIDEAN_BLOCK)
+        blocks = torch.split(pool, EUCLIDEAN_BLOCK)
         mean_distance = torch.cat([_euclidean(block, pool).sum(dim=1) for block in blocks])
         mean_distance = mean_distance.expand(len(excluded), len(pool))
         for column in excluded.T:

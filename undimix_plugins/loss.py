@@ -59,9 +59,7 @@ def log_sums(contrast: Contrast, weighting: Weighting) -> LogSums:
             )
         negatives = masked_log_sum_exp(logits + log_weights, contrast.is_negative(rows))
         none = negatives.isneginf()
-        combined = weighting.combine(
-            contrast, positives, negatives.masked_fill(none, 0), contrast.count.clamp(min=1)
-        )
+        combined = weighting.combine(contrast, positives, negatives.masked_fill(none, 0), contrast.count.clamp(min=1))
         return LogSums(positives, combined.masked_fill(none, -torch.inf))
 
 

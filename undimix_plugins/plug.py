@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -132,16 +132,12 @@ def reweight(
     return new
 
 
-def _weighted_class(
-    loss: nn.Module, classes: Mapping[type[nn.Module], type[WeightedLoss]]
-) -> type[nn.Module]:
+def _weighted_class(loss: nn.Module, classes: Mapping[type[nn.Module], type[WeightedLoss]]) -> type[nn.Module]:
     cls = type(loss)
     supported = ", ".join(sorted({f"{host.__module__.partition('.')[0]}'s {host.__name__}" for host in classes}))
     host = next((base for base in cls.__mro__ if base in classes), None)
     if host is None:
-        raise TypeError(
-            f"loss: {cls.__name__} has no negatives to weight or is not supported; supported: {supported}"
-        )
+        raise TypeError(f"loss: {cls.__name__} has no negatives to weight or is not supported; supported: {supported}")
     ours = classes[host]
     for name in ours.replaces:
         if name in vars(loss) or getattr(cls, name) is not getattr(host, name):
@@ -149,23 +145,23 @@ def _weighted_class(
                 f"loss: {cls.__name__} replaces {host.__name__}.{name} by its own, which would be lost; "
                 f"supported: {supported}, and subclasses that inherit {name} unchanged"
             )
-    return ours if cls is host else _subclass(ours, cls)
+    return ours if cls is host else _subclass(ours, cls)  # type: ignore[arg-type]  # classes do hash
 
 
-@lru_cache(maxsize=None)
+@cache
 def _subclass(ours: type[WeightedLoss], theirs: type[nn.Module]) -> type[nn.Module]:
     """A class that is both, for a user's own subclass of a host's loss."""
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         # A class made here has no name that pickle could import: it is made again from its two bases.
-        return _blank, (ours, theirs), self.__getstate__()
+        return _blank, (ours, theirs), self.__getstate__()  # type: ignore[no-untyped-call]
 
     namespace = {"__module__": theirs.__module__, "__doc__": theirs.__doc__, "__reduce_ex__": reduce}
     return type(theirs.__name__, (ours, theirs), namespace)
 
 
 def _blank(ours: type[WeightedLoss], theirs: type[nn.Module]) -> nn.Module:
-    cls = _subclass(ours, theirs)
+    cls = _subclass(ours, theirs)  # type: ignore[arg-type]  # classes do hash
     return cls.__new__(cls)
 
 

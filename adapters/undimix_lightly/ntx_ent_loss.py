@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from lightly import loss as host
+from lightly.loss.ntx_ent_loss import NTXentLoss as HostNTXentLoss
 from lightly.utils import dist
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -23,7 +23,7 @@ from undimix_plugins import (
 from undimix_plugins.checks import check_number, check_same_length
 
 
-class NTXentLoss(WeightedLoss, host.NTXentLoss):
+class NTXentLoss(WeightedLoss, HostNTXentLoss):
     """lightly's `NTXentLoss` (SimCLR; MoCo with a memory bank) with its negatives weighted.
 
         loss_i = -log( exp(s_i+ / t) / (exp(s_i+ / t) + sum over j of w_ij exp(s_ij / t)) ),
@@ -85,10 +85,9 @@ class NTXentLoss(WeightedLoss, host.NTXentLoss):
         check_embeddings(out0=out0, out1=out1)
         check_same_length(out0=out0, out1=out1)
         bank = self.memory_bank
-        if bank.size[0] and bank.size[1] != out0.shape[1]:
-            raise ValueError(
-                f"out0: expected width {bank.size[1]}, as the memory bank has, got shape {list(out0.shape)}"
-            )
+        width = bank.bank.shape[-1]
+        if bank.size[0] and width != out0.shape[1]:
+            raise ValueError(f"out0: expected width {width}, as the memory bank has, got shape {list(out0.shape)}")
         out0, out1 = normalize(out0, dim=1), normalize(out1, dim=1)
         out1, negatives = bank.forward(out1, update=out0.requires_grad)
         if negatives is not None:
@@ -104,4 +103,4 @@ class NTXentLoss(WeightedLoss, host.NTXentLoss):
 
 def weighted(loss: nn.Module, weighting: Weighting | None) -> nn.Module:
     """lightly's adapter for `undimix()`."""
-    return reweight(loss, weighting, {host.NTXentLoss: NTXentLoss})
+    return reweight(loss, weighting, {HostNTXentLoss: NTXentLoss})

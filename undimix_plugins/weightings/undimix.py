@@ -139,10 +139,7 @@ class UnDiMix(Weighting):
             mixed = torch.stack([strength * score for strength, score in scores]).sum(dim=0)
             return mean_one(self.hardness * mixed, negative)
         total = sum(strength for strength, _ in scores)
-        parts = [
-            mean_one(self.hardness * score, negative) + math.log(strength / total)
-            for strength, score in scores
-        ]
+        parts = [mean_one(self.hardness * score, negative) + math.log(strength / total) for strength, score in scores]
         return torch.stack(parts).logsumexp(dim=0)
 
     # Each score comes with the size of its rounding error per anchor [r, 1], in units of eps.
@@ -160,7 +157,8 @@ class UnDiMix(Weighting):
         length, pool_length = direction.norm(dim=1, keepdim=True), of_pool.direction.norm(dim=1)
         error = terms * _largest(pool_length, negative) + length * _largest(of_pool.terms, negative)
         if self.gradient == "weight":
-            assert contrast.anchor_inputs is not None and contrast.pool_inputs is not None
+            assert contrast.anchor_inputs is not None
+            assert contrast.pool_inputs is not None
             anchor_inputs = contrast.anchor_inputs[rows]
             scores = scores * (anchor_inputs @ contrast.pool_inputs.T)
             longest = _largest(contrast.pool_inputs.norm(dim=1), negative)

@@ -1,0 +1,133 @@
+"""GraphCL's model: two augmented views of every graph, encoded, pooled and projected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.data.data import Data
+from torch_geometric.nn import global_add_pool
+
+from undimix_pyg.augmentations import (
+    AttributeMasking,
+    EdgePerturbation,
+    NodeDropping,
+    RandomWalkSubgraph,
+    edges_of,
+    graphs_of,
+)
+
+AUGMENTATIONS = (NodeDropping(), EdgePerturbation(), AttributeMasking(), RandomWalkSubgraph())
+
+
+class GraphCL(nn.Module):
+    """Graph contrastive learning around any PyG encoder.
+
+        z = head(pool(encoder(view))),   head(h) = W2 relu(W1 h + b1) + b2
+
+    for two views of every graph, which `GraphCLLoss` then pulls together.
+
+    Args:
+        encoder: Called as `encoder(x, edge_index, batch=batch)`; returns embeddings of the nodes
+            [num_nodes, hidden_channels], which are pooled here, or already of the graphs [num_graphs, hidden_channels].
+        hidden_channels: The encoder's output width, at least 1.
+        projection_channels: The head's output width, at least 1; by default `hidden_channels`, as in the authors' code.
+        augmentations: What views are made with, at least one; for each view of each batch one of them, drawn uniformly.
+        pooling: From embeddings of nodes to those of graphs, called as `pooling(h, batch, size=num_graphs)`; the sum,
+            as in the authors' code, by default.
+
+    Raises:
+        ValueError: For a width below 1, or no augmentations.
+
+    References:
+        You et al.: Graph Contrastive Learning with Augmentations, NeurIPS 2020, arXiv 2010.13902, section 3.3 and
+        figure 1.
+
+    Examples:
+        >>> from torch_geometric.data import Batch
+        >>> from torch_geometric.nn import GIN
+        >>> graph = Data(x=torch.randn(4, 7), edge_index=torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]]))
+        >>> model = GraphCL(GIN(7, 32, num_layers=3), 32, projection_channels=16)
+        >>> z1, z2 = model(Batch.from_data_list([graph, graph, graph]))
+        >>> z1.shape, z2.shape
+        (torch.Size([3, 16]), torch.Size([3, 16]))
+        >>> model.embed(graph).shape
+        torch.Size([1, 32])
+    """
+
+    def __init__(
+        self,
+        encoder: Callable[..., Tensor],
+        hidden_channels: int,
+        projection_channels: int | None = None,
+        augmentations: Sequence[Callable[[Data], Data]] = AUGMENTATIONS,
+        pooling: Callable[..., Tensor] = global_add_pool,
+    ) -> None:
+        super().__init__()
+        if projection_channels is None:
+            projection_channels = hidden_channels
+        for name, width in (
+            ("hidden_channels", hidden_channels),
+            ("projection_channels", projection_channels),
+        ):
+            if width < 1:
+                raise ValueError(f"{name}: expected an integer of at least 1, got {width}")
+        if len(augmentations) == 0:
+            raise ValueError("augmentations: expected at least one, got none")
+        self.encoder = encoder
+        self.hidden_channels = hidden_channels
+        self.augmentations = tuple(augmentations)
+        self.pooling = pooling
+        self.head = nn.Sequential(
+            nn.Linear(hidden_channels, hidden_channels),
+            nn.ReLU(),
+            nn.Linear(hidden_channels, projection_channels),
+        )
+
+    def forward(self, data: Data) -> tuple[Tensor, Tensor]:
+        """Projections of two views of each graph.
+
+        Args:
+            data: A `Batch`, or a `Data`, which is one graph unless it has a `batch` vector; with features `x`.
+
+        Returns:
+            Two tensors [num_graphs, projection_channels], row i of both from graph i.
+
+        Raises:
+            ValueError: As `embed`.
+        """
+        return self.head(self.embed(self._view(data))), self.head(self.embed(self._view(data)))
+
+    def embed(self, data: Data) -> Tensor:
+        """The graphs' representations, without augmentation or head: what is evaluated and used downstream.
+
+        Args:
+            data: As `forward`.
+
+        Returns:
+            A tensor [num_graphs, hidden_channels], part of the autograd graph: for evaluation, put the model into
+            `eval()` and call it under `torch.no_grad()`.
+
+        Raises:
+            ValueError: For graphs without `x`, an encoder whose output has neither a row per node nor one per graph,
+                or not the width promised; and what `graphs_of` raises.
+        """
+        batch, num_graphs = graphs_of(data)
+        if data.x is None:
+            raise ValueError(
+                "data.x: expected node features, got None; add some to the dataset by its transform, such as "
+                "torch_geometric.transforms.Constant() or OneHotDegree(max_degree)"
+            )
+        h = self.encoder(data.x, edges_of(data), batch=batch)
+        if h.dim() != 2 or h.size(0) not in (len(batch), num_graphs) or h.size(1) != self.hidden_channels:
+            raise ValueError(
+                f"encoder: expected output of shape [{len(batch)} nodes or {num_graphs} graphs, "
+                f"{self.hidden_channels} hidden_channels], got {list(h.shape)}"
+            )
+        # `size`, as the last graphs could have no nodes; with as many nodes as graphs, pooling changes nothing
+        return self.pooling(h, batch, size=num_graphs) if h.size(0) == len(batch) else h
+
+    def _view(self, data: Data) -> Data:
+        chosen = int(torch.randint(len(self.augmentations), ()))
+        return self.augmentations[chosen](data)

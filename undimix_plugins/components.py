@@ -10,8 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from undimix_plugins.checks import check_choice, check_embeddings, check_number, check_same_length
-from undimix_plugins.contrast import distinct
+from undimix_plugins.checks import (
+    check_choice,
+    check_columns,
+    check_embeddings,
+    check_inputs,
+    check_number,
+    check_same_length,
+)
+from undimix_plugins.contrast import distinct, full_precision
 
 EUCLIDEAN_BLOCK = 1024  # pool rows whose distances to the whole pool are held at once
 
@@ -35,7 +42,8 @@ def anchor_similarity(anchors: Tensor, pool: Tensor) -> Tensor:
         tensor([[1., 0., 0.]])
     """
     check_embeddings(anchors=anchors, pool=pool)
-    return anchors @ pool.T
+    with full_precision(pool):
+        return anchors @ pool.T
 
 
 def influence(
@@ -77,8 +85,8 @@ def influence(
         Inner products of gradients [n, m], same dtype. A row without candidates has gradient 0.
 
     Raises:
-        ValueError: For shapes, dtypes or devices that do not fit, a temperature that is no finite number above 0, or
-            (on the CPU) non-finite rows.
+        ValueError: For shapes, dtypes or devices that do not fit, a temperature that is no finite number above 0,
+            inputs of the last layer for one side alone, or (on the CPU) non-finite rows or columns out of range.
 
     References:
         UnDiMix, arXiv 2206.01197, section 3.1 (model-based component).
@@ -93,16 +101,15 @@ def influence(
     if positives is not None:
         check_embeddings(anchors=anchors, positives=positives)
         check_same_length(anchors=anchors, positives=positives)
-    if itself is None and anchors is pool:
-        itself = torch.arange(len(anchors), device=anchors.device)
-    of_anchors, of_pool = task_gradients(anchors, pool, temperature, itself, positives)
-    inner = of_anchors.at_scale(temperature) @ of_pool.at_scale(temperature).T
-    if anchor_inputs is None or pool_inputs is None:
-        return inner
-    check_embeddings(anchor_inputs=anchor_inputs, pool_inputs=pool_inputs)
-    check_same_length(anchors=anchors, anchor_inputs=anchor_inputs)
-    check_same_length(pool=pool, pool_inputs=pool_inputs)
-    return inner * (anchor_inputs @ pool_inputs.T)
+    if itself is not None:
+        check_columns("itself", itself, shape=(len(anchors),), pool=pool)
+    check_inputs(anchors, pool, anchor_inputs, pool_inputs)
+    with full_precision(pool):
+        of_anchors, of_pool = task_gradients(anchors, pool, temperature, itself, positives)
+        inner = of_anchors.at_scale(temperature) @ of_pool.at_scale(temperature).T
+        if anchor_inputs is None or pool_inputs is None:
+            return inner
+        return inner * (anchor_inputs @ pool_inputs.T)
 
 
 class TaskGradients(NamedTuple):
@@ -141,11 +148,14 @@ def task_gradients(
 ) -> tuple[TaskGradients, TaskGradients]:
     """The gradients of the anchors' tasks and of the pool's; arguments as `influence` has them."""
     logits = anchors @ pool.T / temperature
+    self_contrast = itself is None and anchors is pool
+    columns = torch.arange(len(pool), device=pool.device)
+    if self_contrast:
+        itself = columns
     if itself is not None:
-        own = torch.arange(len(pool), device=pool.device) == itself[:, None]
-        logits = logits.masked_fill(own, -torch.inf)
+        logits = logits.masked_fill(columns == itself[:, None], -torch.inf)
     of_anchors = _gradients(logits, pool, positives, anchors, temperature)
-    if anchors is pool and positives is None:
+    if self_contrast and positives is None:  # a row's task is the same on either side
         return of_anchors, of_anchors
     return of_anchors, _gradients(logits.T, anchors, None, pool, temperature)
 
@@ -209,7 +219,8 @@ def diversity(pool: Tensor, excluded: Tensor, *, distance: str = "cosine") -> Te
         that are no negatives of an anchor hold no meaningful value.
 
     Raises:
-        ValueError: For a pool that is no matrix of floats, or an unknown distance.
+        ValueError: For a pool that is no matrix of floats, columns that are no integers [n, k] or (on the CPU) out of
+            range, or an unknown distance.
 
     References:
         UnDiMix, arXiv 2206.01197, section 3.1 (density-based component).
@@ -221,17 +232,22 @@ def diversity(pool: Tensor, excluded: Tensor, *, distance: str = "cosine") -> Te
     """
     check_embeddings(pool=pool)
     check_choice("distance", distance, ("cosine", "euclidean"))
+    check_columns("excluded", excluded, shape=(None, None), pool=pool)
+    with full_precision(pool):
+        return _mean_distances(pool, excluded.long(), distance)
+
+
+def _mean_distances(pool: Tensor, excluded: Tensor, distance: str) -> Tensor:
     excluded = distinct(excluded)
     count = len(pool) - (excluded >= 0).sum(dim=1, keepdim=True)
     others = (count - 1).clamp(min=1).to(pool.dtype)
     if distance == "cosine":
-        length = pool.norm(dim=1, keepdim=True)
         unit = torch.nn.functional.normalize(pool, dim=1)
         # About their mean, rows keep their digits when concentrated: <z_j, sum> = <x_j, sum> + <mean, sum>, and the
-        # last is the same for every j. A row's distance to itself is 1 - its squared length, 1 or 0, not rounded.
+        # last is the same for every j. A row's own distance to itself, which is left out, is 1 less its squared length.
         mean = unit.mean(dim=0)
         total = unit.sum(dim=0) - _sum_of_rows(unit, excluded)
-        own = (length > 0).to(pool.dtype).T
+        own = unit.square().sum(dim=1)
         mean_distance = (others - total @ mean[:, None]) / others - (total @ (unit - mean).T - own) / others
     else:
         # The differences are formed, never |a|^2 + |b|^2 - 2ab, which is noise for near-duplicates.

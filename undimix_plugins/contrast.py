@@ -7,12 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from undimix_plugins.checks import (
-    check_embeddings,
-    check_number,
-    check_same_length,
-    values_are_free,
-)
+from undimix_plugins.checks import check_columns, check_embeddings, check_inputs, check_number, check_same_length
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,9 +24,9 @@ class Contrast:
         excluded: Columns of the pool that are no negatives for an anchor [n, k], integers, padded with -1: itself,
             its positive, duplicates, known false negatives. None excludes nothing. A column may stand twice.
         temperature: What similarities are divided by, a finite number above 0.
-        itself: The anchors' own columns in the pool [n], -1 where there is none; None for no anchor at all. An
-            anchor is never its own negative, so these need not stand in `excluded`. Defaults to `arange(n)` where
-            `anchors` and `pool` are the same tensor object.
+        itself: The anchors' own columns in the pool [n], -1 where there is none; None for no anchor at all, except
+            where `anchors` and `pool` are the same tensor object: then anchor i is row i. An anchor is never its own
+            negative, so these need not stand in `excluded`.
         positives_in_pool: Whether the pool holds the positives too (those then belong in `excluded`). Defaults to
             whether `anchors` and `pool` are the same tensor object. A memory bank holds none.
         anchor_inputs: Inputs of the last layer [n, h], whose outputs the anchors are; `gradient="weight"` needs them.
@@ -65,25 +60,21 @@ class Contrast:
         check_embeddings(anchors=self.anchors, positives=self.positives, pool=self.pool)
         check_same_length(anchors=self.anchors, positives=self.positives)
         self._set("temperature", check_number("temperature", self.temperature, above=0))
-        if self.anchor_inputs is not None and self.pool_inputs is not None:
-            check_embeddings(anchor_inputs=self.anchor_inputs, pool_inputs=self.pool_inputs)
-            check_same_length(anchors=self.anchors, anchor_inputs=self.anchor_inputs)
-            check_same_length(pool=self.pool, pool_inputs=self.pool_inputs)
-        elif self.anchor_inputs is not None or self.pool_inputs is not None:
-            missing = "pool_inputs" if self.pool_inputs is None else "anchor_inputs"
-            raise ValueError(f"{missing}: expected the last layer's inputs for anchors and pool both, got None")
+        check_inputs(self.anchors, self.pool, self.anchor_inputs, self.pool_inputs)
 
         one_batch = self.anchors is self.pool
-        if self.itself is None and one_batch:
-            self._set("itself", torch.arange(len(self.anchors), device=self.anchors.device))
         if self.positives_in_pool is None:
             self._set("positives_in_pool", one_batch)
-        excluded = self.anchors.new_empty(len(self.anchors), 0, dtype=torch.long)
+        n, device = len(self.anchors), self.anchors.device
+        excluded = torch.empty(n, 0, dtype=torch.long, device=device)
         if self.excluded is not None:
-            excluded = self._columns("excluded", self.excluded, rank=2)
+            check_columns("excluded", self.excluded, shape=(n, None), pool=self.pool)
+            excluded = self.excluded.long()
         if self.itself is not None:
-            self._set("itself", self._columns("itself", self.itself, rank=1))
-            excluded = torch.cat([excluded, self.itself[:, None]], dim=1)
+            check_columns("itself", self.itself, shape=(n,), pool=self.pool)
+            excluded = torch.cat([excluded, self.itself.long()[:, None]], dim=1)
+        elif one_batch:
+            excluded = torch.cat([excluded, torch.arange(n, device=device)[:, None]], dim=1)
         self._set("excluded", distinct(excluded))
 
         pool = as_full_precision(self.pool)
@@ -97,28 +88,10 @@ class Contrast:
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen for everybody else
 
-    def _columns(self, name: str, columns: Tensor, rank: int) -> Tensor:
-        """Checks columns of the pool, a row of them (`excluded`) or one (`itself`) per anchor."""
-        shape = "[anchors, k]" if rank == 2 else "[anchors]"
-        if columns.dim() != rank or len(columns) != len(self.anchors):
-            raise ValueError(
-                f"{name}: expected shape {shape} for {len(self.anchors)} anchors, got {list(columns.shape)}"
-            )
-        if columns.is_floating_point() or columns.is_complex() or columns.dtype == torch.bool:
-            raise ValueError(f"{name}: expected integer columns of the pool, got {columns.dtype}")
-        if columns.device != self.anchors.device:
-            raise ValueError(f"{name}: expected device {self.anchors.device}, got {columns.device}")
-        if values_are_free(columns) and columns.numel():
-            least, most = int(columns.min()), int(columns.max())
-            if least < -1 or most >= len(self.pool):
-                raise ValueError(
-                    f"{name}: expected columns from -1 (none) to {len(self.pool) - 1}, got {least} to {most}"
-                )
-        return columns.long()
-
     def logits(self, rows: slice) -> Tensor:
-        """Similarities over the temperature of a block of anchors [r, d] to the whole pool: [r, m]."""
-        return self.anchors[rows] @ self.pool.T / self.temperature
+        """Similarities over the temperature of a block of r anchors to the whole pool: [r, m]."""
+        with full_precision(self.pool):
+            return self.anchors[rows] @ self.pool.T / self.temperature
 
     def is_negative(self, rows: slice) -> Tensor:
         """Which columns of the pool are negatives for a block of anchors: bool [r, m]."""
@@ -158,7 +131,7 @@ def two_views(
         A Contrast of 2n anchors (first views, then second) with a pool of 2N (likewise).
 
     Raises:
-        ValueError: As `Contrast` does.
+        ValueError: As `Contrast` does; for gathered views that differ in length, or an offset outside of them.
 
     Examples:
         >>> contrast = two_views(torch.randn(4, 8), torch.randn(4, 8), temperature=0.5)
@@ -168,7 +141,14 @@ def two_views(
     check_embeddings(first=first, second=second)
     check_same_length(first=first, second=second)
     views = torch.cat([first, second])
-    pool = views if gathered is None else torch.cat(gathered)
+    pool = views
+    if gathered is not None:
+        check_embeddings(first=first, **{f"gathered[{view}]": rows for view, rows in enumerate(gathered)})
+        check_same_length(**{f"gathered[{view}]": rows for view, rows in enumerate(gathered)})
+        pool = torch.cat(gathered)
+    most = len(pool) // 2 - len(first)
+    if not 0 <= offset <= most:
+        raise ValueError(f"offset: expected a place from 0 to {most} among the gathered samples, got {offset}")
     own = torch.arange(len(first), device=first.device) + offset
     other = own + len(pool) // 2
     return Contrast(
@@ -177,7 +157,7 @@ def two_views(
         pool,
         excluded=torch.cat([other, own])[:, None],
         temperature=temperature,
-        itself=torch.cat([own, other]),
+        itself=None if gathered is None else torch.cat([own, other]),
         positives_in_pool=True,
     )
 
@@ -188,6 +168,11 @@ def as_full_precision(rows: Tensor) -> Tensor:
     Normalise after this, not before: in half precision a tiny row's length is 0 or its square underflows.
     """
     return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+
+
+def full_precision(like: Tensor) -> torch.autocast:
+    """A context in which autocast leaves matrix products alone: logits over a small temperature need all digits."""
+    return torch.autocast(like.device.type, enabled=False)
 
 
 def distinct(columns: Tensor) -> Tensor:

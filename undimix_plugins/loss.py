@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from undimix_plugins.contrast import Contrast
+from undimix_plugins.contrast import Contrast, full_precision
 from undimix_plugins.weightings.weighting import Weighting, masked_log_sum_exp
 
 
@@ -45,8 +45,7 @@ def log_sums(contrast: Contrast, weighting: Weighting) -> LogSums:
         >>> positives, negatives = log_sums(contrast, UnDiMix())
         >>> decoupled = (negatives - positives).mean()
     """
-    # Logits over a small temperature need all the digits there are.
-    with torch.autocast(contrast.anchors.device.type, enabled=False):
+    with full_precision(contrast.pool):
         positives = (contrast.anchors * contrast.positives).sum(dim=1) / contrast.temperature
         rows = slice(0, len(contrast.anchors))
         logits = contrast.logits(rows)

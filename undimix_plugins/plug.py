@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypeVar, cast
 from torch import nn
 
 from undimix_plugins.weightings.undimix import UnDiMix
-from undimix_plugins.weightings.weighting import Weighting
+from undimix_plugins.weightings.weighting import Uniform, Weighting
 
 GROUP = "undimix_plugins.adapters"
 
@@ -26,7 +26,8 @@ def undimix(loss: Loss, weighting: Weighting | None = None, **options: Any) -> L
     """A drop-in for a toolkit's loss, of the same class, with its negatives weighted.
 
     The result is a new object that shares the loss's model, memory bank and buffers; the loss itself is left as it was.
-    A loss that is weighted already is returned as it is, or with the new weighting if one is given.
+    A loss that is weighted already (by anything but `Uniform()`, which is the plain loss) is returned as it is, or with
+    the new weighting if one is given.
 
     Args:
         loss: A loss object of a toolkit that has an adapter.
@@ -113,13 +114,14 @@ def reweight(
         classes: The host's losses that are supported, each with our subclass of it.
 
     Returns:
-        `loss` itself where it is weighted already and `weighting` is None; otherwise a new object.
+        `loss` itself where it is weighted already, other than by `Uniform()`, and `weighting` is None; otherwise a new
+        object.
 
     Raises:
         TypeError: For a loss that is none of these, or that works out its loss by code of its own.
     """
     if isinstance(loss, WeightedLoss):
-        if weighting is None:
+        if weighting is None and loss.weighting != Uniform():
             return loss
         weighted: type[nn.Module] = type(loss)
     else:

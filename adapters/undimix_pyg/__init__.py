@@ -3,6 +3,7 @@
 from undimix_plugins import require
 
 require("torch_geometric", extra="pyg")
+require("sklearn", extra="pyg")
 
 from undimix_pyg.augmentations import (  # noqa: E402
     AttributeMasking,

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch_geometric import EdgeIndex
 from torch_geometric.data.batch import Batch
 from torch_geometric.data.data import Data
 from torch_geometric.transforms.base_transform import BaseTransform
@@ -100,7 +99,7 @@ class EdgePerturbation(_Augmentation):
         undirected = _are_undirected(edge_index, edge_batch, len(batch), num_graphs)
 
         # Both directions of an undirected edge are one unit, a directed edge is one by itself.
-        low, high = edge_index.amin(dim=0), edge_index.amax(dim=0)
+        low, high = edge_index[0].minimum(edge_index[1]), edge_index[0].maximum(edge_index[1])
         alone = len(batch) ** 2 + torch.arange(len(edge_batch), device=batch.device)
         key = torch.where(undirected[edge_batch], low * len(batch) + high, alone)
         units, unit = torch.unique(key, return_inverse=True)
@@ -151,9 +150,9 @@ class AttributeMasking(_Augmentation):
         if data.x is None:
             return data
         masked = _choose(batch, _floor(self.ratio, degree(batch, num_graphs, torch.long)))
-        x = data.x if data.x.is_floating_point() else data.x.double()
-        mean = scatter(x, batch, dim=0, dim_size=num_graphs, reduce="mean").to(data.x.dtype)
-        data.x = torch.where(masked.view(-1, *[1] * (x.dim() - 1)), mean[batch], data.x)
+        # In double, as the features of a large graph may add up to more than half precision can hold.
+        mean = scatter(data.x.double(), batch, dim=0, dim_size=num_graphs, reduce="mean").to(data.x.dtype)
+        data.x = torch.where(masked.view(-1, *[1] * (data.x.dim() - 1)), mean[batch], data.x)
         return data
 
 
@@ -197,11 +196,10 @@ class RandomWalkSubgraph(_Augmentation):
         # arrival over edges always comes first.
         source = torch.cat([edge_index[0], edge_index[1]])
         target = torch.cat([edge_index[1], edge_index[0]])
-        duration = torch.empty(edge_index.size(1), dtype=torch.double, device=batch.device).exponential_()
-        restart = duration.sum() + 1
-        arrival = _random_rank(batch, num_graphs) * restart
+        duration = torch.empty(edge_index.size(1), dtype=torch.double, device=batch.device).exponential_().repeat(2)
+        arrival = _random_rank(batch, num_graphs) * (duration.sum() + 1)
         while True:  # Bellman-Ford: as many rounds as the longest walk has edges
-            earlier = arrival.scatter_reduce(0, target, arrival[source] + duration.repeat(2), "amin")
+            earlier = arrival.scatter_reduce(0, target, arrival[source] + duration, "amin")
             if torch.equal(earlier, arrival):
                 break
             arrival = earlier
@@ -212,7 +210,7 @@ class RandomWalkSubgraph(_Augmentation):
         return _induced_subgraph(data, batch, num_graphs, visited)
 
 
-def graphs_of(data: Data) -> tuple[Tensor, int]:
+def graphs_of(data: Data | Batch) -> tuple[Tensor, int]:
     """The number of each node's graph [num_nodes], ascending, and how many graphs there are.
 
     A `Data` without `batch` is one graph.
@@ -241,10 +239,10 @@ def graphs_of(data: Data) -> tuple[Tensor, int]:
 
 
 def edges_of(data: Data) -> Tensor:
-    """The edges as a plain tensor [2, num_edges], also where `data` has none."""
+    """`data.edge_index` [2, num_edges], empty where `data` has none."""
     if data.edge_index is None:
         return torch.empty(2, 0, dtype=torch.long, device=graphs_of(data)[0].device)
-    return data.edge_index.as_tensor() if isinstance(data.edge_index, EdgeIndex) else data.edge_index
+    return data.edge_index
 
 
 def _floor(ratio: float, sizes: Tensor) -> Tensor:
@@ -300,7 +298,7 @@ def _draw_pairs(edge_index: Tensor, batch: Tensor, num_graphs: int, undirected: 
         taken_ptr = torch.searchsorted(taken, graph_ptr)
         free = sizes**2 - taken_ptr.diff()
         missing = count - degree(batch[decode(drawn)[0]], num_graphs, torch.long)
-        missing = missing.minimum(free // (1 + undirected.long()))
+        missing = missing.minimum(free)
         if not missing.any():
             return torch.stack(decode(drawn))
         graph = torch.arange(num_graphs, device=batch.device).repeat_interleave(missing)

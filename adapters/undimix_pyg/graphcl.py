@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch_geometric.data.batch import Batch
 from torch_geometric.data.data import Data
 from torch_geometric.nn import global_add_pool
 
@@ -61,7 +63,7 @@ class GraphCL(nn.Module):
         encoder: Callable[..., Tensor],
         hidden_channels: int,
         projection_channels: int | None = None,
-        augmentations: Sequence[Callable[[Data], Data]] = AUGMENTATIONS,
+        augmentations: Sequence[Callable[[Any], Any]] = AUGMENTATIONS,
         pooling: Callable[..., Tensor] = global_add_pool,
     ) -> None:
         super().__init__()
@@ -85,7 +87,7 @@ class GraphCL(nn.Module):
             nn.Linear(hidden_channels, projection_channels),
         )
 
-    def forward(self, data: Data) -> tuple[Tensor, Tensor]:
+    def forward(self, data: Data | Batch) -> tuple[Tensor, Tensor]:
         """Projections of two views of each graph.
 
         Args:
@@ -99,7 +101,7 @@ class GraphCL(nn.Module):
         """
         return self.head(self.embed(self._view(data))), self.head(self.embed(self._view(data)))
 
-    def embed(self, data: Data) -> Tensor:
+    def embed(self, data: Data | Batch) -> Tensor:
         """The graphs' representations, without augmentation or head: what is evaluated and used downstream.
 
         Args:
@@ -114,6 +116,7 @@ class GraphCL(nn.Module):
                 or not the width promised; and what `graphs_of` raises.
         """
         batch, num_graphs = graphs_of(data)
+        data = cast(Data, data)  # a Batch of Data is a Data, but its class is made at run time only
         if data.x is None:
             raise ValueError(
                 "data.x: expected node features, got None; add some to the dataset by its transform, such as "
@@ -128,6 +131,6 @@ class GraphCL(nn.Module):
         # `size`, as the last graphs could have no nodes; with as many nodes as graphs, pooling changes nothing
         return self.pooling(h, batch, size=num_graphs) if h.size(0) == len(batch) else h
 
-    def _view(self, data: Data) -> Data:
-        chosen = int(torch.randint(len(self.augmentations), ()))
-        return self.augmentations[chosen](data)
+    def _view(self, data: Data | Batch) -> Data | Batch:
+        view: Data | Batch = self.augmentations[int(torch.randint(len(self.augmentations), ()))](data)
+        return view

@@ -138,8 +138,11 @@ class UnDiMix(Weighting):
         if self.mixing == "geometric":
             mixed = torch.stack([strength * score for strength, score in scores]).sum(dim=0)
             return mean_one(self.hardness * mixed, negative)
-        total = sum(strength for strength, _ in scores)
-        parts = [mean_one(self.hardness * score, negative) + math.log(strength / total) for strength, score in scores]
+        largest = max(strength for strength, _ in scores)
+        log_total = math.log(sum(strength / largest for strength, _ in scores)) + math.log(largest)
+        parts = [
+            mean_one(self.hardness * score, negative) + math.log(strength) - log_total for strength, score in scores
+        ]
         return torch.stack(parts).logsumexp(dim=0)
 
     # Each score comes with the size of its rounding error per anchor [r, 1], in units of eps.
@@ -188,9 +191,12 @@ def standardise(scores: Tensor, error: Tensor, negative: Tensor) -> Tensor:
     count = negative.sum(dim=1, keepdim=True).clamp(min=1)
     mean = scores.masked_fill(~negative, 0).sum(dim=1, keepdim=True) / count
     centred = (scores - mean).masked_fill(~negative, 0)
+    # A confident row's scores are so small that their squares would be 0.
+    size = centred.abs().amax(dim=1, keepdim=True)
+    centred = centred / size.masked_fill(size == 0, 1)
     deviation = (centred.square().sum(dim=1, keepdim=True) / count).sqrt()
     rounding = ROUNDING * torch.finfo(scores.dtype).eps * error
-    return torch.where(deviation > rounding, centred / deviation, torch.zeros_like(centred))
+    return torch.where(deviation * size > rounding, centred / deviation, torch.zeros_like(centred))
 
 
 def _largest(values: Tensor, negative: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from undimix_plugins.contrast import Contrast
+from undimix_plugins.contrast import Contrast, full_precision
 
 
 class Weighting:
@@ -21,10 +21,10 @@ class Weighting:
         A weighting of one's own, twice the weight on the more similar half of the anchor's negatives:
 
         >>> class HarderHalf(Weighting):
-        ...     def log_weights(self, contrast: Contrast, rows: slice) -> Tensor:
+        ...     def log_weights(self, contrast, rows):
         ...         similarity = contrast.logits(rows).detach()
-        ...         return (similarity > similarity.median(dim=1, keepdim=True).values) * math.log(2)
-        >>> import math
+        ...         harder = similarity > similarity.median(dim=1, keepdim=True).values
+        ...         return (1 + harder.to(similarity.dtype)).log()
         >>> info_nce(two_views(torch.randn(8, 4), torch.randn(8, 4), 0.5), HarderHalf()).dim()
         0
     """
@@ -114,6 +114,9 @@ def mean_one(log_weights: Tensor, negative: Tensor) -> Tensor:
         >>> mean_one(torch.tensor([[1.0, 1.0, 5.0]]), torch.tensor([[True, True, False]]))
         tensor([[0., 0., 4.]])
     """
+    # The largest goes first: beside a huge one, the logarithm of the number of negatives would be rounded away.
+    top = log_weights.detach().masked_fill(~negative, -torch.inf).amax(dim=1, keepdim=True)
+    log_weights = log_weights - top.masked_fill(top.isneginf(), 0)
     log_sum = masked_log_sum_exp(log_weights, negative)
     log_mean = log_sum - negative.sum(dim=1).clamp(min=1).to(log_sum.dtype).log()
     return log_weights - log_mean.masked_fill(log_mean.isneginf(), 0)[:, None]
@@ -135,7 +138,7 @@ def importance_weights(contrast: Contrast, weighting: Weighting) -> Tensor:
         tensor([0., 1., 1., 1., 0., 1., 1., 1.])
     """
     rows = slice(0, len(contrast.anchors))
-    with torch.no_grad():
+    with torch.no_grad(), full_precision(contrast.pool):
         weights = weighting.log_weights(weighting.prepare(contrast), rows).exp()
         return weights.masked_fill(~contrast.is_negative(rows), 0)
 

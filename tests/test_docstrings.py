@@ -1,0 +1,59 @@
+"""Every example in a docstring runs as it stands there."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import undimix_plugins
+
+ADAPTERS = ("undimix_lightly", "undimix_sentence_transformers", "undimix_pyg", "undimix_transformers")
+
+
+def modules_of(package: str) -> list[ModuleType]:
+    path = importlib.import_module(package).__path__
+    names = [package, *(found.name for found in pkgutil.walk_packages(path, f"{package}."))]
+    return [importlib.import_module(name) for name in names]
+
+
+def names_for(module: ModuleType) -> dict[str, Any]:
+    """What an example may use without importing it: torch, the core's public names and what its module defines.
+
+    An adapter's examples may use its module's imports too: the toolkit's names are at hand to the toolkit's users.
+    """
+    own = {
+        name: value
+        for name, value in vars(module).items()
+        if module.__name__.startswith(ADAPTERS) or getattr(value, "__module__", None) == module.__name__
+    }
+    public = {name: getattr(undimix_plugins, name) for name in undimix_plugins.__all__}
+    return {"torch": torch, **public, **own}
+
+
+EXAMPLES = [
+    test
+    for package in ("undimix_plugins", *ADAPTERS)
+    for module in modules_of(package)
+    for test in doctest.DocTestFinder(exclude_empty=True).find(module, globs=names_for(module))
+    if test.examples
+]
+
+
+@pytest.mark.parametrize("test", EXAMPLES, ids=lambda test: test.name)
+def test_example(test: doctest.DocTest) -> None:
+    torch.manual_seed(0)
+    report: list[str] = []
+    # An example whose result is not shown just has to run.
+    results = doctest.DocTestRunner(verbose=False).run(test, out=report.append)
+    assert results.failed == 0, "".join(report)
+
+
+@pytest.mark.parametrize("name", undimix_plugins.__all__)
+def test_public_names_are_documented(name: str) -> None:
+    assert (getattr(undimix_plugins, name).__doc__ or "").strip()

@@ -1,0 +1,188 @@
+"""The verb: what it refuses, and that a package which the core does not know can add a toolkit."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import pickle
+import re
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests import stranger
+from tests.cases import random_rows
+from undimix_plugins import HCL, UnDiMix, Uniform, WeightedLoss, info_nce, two_views, undimix
+
+GROUP = "undimix_plugins.adapters"
+
+
+@pytest.fixture
+def toolkit(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The stranger's toolkit, installed for one test."""
+    folder = tmp_path_factory.mktemp("site-packages")
+    stranger.install(folder)
+    monkeypatch.syspath_prepend(folder)
+    yield importlib.import_module("strange_toolkit")
+    for name in stranger.MODULES:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def users_code(toolkit: ModuleType) -> ModuleType:
+    return importlib.import_module("users_code")
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    return random_rows(5, 4, 0, dtype=torch.float32), random_rows(5, 4, 1, dtype=torch.float32)
+
+
+def state(loss: nn.Module) -> tuple[object, ...]:
+    """Everything that could tell that a loss was touched: its attributes by identity, and its tables' entries."""
+    attributes = {name: id(value) for name, value in vars(loss).items()}
+    tables = {name: dict(value) for name, value in vars(loss).items() if isinstance(value, dict)}
+    return type(loss), attributes, {name: {k: id(v) for k, v in table.items()} for name, table in tables.items()}
+
+
+def test_refuses_what_is_no_loss_object() -> None:
+    with pytest.raises(TypeError, match=r"^loss: expected a loss object .*, got None$"):
+        undimix(None)
+    with pytest.raises(TypeError, match=r"^loss: expected a loss object .*, got the class ReLU$"):
+        undimix(nn.ReLU)
+
+
+def test_refuses_a_toolkit_without_an_adapter() -> None:
+    with pytest.raises(TypeError) as raised:
+        undimix(nn.ReLU())
+    message = str(raised.value)
+    assert message.startswith("loss: no adapter for ReLU of 'torch'")
+    assert "weighted(loss, weighting)" in message
+    assert repr(GROUP) in message
+    for toolkit in ("lightly", "sentence_transformers", "undimix_pyg", "undimix_transformers"):
+        assert toolkit in message
+
+
+def test_refuses_what_is_no_weighting(toolkit: ModuleType) -> None:
+    loss = toolkit.PairLoss()
+    with pytest.raises(TypeError, match=r"^weighting: expected an instance of Weighting .*, got the class HCL$"):
+        undimix(loss, HCL)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^weighting: expected an instance of Weighting .*, got 'hcl'$"):
+        undimix(loss, "hcl")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^options: expected none beside a weighting, got hardness$"):
+        undimix(loss, HCL(), hardness=2.0)
+    with pytest.raises(TypeError, match="hardnes"):
+        undimix(loss, hardnes=2.0)
+    with pytest.raises(ValueError, match=r"^hardness: .*got -1"):
+        undimix(loss, hardness=-1)
+
+
+def test_a_strangers_toolkit_joins_in(toolkit: ModuleType) -> None:
+    host = toolkit.PairLoss()
+    with pytest.raises(TypeError, match=r"no adapter for ReLU .*strange_toolkit"):
+        undimix(nn.ReLU())
+    plain = undimix(host, Uniform())
+    torch.testing.assert_close(plain(*batch()), host(*batch()))
+    weighted = undimix(host)
+    expected = info_nce(two_views(*host.views(*batch()), host.temperature), UnDiMix())
+    assert torch.equal(weighted(*batch()), expected)
+    assert (expected - host(*batch())).abs() > 1e-3
+    assert undimix(host, hardness=2.0, mixing="linear").weighting == UnDiMix(hardness=2.0, mixing="linear")
+    assert undimix(host, HCL(0.5)).weighting == HCL(0.5)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["toolkit's", "user's"])
+class TestDropIn:
+    @pytest.fixture
+    def host(self, own: bool, toolkit: ModuleType, users_code: ModuleType) -> nn.Module:
+        loss: nn.Module = users_code.LoudLoss() if own else toolkit.PairLoss(temperature=0.25)
+        return loss
+
+    def test_same_class_and_settings(self, host: nn.Module, own: bool, toolkit: ModuleType) -> None:
+        weighted = undimix(host)
+        assert isinstance(weighted, type(host))
+        assert isinstance(weighted, toolkit.PairLoss)
+        assert isinstance(weighted, WeightedLoss)
+        assert weighted.temperature == 0.25
+        assert weighted.training
+        assert re.search(r"weighting=UnDiMix\(", repr(weighted))
+        if own:
+            assert type(weighted).__name__ == "LoudLoss"
+            assert weighted.shout() == "loud"
+            assert weighted.heard is host.heard
+            assert type(undimix(host)) is type(weighted)
+
+    def test_host_is_left_alone(self, host: nn.Module) -> None:
+        before = state(host)
+        weighted = undimix(host)
+        weighted(*batch())
+        weighted.later = nn.Linear(2, 2)
+        weighted.register_buffer("more", torch.zeros(1), persistent=False)
+        weighted.register_forward_hook(lambda module, inputs, output: output * 0)
+        weighted.eval()
+        weighted.temperature = 9.0
+        # Modules are shared, and so is the projector's mode: that is the host's own eval() as well.
+        host.projector.train()
+        assert state(host) == before
+        assert host(*batch()) != 0
+
+    def test_tensors_are_shared(self, host: nn.Module) -> None:
+        weighted = undimix(host)
+        assert weighted.projector is host.projector
+        assert weighted.scale is host.scale
+        assert weighted.seen is host.seen
+        weighted(*batch())
+        assert host.seen == 5
+        optimiser = torch.optim.SGD(host.parameters(), lr=0.1)
+        weighted(*batch()).backward()
+        optimiser.step()
+        assert (host.scale != 1).item()
+        assert [id(p) for p in weighted.parameters()] == [id(p) for p in host.parameters()]
+        assert weighted.state_dict().keys() == host.state_dict().keys()
+
+    def test_hooks_of_the_host_still_run(self, host: nn.Module) -> None:
+        host.register_forward_hook(lambda module, inputs, output: output + 100)
+        assert undimix(host)(*batch()) > 99
+
+    @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda loss: pickle.loads(pickle.dumps(loss))])
+    def test_copies(self, host: nn.Module, duplicate: object) -> None:
+        weighted = undimix(host, HCL(0.5))
+        again = duplicate(weighted)  # type: ignore[operator]
+        assert type(again) is type(weighted)
+        assert again.weighting == HCL(0.5)
+        assert again.scale is not weighted.scale
+        assert torch.equal(again(*batch()), weighted(*batch()))
+        assert undimix(again) is again
+
+    def test_weighted_already(self, host: nn.Module) -> None:
+        weighted = undimix(host)
+        assert undimix(weighted) is weighted
+        other = undimix(weighted, HCL())
+        assert other is not weighted
+        assert type(other) is type(weighted)
+        assert (weighted.weighting, other.weighting) == (UnDiMix(), HCL())
+        assert other.seen is host.seen
+        assert undimix(weighted, hardness=3.0).weighting == UnDiMix(hardness=3.0)
+
+    def test_plain_is_not_weighted_already(self, host: nn.Module) -> None:
+        plain = undimix(host, Uniform())
+        assert undimix(plain).weighting == UnDiMix()
+        assert plain.weighting == Uniform()
+
+
+def test_refuses_a_loss_that_is_not_supported(toolkit: ModuleType) -> None:
+    message = r"^loss: OtherLoss has no negatives .*supported: strange_toolkit's PairLoss$"
+    with pytest.raises(TypeError, match=message):
+        undimix(toolkit.OtherLoss())
+
+
+def test_refuses_code_that_would_be_lost(toolkit: ModuleType, users_code: ModuleType) -> None:
+    with pytest.raises(TypeError, match=r"^loss: RewrittenLoss replaces PairLoss\.forward by its own"):
+        undimix(users_code.RewrittenLoss())
+    patched = toolkit.PairLoss()
+    patched.forward = lambda first, second: first.sum()
+    with pytest.raises(TypeError, match=r"^loss: PairLoss replaces PairLoss\.forward by its own"):
+        undimix(patched)

@@ -19,9 +19,15 @@ from torch_geometric.nn import GCN, GIN, global_add_pool, global_max_pool, globa
 from torch_geometric.transforms import Constant
 
 from examples.graphs import mutag
-from undimix_pyg.augmentations import AttributeMasking, EdgePerturbation, NodeDropping, RandomWalkSubgraph
-from undimix_pyg.evaluate_embedding import Evaluation, evaluate_embedding
-from undimix_pyg.graphcl import GraphCL
+from undimix_pyg import (
+    AttributeMasking,
+    EdgePerturbation,
+    Evaluation,
+    GraphCL,
+    NodeDropping,
+    RandomWalkSubgraph,
+    evaluate_embedding,
+)
 
 
 def identity(data: Data) -> Data:

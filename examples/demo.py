@@ -1,0 +1,176 @@
+"""Three modalities, each plain and with UnDiMix, in their own toolkits' training loops: one table and one picture.
+
+    python examples/demo.py
+
+Each modality is trained by its example script in this folder, from the same seeds plain and weighted. The table says
+what came of it, whoever wins; the picture shows which negatives were weighted most and least.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything comes with pip
+
+import lightly_simclr
+import matplotlib as mpl
+import pyg_graphcl
+import sentence_transformers_mnrl
+import torch
+from images import digit_views, images
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from negatives import draw_image, draw_molecule, draw_negatives, draw_text
+from scipy.stats import ttest_rel
+from texts import halves, lee_articles
+from torch.nn.functional import normalize
+from torch_geometric.data import Batch
+from tqdm import tqdm
+
+from undimix_plugins import Contrast, UnDiMix, effective_number, importance_weights, two_views
+
+HEAD = ("modality", "score", "untrained", "plain", "UnDiMix", "p", "effective negatives", "seconds, plain / UnDiMix")
+
+
+@torch.no_grad()
+def contrast_of_digits(model: lightly_simclr.SimCLR) -> tuple[Contrast, list[Any]]:
+    dataset = images("MNIST", train=True)
+    digits = [dataset[index][0] for index in range(128)]
+    torch.manual_seed(0)
+    views = zip(*(digit_views()(digit) for digit in digits), strict=True)
+    first, second = (normalize(model.eval()(torch.stack(view)), dim=1) for view in views)
+    return two_views(first, second, temperature=0.2), digits * 2
+
+
+def contrast_of_articles(model: Any) -> tuple[Contrast, list[Any]]:
+    anchors, positives = (list(texts) for texts in zip(*map(halves, lee_articles()[:64]), strict=True))
+    queries, docs = (
+        model.encode(texts, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False).cpu()
+        for texts in (anchors, positives)
+    )
+    own = torch.arange(len(anchors))[:, None]
+    return Contrast(queries, docs, docs, own, temperature=1 / 10, positives_in_pool=True), anchors
+
+
+@torch.no_grad()
+def contrast_of_molecules(model: Any) -> tuple[Contrast, list[Any]]:
+    molecules = list(pyg_graphcl.graphs("MUTAG"))[::3]
+    torch.manual_seed(0)
+    first, second = (normalize(z, dim=1) for z in model.eval()(Batch.from_data_list(molecules)))
+    own = torch.arange(len(first))[:, None]
+    return Contrast(first, second, second, own, temperature=0.2, positives_in_pool=True), molecules
+
+
+@dataclass
+class Modality:
+    """A toolkit's example, and what the demo keeps of its runs."""
+
+    name: str
+    score: str
+    train: Callable[..., tuple[Any, Any, float]]
+    # A trained model's contrast of one batch, and what stands behind its anchors and the pool's columns.
+    contrast: Callable[[Any], tuple[Contrast, list[Any]]]
+    draw: Callable[[Axes, Any], None]
+    columns: int  # how many negatives of either kind are drawn
+    scores: dict[str, list[float]] = field(default_factory=lambda: {"untrained": [], "plain": [], "UnDiMix": []})
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {"untrained": [], "plain": [], "UnDiMix": []})
+    model: Any = None
+
+    def run(self, way: str, seed: int, max_steps: int) -> None:
+        limit = {"epochs": 0} if way == "untrained" else {"max_steps": max_steps}
+        model, score, seconds = self.train(way == "UnDiMix", seed=seed, progress=False, **limit)
+        self.scores[way].append(100 * float(getattr(score, "accuracy", score)))
+        self.seconds[way].append(seconds)
+        if way == "UnDiMix":
+            self.model = model
+
+    def effective(self) -> str:
+        weights = importance_weights(self.contrast(self.model)[0], UnDiMix())
+        return f"{effective_number(weights).mean():.0f} of {int((weights[0] > 0).sum())}"
+
+    def row(self) -> list[str]:
+        plain, weighted = self.scores["plain"], self.scores["UnDiMix"]
+        comparable = len(plain) > 1 and stdev(a - b for a, b in zip(plain, weighted, strict=True)) > 0
+        p = f"{ttest_rel(weighted, plain).pvalue:.2f}" if comparable else "-"
+        took = " / ".join(f"{mean(self.seconds[way]):.0f}" for way in ("plain", "UnDiMix"))
+        return [self.name, self.score, *map(spread, self.scores.values()), p, self.effective(), took]
+
+
+def spread(values: list[float]) -> str:
+    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def table(rows: list[list[str]]) -> str:
+    """A Markdown table that also reads well in a terminal."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def picture(modalities: list[Modality], path: Path) -> None:
+    mpl.use("agg")
+    figure = plt.figure(figsize=(13, 12), layout="constrained")
+    for modality, part in zip(modalities, figure.subfigures(len(modalities)), strict=True):
+        contrast, items = modality.contrast(modality.model)
+        title = f"{modality.name}: negatives weighted most (red) and least (blue)"
+        draw_negatives(part, title, contrast, items, modality.draw, anchors=(3, 8), k=modality.columns)
+    # Whole or not at all: an interrupted run leaves the last picture as it was.
+    partial = path.with_suffix(".partial")
+    figure.savefig(partial, format="png", dpi=110)
+    partial.replace(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3, help="how often each is trained")
+    parser.add_argument("--max-steps", type=int, default=-1, help="stop each training after so many steps")
+    parser.add_argument("--picture", type=Path, default=Path("demo.png"), help="where to save the picture")
+    options = parser.parse_args()
+    modalities = [
+        Modality(
+            "vision: lightly, SimCLR on MNIST",
+            "k-NN accuracy, %",
+            lightly_simclr.train,
+            contrast_of_digits,
+            draw_image,
+            5,
+        ),
+        Modality(
+            "text: sentence-transformers, MiniLM on Lee news",
+            "correlation with human judgments, %",
+            sentence_transformers_mnrl.train,
+            contrast_of_articles,
+            draw_text,
+            2,
+        ),
+        Modality(
+            "graphs: PyG, GraphCL on MUTAG",
+            "SVM accuracy, %",
+            pyg_graphcl.train,
+            contrast_of_molecules,
+            draw_molecule,
+            3,
+        ),
+    ]
+    runs = [(m, seed, way) for m in modalities for seed in range(options.seeds) for way in m.scores]
+    with tqdm(runs) as bar:
+        for modality, seed, way in bar:
+            bar.set_description(f"{modality.name.partition(':')[0]}, seed {seed}, {way}")
+            modality.run(way, seed, options.max_steps)
+    print(table([list(HEAD), *(modality.row() for modality in modalities)]))
+    print(
+        f"\n{options.seeds} seeds: mean ± standard deviation; p of a paired t-test of UnDiMix against plain. "
+        "Effective negatives: of one batch, in the last model; plain counts all alike."
+    )
+    picture(modalities, options.picture)
+    print(f"\nWhich negatives were weighted most and least: {options.picture}")
+
+
+if __name__ == "__main__":
+    main()

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from undimix_plugins import Contrast, UnDiMix, effective_number, importance_weights, two_views
 
-HEAD = ("modality", "score", "untrained", "plain", "UnDiMix", "p", "effective negatives", "seconds, plain / UnDiMix")
+HEAD = ("modality", "score, %", "untrained", "plain", "UnDiMix", "p", "negatives", "seconds")
 
 
 @torch.no_grad()
@@ -134,24 +134,24 @@ def main() -> None:
     options = parser.parse_args()
     modalities = [
         Modality(
-            "vision: lightly, SimCLR on MNIST",
-            "k-NN accuracy, %",
+            "vision: lightly SimCLR, MNIST",
+            "k-NN accuracy",
             lightly_simclr.train,
             contrast_of_digits,
             draw_image,
             5,
         ),
         Modality(
-            "text: sentence-transformers, MiniLM on Lee news",
-            "correlation with human judgments, %",
+            "text: sentence-transformers, Lee news",
+            "correlation with people",
             sentence_transformers_mnrl.train,
             contrast_of_articles,
             draw_text,
             2,
         ),
         Modality(
-            "graphs: PyG, GraphCL on MUTAG",
-            "SVM accuracy, %",
+            "graphs: PyG GraphCL, MUTAG",
+            "SVM accuracy",
             pyg_graphcl.train,
             contrast_of_molecules,
             draw_molecule,
@@ -165,8 +165,9 @@ def main() -> None:
             modality.run(way, seed, options.max_steps)
     print(table([list(HEAD), *(modality.row() for modality in modalities)]))
     print(
-        f"\n{options.seeds} seeds: mean ± standard deviation; p of a paired t-test of UnDiMix against plain. "
-        "Effective negatives: of one batch, in the last model; plain counts all alike."
+        f"\nMean ± standard deviation over {options.seeds} seeds; p of a paired t-test of UnDiMix against plain.\n"
+        "Negatives: their effective number under UnDiMix, of those in a batch, which plain counts all alike.\n"
+        "Seconds: of a training, plain / UnDiMix."
     )
     picture(modalities, options.picture)
     print(f"\nWhich negatives were weighted most and least: {options.picture}")

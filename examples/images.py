@@ -23,7 +23,6 @@ from torchvision.datasets import CIFAR10, VisionDataset
 DATA = ("MNIST", "CIFAR10")
 FEATURES = 1024  # of the backbone, for images of 28 or 32 pixels
 
-
 digits = cache(mnist_data)  # a text file of 5,000 lines, slow to read
 
 

@@ -72,12 +72,12 @@ def train(
     pl.seed_everything(seed, verbose=False)
     model = SimCLR(weighted, data)
 
+    transform = digit_views()
     if data == "CIFAR10":
         transform = SimCLRTransform(input_size=32, cj_strength=0.5, gaussian_blur=0.0, normalize=None)
-    else:
-        transform = digit_views()
     dataset = LightlyDataset.from_torch_dataset(images(data, train=True), transform=transform)
-    dataloader = DataLoader(dataset, batch_size=128, collate_fn=MultiViewCollate(), shuffle=True, drop_last=True)
+    collate_fn = MultiViewCollate()
+    dataloader = DataLoader(dataset, batch_size=128, collate_fn=collate_fn, shuffle=True, drop_last=True)
 
     trainer = pl.Trainer(
         max_epochs=epochs,

@@ -1,7 +1,7 @@
 """MultipleNegativesRankingLoss with sentence-transformers, with and without UnDiMix: one line apart.
 
-After sentence-transformers' own example, on news articles and a MiniLM that need no download: the two halves of an
-article are a pair. The score is the correlation of cosines with how alike people judged other documents to be.
+After sentence-transformers' own example, on news articles and a MiniLM that need no download: the two halves
+of an article are a pair. The score is the correlation of cosines with people's judgments of other documents.
 
     python examples/sentence_transformers_mnrl.py
     python examples/sentence_transformers_mnrl.py --data all-nli --max-steps 1000
@@ -44,6 +44,7 @@ def train(
     data: str = "lee",
     epochs: float = 0.5,
     max_steps: int = -1,
+    batch_size: int = 32,
     progress: bool = True,
 ) -> tuple[SentenceTransformer, float, float]:
     """Fine-tunes MiniLM.
@@ -54,6 +55,7 @@ def train(
         data: "lee" or "all-nli".
         epochs: Passes over the pairs; 0 leaves the model as it was pretrained.
         max_steps: How many steps to take instead; -1 for the epochs.
+        batch_size: How many pairs a step, the others being a pair's negatives.
         progress: Whether to show the Trainer's progress bar.
 
     Returns:
@@ -72,7 +74,7 @@ def train(
             folder,
             num_train_epochs=epochs,
             max_steps=max_steps,
-            per_device_train_batch_size=32,
+            per_device_train_batch_size=batch_size,
             learning_rate=1e-4,
             batch_sampler="no_duplicates",
             save_strategy="no",
@@ -99,6 +101,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=float, default=0.5)
     parser.add_argument("--max-steps", type=int, default=-1, help="take so many steps instead")
+    parser.add_argument("--batch-size", type=int, default=32)
     options = vars(parser.parse_args())
 
     _, untrained, _ = train(False, **options | {"epochs": 0})

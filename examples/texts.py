@@ -1,4 +1,4 @@
-"""What the text examples share: Lee's news and how alike people judge them, and MiniLM, all without a download."""
+"""What the text examples share, all without a download: Lee's news, how people judge them, and MiniLM."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Unsupervised SimCSE with the plain `transformers.Trainer`, with and without UnDiMix: one argument apart.
 
-Dropout makes two views of each text. The texts are news articles, cut short; they and MiniLM need no download. The
-score is the correlation of cosines with how alike people judged other documents to be.
+Dropout makes two views of each text. The texts are news articles, cut short; they and MiniLM need no
+download. The score is the correlation of cosines with people's judgments of other documents.
 
     python examples/transformers_simcse.py
     python examples/transformers_simcse.py --data all-nli --max-steps 1000
@@ -49,6 +49,7 @@ def train(
     data: str = "lee",
     epochs: float = 0.3,
     max_steps: int = -1,
+    batch_size: int = 16,
     progress: bool = True,
 ) -> tuple[PreTrainedModel, float, float]:
     """Fine-tunes MiniLM.
@@ -59,6 +60,7 @@ def train(
         data: "lee" or "all-nli".
         epochs: Passes over the texts; 0 leaves the model as it was pretrained.
         max_steps: How many steps to take instead; -1 for the epochs.
+        batch_size: How many texts a step, the others being a text's negatives.
         progress: Whether to show the Trainer's progress bar.
 
     Returns:
@@ -82,8 +84,8 @@ def train(
             folder,
             num_train_epochs=epochs,
             max_steps=max_steps,
-            per_device_train_batch_size=16,
-            learning_rate=2e-4,
+            per_device_train_batch_size=batch_size,
+            learning_rate=1e-4,
             save_strategy="no",
             logging_strategy="no",
             report_to="none",
@@ -118,6 +120,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=float, default=0.3)
     parser.add_argument("--max-steps", type=int, default=-1, help="take so many steps instead")
+    parser.add_argument("--batch-size", type=int, default=16)
     options = vars(parser.parse_args())
 
     _, untrained, _ = train(False, **options | {"epochs": 0})

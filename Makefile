@@ -4,7 +4,7 @@
 PYTHON ?= $(shell for python in python3.11 python3.12 python3 python; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$python && break; done)
 
-# A thread that waits lets others run. Otherwise, on busy cores, small tensors take up to fifty times as long.
+# A thread that waits lets others run: two busy cores else lose most of their time on small tensors.
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test speed
@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .venv/installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or 3.12 on the PATH; name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
-	@echo "== .venv is missing or older than pyproject.toml: installing everything ($$($(PYTHON) --version), a few minutes, 6 GB)"
+	@echo "== .venv is missing or older than pyproject.toml: installing everything ($$($(PYTHON) --version), a few minutes, 7 GB)"
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	@touch $@

@@ -107,6 +107,8 @@ def check_inputs(anchors: Tensor, pool: Tensor, anchor_inputs: Tensor | None, po
         missing = "anchor_inputs" if anchor_inputs is None else "pool_inputs"
         raise ValueError(f"{missing}: expected the last layer's inputs for anchors and pool both, got None")
     check_embeddings(anchor_inputs=anchor_inputs, pool_inputs=pool_inputs)
+    if anchor_inputs.device != anchors.device:
+        raise ValueError(f"anchor_inputs: expected device {anchors.device}, as anchors has, got {anchor_inputs.device}")
     check_same_length(anchors=anchors, anchor_inputs=anchor_inputs)
     check_same_length(pool=pool, pool_inputs=pool_inputs)
 

@@ -109,7 +109,7 @@ def influence(
         inner = of_anchors.at_scale(temperature) @ of_pool.at_scale(temperature).T
         if anchor_inputs is None or pool_inputs is None:
             return inner
-        return inner * (anchor_inputs @ pool_inputs.T)
+        return inner * (anchor_inputs.to(inner.dtype) @ pool_inputs.to(inner.dtype).T)
 
 
 class TaskGradients(NamedTuple):
@@ -131,12 +131,6 @@ class TaskGradients(NamedTuple):
     def at_scale(self, temperature: float) -> Tensor:
         """The gradients themselves, delta [rows, d]."""
         return self.log_scale.exp()[:, None] * self.direction / temperature
-
-    def relative_to_largest(self) -> TaskGradients:
-        """The same up to one common factor, the largest scale being 1."""
-        largest = self.log_scale.amax()
-        scale = (self.log_scale - largest.masked_fill(largest.isneginf(), 0)).exp()
-        return TaskGradients(self.direction * scale[:, None], torch.zeros_like(scale), self.terms * scale)
 
 
 def task_gradients(
@@ -169,37 +163,49 @@ def _gradients(
 ) -> TaskGradients:
     """`logits` [rows, candidates] of the shared candidates, -inf for the row itself; `positives` a further one each."""
     # Differences of candidates are all that counts: taken about the mean, they keep their digits when concentrated.
-    centre = candidates.mean(dim=0)
-    candidates = candidates - centre
+    m, centre = len(candidates), candidates.mean(dim=0)
+    candidates, key = candidates - centre, _key(candidates)
+    keys = key.T[:, None]
     if positives is not None:
-        positives = positives - centre
-        logits = torch.cat([logits, (rows * (positives + centre)).sum(1, keepdim=True) / temperature], dim=1)
+        logits = torch.cat([logits, (rows * positives).sum(1, keepdim=True) / temperature], dim=1)
+        positives, own_key = positives - centre, _key(positives)
+        keys = torch.cat([keys.expand(-1, len(rows), -1), own_key.T[:, :, None]], dim=2)
     top, label = logits.max(dim=1, keepdim=True)
-    others = logits.scatter(1, label, -torch.inf)
+    most_likely, label_key = (shared[label[:, 0].clamp(max=m - 1)] for shared in (candidates, key))
+    if positives is not None:
+        most_likely = torch.where(label < m, most_likely, positives)
+        label_key = torch.where(label < m, label_key, own_key)
+    # What is the label over again adds v_y - v_y; beside it, rounding would leave nothing of the other terms.
+    is_label = (keys == label_key.T[:, :, None]).all(dim=0).scatter(1, label, True)
+    others = logits.masked_fill(is_label, -torch.inf)
     # Probabilities relative to the second likeliest: 1 - p_label is never formed, so that nothing cancels.
     second = others.amax(dim=1, keepdim=True)
     second = second.masked_fill(second.isneginf(), 0)
     relative = (others - second).exp()
     total = relative.sum(dim=1, keepdim=True)
-    log_rest = second + total.log()
-    log_scale = second - torch.logaddexp(top, log_rest)
-    has_task = total > 0
+    top = top.masked_fill(top.isneginf(), 0)
+    log_label = top + (logits - top).exp().masked_fill(~is_label, 0).sum(dim=1, keepdim=True).log()
+    log_scale = second - torch.logaddexp(log_label, second + total.log())
 
-    m = len(candidates)
-    most_likely = candidates[label[:, 0].clamp(max=m - 1)]
     expected = relative[:, :m] @ candidates
     longest = candidates.square().sum(1).amax().sqrt()
     if positives is not None:
-        most_likely = torch.where(label < m, most_likely, positives)
         expected = expected + relative[:, m:] * positives
         longest = torch.maximum(longest, positives.square().sum(1).amax().sqrt())
     # The centre's own rounding bounds what the differences can be trusted for.
     longest = longest + centre.square().sum().sqrt()
     return TaskGradients(
         direction=expected - total * most_likely,
-        log_scale=log_scale.masked_fill(~has_task, -torch.inf)[:, 0],
+        log_scale=log_scale.masked_fill(total == 0, -torch.inf)[:, 0],
         terms=(total * longest)[:, 0],
     )
+
+
+def _key(rows: Tensor) -> Tensor:
+    """Two numbers [rows, 2] that equal rows share and, but for a freak, no others."""
+    place = torch.arange(rows.shape[1], device=rows.device, dtype=rows.dtype)
+    # Sums along each row, not a matrix product, whose rounding depends on where a row stands.
+    return torch.stack([(rows * probe).sum(dim=1) for probe in ((place + 1).sin(), (2.7 * place).cos())], dim=1)
 
 
 def diversity(pool: Tensor, excluded: Tensor, *, distance: str = "cosine") -> Tensor:

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from undimix_plugins.checks import values_are_free
 from undimix_plugins.contrast import Contrast, full_precision
-from undimix_plugins.weightings.weighting import Weighting, masked_log_sum_exp
+from undimix_plugins.weightings.weighting import Weighting, check_weighting, masked_log_sum_exp
 
 
 class LogSums(NamedTuple):
@@ -17,6 +18,11 @@ class LogSums(NamedTuple):
     Attributes:
         positives: The positives' logits [n].
         negatives: The log of the weighted sum of the negatives' exponentials [n]; -inf for an anchor without any.
+
+    Examples:
+        >>> positives, negatives = log_sums(two_views(torch.randn(4, 8), torch.randn(4, 8), 0.5), Uniform())
+        >>> positives.shape, negatives.shape
+        (torch.Size([8]), torch.Size([8]))
     """
 
     positives: Tensor
@@ -38,13 +44,20 @@ def log_sums(contrast: Contrast, weighting: Weighting) -> LogSums:
         Both numbers for each anchor [n], in the contrast's dtype, also under autocast.
 
     Raises:
-        ValueError: For log-weights that are no tensor [anchors, pool].
+        ValueError: For log-weights that are no floating-point tensor [anchors, pool].
+        TypeError: For something else than a Contrast and a Weighting.
+
+    References:
+        van den Oord et al., arXiv 1807.03748, equation 4; Yeh et al., arXiv 2110.06848, equation 6 (decoupled).
 
     Examples:
         >>> contrast = two_views(torch.randn(4, 8), torch.randn(4, 8), temperature=0.5)
         >>> positives, negatives = log_sums(contrast, UnDiMix())
         >>> decoupled = (negatives - positives).mean()
     """
+    if not isinstance(contrast, Contrast):
+        raise TypeError(f"contrast: expected a Contrast, got {type(contrast).__name__}")
+    check_weighting(weighting)
     with full_precision(contrast.pool):
         positives = (contrast.anchors * contrast.positives).sum(dim=1) / contrast.temperature
         rows = slice(0, len(contrast.anchors))
@@ -56,10 +69,22 @@ def log_sums(contrast: Contrast, weighting: Weighting) -> LogSums:
                 f"log-weights of {type(weighting).__name__}: expected shape {list(logits.shape)} "
                 f"(anchors, pool), got {came}"
             )
-        negatives = masked_log_sum_exp(logits + log_weights, contrast.is_negative(rows))
+        if not log_weights.is_floating_point():
+            raise ValueError(
+                f"log-weights of {type(weighting).__name__}: expected floating point, got {log_weights.dtype}"
+            )
+        negatives = masked_log_sum_exp(logits + log_weights.to(logits.dtype), contrast.is_negative(rows))
         none = negatives.isneginf()
         combined = weighting.combine(contrast, positives, negatives.masked_fill(none, 0), contrast.count.clamp(min=1))
+        if not values_are_free(contrast.pool):
+            positives = positives + _not_a_number_if_not_finite(contrast)
         return LogSums(positives, combined.masked_fill(none, -torch.inf))
+
+
+@torch.no_grad()
+def _not_a_number_if_not_finite(contrast: Contrast) -> Tensor:
+    """0, or NaN where any embedding is not finite: an infinite one could else give a finite, wrong loss."""
+    return sum((rows * 0).sum() for rows in (contrast.anchors, contrast.positives, contrast.pool))  # type: ignore[return-value]
 
 
 def info_nce(contrast: Contrast, weighting: Weighting) -> Tensor:

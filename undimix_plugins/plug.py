@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypeVar, cast
 from torch import nn
 
 from undimix_plugins.weightings.undimix import UnDiMix
-from undimix_plugins.weightings.weighting import Uniform, Weighting
+from undimix_plugins.weightings.weighting import Uniform, Weighting, check_weighting
 
 GROUP = "undimix_plugins.adapters"
 
@@ -74,19 +74,24 @@ def _adapter(loss: object) -> EntryPoint:
     )
 
 
-def check_weighting(weighting: object) -> None:
-    """Raises a TypeError unless `weighting` is an instance of `Weighting`."""
-    if not isinstance(weighting, Weighting):
-        came = f"the class {weighting.__name__}" if isinstance(weighting, type) else repr(weighting)
-        raise TypeError(f"weighting: expected an instance of Weighting such as UnDiMix(), got {came}")
-
-
 class WeightedLoss(nn.Module):
     """What the adapters' losses share: a weighting beside the host's settings.
 
     Attributes:
         weighting: How much each negative counts.
         replaces: The host's methods that work out the loss, which the class has its own of.
+
+    Examples:
+        A toolkit's loss gets a subclass of both, here of a loss that takes two views:
+
+        >>> class MyHostLoss(torch.nn.Module):
+        ...     def forward(self, a, b):
+        ...         return info_nce(two_views(a, b, 0.5), Uniform())
+        >>> class MyLoss(WeightedLoss, MyHostLoss):
+        ...     def forward(self, a, b):
+        ...         return info_nce(two_views(a, b, 0.5), self.weighting)
+        >>> reweight(MyHostLoss(), HCL(), {MyHostLoss: MyLoss})
+        MyLoss(weighting=HCL(beta=1.0, tau_plus=0.1))
     """
 
     weighting: Weighting
@@ -119,6 +124,9 @@ def reweight(
 
     Raises:
         TypeError: For a loss that is none of these, or that works out its loss by code of its own.
+
+    Examples:
+        `WeightedLoss` has one.
     """
     if isinstance(loss, WeightedLoss):
         if weighting is None and loss.weighting != Uniform():
@@ -130,6 +138,7 @@ def reweight(
     # Modules, parameters, buffers and hooks stay shared, but each object needs dictionaries of its own.
     tables = set(vars(nn.Module()))
     new.__dict__.update({k: v.copy() if k in tables and hasattr(v, "copy") else v for k, v in vars(loss).items()})
+    new.__dict__["_compiled_call_impl"] = None  # a compiled host's would still call the host
     cast(WeightedLoss, new).weigh(weighting)
     return new
 
@@ -168,7 +177,14 @@ def _blank(ours: type[WeightedLoss], theirs: type[nn.Module]) -> nn.Module:
 
 
 def require(toolkit: str, extra: str) -> None:
-    """Raises an ImportError that says which extra to install, where a toolkit's import package is missing."""
+    """Raises an ImportError that says which extra to install, where a toolkit's import package is missing.
+
+    Examples:
+        >>> require("torch", extra="lightly")
+        >>> require("no_such_toolkit", extra="lightly")
+        Traceback (most recent call last):
+        ImportError: this adapter needs no_such_toolkit, which is not installed: pip install 'undimix-plugins[lightly]'
+    """
     if importlib.util.find_spec(toolkit) is None:
         raise ImportError(
             f"this adapter needs {toolkit}, which is not installed: pip install 'undimix-plugins[{extra}]'"

@@ -80,10 +80,10 @@ class NTXentLoss(WeightedLoss, HostNTXentLoss):
                 or (on the CPU) are not finite; the memory bank is left as it was. On other devices, non-finite
                 projections give a loss of NaN.
         """
-        # In float32: in half precision a row of zeros, or a tiny one, would be divided by 0.
-        out0, out1 = as_full_precision(out0), as_full_precision(out1)
         check_embeddings(out0=out0, out1=out1)
         check_same_length(out0=out0, out1=out1)
+        # In half precision a row of zeros, or a tiny one, would be divided by 0.
+        out0, out1 = as_full_precision(out0), as_full_precision(out1)
         bank = self.memory_bank
         width = bank.bank.shape[-1]
         if bank.size[0] and width != out0.shape[1]:

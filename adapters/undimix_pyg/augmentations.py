@@ -234,8 +234,10 @@ def graphs_of(data: Data | Batch) -> tuple[Tensor, int]:
         device = next((value.device for value in data.to_dict().values() if isinstance(value, Tensor)), None)
         return torch.zeros(data.num_nodes or 0, dtype=torch.long, device=device), 1
     if (data.batch.diff() < 0).any():
-        raise ValueError(f"data.batch: expected graph numbers in ascending order, got {data.batch.tolist()}")
-    return data.batch, int(data.batch[-1]) + 1
+        first = int((data.batch.diff() < 0).nonzero()[0, 0])
+        came = data.batch[first : first + 2].tolist()
+        raise ValueError(f"data.batch: expected graph numbers in ascending order, got {came} at node {first}")
+    return data.batch, int(data.batch[-1]) + 1 if len(data.batch) else 0
 
 
 def edges_of(data: Data) -> Tensor:

@@ -1,8 +1,5 @@
 """How good embeddings of graphs are: the accuracy of a support vector machine on them."""
 
-# mypy: allow-untyped-calls
-# (scikit-learn is not annotated)
-
 from __future__ import annotations
 
 from typing import Any, NamedTuple

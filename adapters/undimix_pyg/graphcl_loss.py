@@ -53,10 +53,9 @@ class GraphCLLoss(WeightedLoss):
             ValueError: For projections that are no matrices, are empty or do not match each other, or (on the CPU) are
                 not finite. On other devices, non-finite projections give a loss of NaN.
         """
-        z1, z2 = as_full_precision(z1), as_full_precision(z2)
         check_embeddings(z1=z1, z2=z2)
         check_same_length(z1=z1, z2=z2)
-        z1, z2 = normalize(z1, dim=1), normalize(z2, dim=1)
+        z1, z2 = (normalize(as_full_precision(z), dim=1) for z in (z1, z2))
         own = torch.arange(len(z1), device=z1.device)
         contrast = Contrast(z1, z2, z2, own[:, None], self.temperature, positives_in_pool=True)
         positives, negatives = log_sums(contrast, self.weighting)

@@ -106,20 +106,21 @@ class MultipleNegativesRankingLoss(WeightedLoss, host.MultipleNegativesRankingLo
                 f"hardness_mode: expected None beside weighting={self.weighting}, got {self.hardness_mode!r}; both "
                 "weight the same negatives. Use hardness_mode=None, or weighting=Uniform() for the host's own"
             )
-        if self._compares_cosines() is None:
-            raise ValueError(
-                f"similarity_fct: expected cos_sim or dot_score of sentence_transformers.util, or a model.similarity "
-                f"that is one of them, got {self.similarity_fct!r}; weights need inner products of embeddings"
-            )
+        self._compares_cosines()
 
-    def _compares_cosines(self) -> bool | None:
-        """Whether similarities are cosines or plain inner products; None for anything else."""
+    def _compares_cosines(self) -> bool:
+        """Whether similarities are cosines or plain inner products; a ValueError for anything else."""
         function: Any = self.similarity_fct
         owner = getattr(function, "__self__", None)
         if isinstance(owner, SentenceTransformer):
             # `model.similarity` is a bound method that looks up the model's similarity function by name.
-            return {"cosine": True, "dot": False}.get(str(owner.similarity_fn_name))
-        return {cos_sim: True, dot_score: False}.get(function)
+            function = {"cosine": cos_sim, "dot": dot_score}.get(str(owner.similarity_fn_name))
+        if function is cos_sim or function is dot_score:
+            return function is cos_sim
+        raise ValueError(
+            "similarity_fct: expected cos_sim or dot_score of sentence_transformers.util, or a model.similarity "
+            f"that is one of them, got {self.similarity_fct!r}; weights need inner products of embeddings"
+        )
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None) -> Tensor:
         """The weighted loss of a batch of embedded columns.
@@ -139,10 +140,10 @@ class MultipleNegativesRankingLoss(WeightedLoss, host.MultipleNegativesRankingLo
             return super().compute_loss_from_embeddings(embeddings, labels)  # type: ignore[arg-type]  # unused there
         if len(embeddings) < 2:
             raise ValueError(f"embeddings: expected at least 2 columns, got {len(embeddings)}")
-        columns = [as_full_precision(column) for column in embeddings]
-        named = {f"embeddings[{column}]": rows for column, rows in enumerate(columns)}
+        named = {f"embeddings[{column}]": rows for column, rows in enumerate(embeddings)}
         check_embeddings(**named)
         check_same_length(**named)
+        columns = [as_full_precision(column) for column in embeddings]
         if self._compares_cosines():
             columns = [normalize_embeddings(column) for column in columns]
 

@@ -57,7 +57,8 @@ class SimCSELoss(WeightedLoss):
     micro-batches of a step, with labels in the batch or without, in a last short step too. Unless told otherwise, the
     Trainer takes a `compute_loss_func` as scaled for accumulation already; the loss sets the Trainer's own switch,
     `loss_is_scaled_for_ga`, to False where it is None. A function of your own around this loss that does scale sets it
-    to True. In-batch negatives come from the micro-batch alone.
+    to True. In-batch negatives come from the micro-batch alone. Without labels in the batch, the Trainer warns at each
+    step that it passes none; nothing is amiss.
 
     *`evaluate()`.* The Trainer works out an evaluation loss only where it finds labels: it reports no `eval_loss` for
     batches without. With `TrainingArguments(label_names=["labels"])` and any "labels" in the batch (they are not
@@ -97,7 +98,7 @@ class SimCSELoss(WeightedLoss):
         Args:
             outputs: The model's outputs for 2n rows: a `ModelOutput`, mapping or tuple.
             labels: Not used.
-            num_items_in_batch: What the Trainer counts where the batch has labels.
+            num_items_in_batch: What the Trainer counts where the batch has labels; not used.
 
         Returns:
             A scalar in the embeddings' dtype (float32 for half precision). 0 for a single sentence.
@@ -106,18 +107,18 @@ class SimCSELoss(WeightedLoss):
             ValueError: For an odd number of rows, outputs without what `pooling` takes, or (on the CPU) embeddings
                 that are not finite. On other devices, these give a loss of NaN.
         """
-        embeddings = as_full_precision(self._pooled(outputs))
+        embeddings = self._pooled(outputs)
         if len(embeddings) % 2:
             raise ValueError(
                 f"outputs: expected two adjacent rows a sentence, as the collator TwoViews makes them, "
                 f"got {len(embeddings)} rows"
             )
         check_embeddings(embeddings=embeddings)
-        embeddings = normalize(embeddings, dim=1)
+        embeddings = normalize(as_full_precision(embeddings), dim=1)
         first, second = embeddings[0::2], embeddings[1::2]
         own = torch.arange(len(first), device=first.device)
         contrast = Contrast(first, second, second, own[:, None], self.temperature, positives_in_pool=True)
-        return info_nce(contrast, self.weighting) / _undone_by_trainer(num_items_in_batch)
+        return info_nce(contrast, self.weighting) / _undone_by_trainer()
 
     def _pooled(self, outputs: Any) -> Tensor:
         name = "last_hidden_state" if self.pooling == "cls" else "pooler_output"
@@ -138,27 +139,28 @@ class SimCSELoss(WeightedLoss):
         return f"temperature={self.temperature}, pooling={self.pooling!r}, {super().extra_repr()}"
 
 
-def _undone_by_trainer(num_items_in_batch: Tensor | int | None) -> int:
-    """Tells the calling Trainer that the loss is a mean per micro-batch; 1 outside of a Trainer.
+def _undone_by_trainer() -> int:
+    """Tells the Trainer that calls, through functions of the user's or not, that the loss is a mean per micro-batch.
 
     Returns:
-        What the Trainer is going to multiply the loss by, as if it were a share of a sum over all processes.
+        What `Trainer.compute_loss` is going to multiply the loss by, as if it were a share of a sum over all processes.
     """
     frame = sys._getframe(1)
-    while frame is not None:
+    while frame.f_back is not None:
+        frame = frame.f_back
         trainer = frame.f_locals.get("self")
-        if isinstance(trainer, Trainer):
-            break
-        frame = frame.f_back  # type: ignore[assignment]
-    else:
-        return 1
-    if trainer.loss_is_scaled_for_ga is None:
-        trainer.loss_is_scaled_for_ga = False
-    if num_items_in_batch is None or not trainer.args.average_tokens_across_devices:
-        return 1
-    if trainer.args.n_gpu > 1:
-        return int(trainer.args.n_gpu)
-    return int(trainer.accelerator.num_processes // trainer.get_tp_size())
+        if not isinstance(trainer, Trainer):
+            continue
+        if trainer.loss_is_scaled_for_ga is None:
+            trainer.loss_is_scaled_for_ga = False
+        if frame.f_code is Trainer.compute_loss.__code__:
+            counted = frame.f_locals["num_items_in_batch"] is not None
+            if not counted or not trainer.args.average_tokens_across_devices:
+                return 1
+            if trainer.args.n_gpu > 1:
+                return int(trainer.args.n_gpu)
+            return int(trainer.accelerator.num_processes // trainer.get_tp_size())
+    return 1
 
 
 def weighted(loss: nn.Module, weighting: Weighting | None) -> nn.Module:

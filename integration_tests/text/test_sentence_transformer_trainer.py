@@ -17,7 +17,7 @@ from torch import nn
 from transformers import set_seed
 
 import undimix_sentence_transformers as ours
-from undimix_plugins import UnDiMix, Uniform, undimix
+from undimix_plugins import Contrast, UnDiMix, Uniform, Weighting, undimix
 
 FORMS = {
     "verb": lambda model: undimix(losses.MultipleNegativesRankingLoss(model)),
@@ -89,6 +89,21 @@ def test_train_save_load_resume(form: str, pairs: Dataset, tmp_path: Path) -> No
     again = make_model()
     resumed = train(again, FORMS[form](again), pairs, tmp_path, resume=True)
     torch.testing.assert_close(torch.tensor(resumed[-3:]), torch.tensor(history[-3:]), rtol=0, atol=1e-5)
+
+
+class Mine(Weighting):
+    def __init__(self, strength: float) -> None:
+        self.strength = strength
+
+    def log_weights(self, contrast: Contrast, rows: slice) -> torch.Tensor:
+        return self.strength * contrast.logits(rows).detach()
+
+
+def test_the_card_names_a_weighting_of_ones_own(pairs: Dataset, tmp_path: Path) -> None:
+    model = make_model()
+    train(model, undimix(losses.MultipleNegativesRankingLoss(model), Mine(strength=0.5)), pairs, tmp_path)
+    model.save_pretrained(str(tmp_path / "saved"))
+    assert "Mine(strength=0.5)" in (tmp_path / "saved" / "README.md").read_text(encoding="utf-8")
 
 
 def test_uniform_trains_as_the_host_does(pairs: Dataset, tmp_path: Path) -> None:

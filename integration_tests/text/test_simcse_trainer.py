@@ -114,15 +114,24 @@ class OwnTrainer(Trainer):
     loss_is_scaled_for_ga = True
 
 
+def direct(loss: SimCSELoss) -> Any:
+    return loss
+
+
+def in_a_function(loss: SimCSELoss) -> Any:
+    return lambda outputs, labels, num_items_in_batch=None: loss(outputs)
+
+
+@pytest.mark.parametrize("form", [direct, in_a_function])
 @pytest.mark.parametrize("labels", [False, True], ids=["label-less", "labels"])
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_gradients_of_accumulation_are_those_of_the_mean(
-    steps: int, labels: bool, sentences: list[Any], tmp_path: Path
+    steps: int, labels: bool, form: Any, sentences: list[Any], tmp_path: Path
 ) -> None:
     """5 micro-batches of 4 rows; windows of `steps`, the last one short. Rows are pairs of sentences, no dropout."""
     data = [{**sentence, "labels": row // 2} if labels else sentence for row, sentence in enumerate(sentences)]
     collator = DataCollatorWithPadding(TOKENIZER)
-    loss = SimCSELoss(weighting=UnDiMix())
+    loss = form(SimCSELoss(weighting=UnDiMix()))
     recorder = Recorder()
     trainer = make_trainer(make_model(0.0).double(), data, tmp_path, loss, collator, gradient_accumulation_steps=steps)
     trainer.add_callback(recorder)

@@ -18,3 +18,13 @@ def test_compiled_is_eager(weighting: Weighting) -> None:
     torch.testing.assert_close(*values, rtol=0, atol=1e-12)
     for one, other in zip(*(torch.autograd.grad(value, views) for value in values), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_a_host_that_was_compiled_is_weighted_all_the_same() -> None:
+    views = torch.randn(16, 8), torch.randn(16, 8)
+    host = NTXentLoss(temperature=0.1)
+    host.compile(backend="eager")
+    weighted = undimix(host)
+    torch.testing.assert_close(weighted(*views), undimix(NTXentLoss(temperature=0.1))(*views))
+    weighted.compile(backend="eager")
+    torch.testing.assert_close(undimix(weighted, HCL())(*views), undimix(NTXentLoss(temperature=0.1), HCL())(*views))

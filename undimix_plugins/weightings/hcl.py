@@ -68,8 +68,8 @@ class HCL(Weighting):
             return negatives
         # log of the share of the negatives' sum that is taken to be positives
         share = math.log(self.tau_plus) + count.log() + positives - negatives
-        left = share < 0
+        left = ~(share >= 0)  # NaN stays NaN
         rest = torch.log(-torch.expm1(share.masked_fill(~left, -1)))
         debiased = negatives + rest - math.log1p(-self.tau_plus)
         least = count.log() - 1 / contrast.temperature
-        return torch.where(left & (debiased > least), debiased, least)
+        return torch.where(left & ~(debiased <= least), debiased, least)

@@ -16,14 +16,16 @@ from undimix_plugins.weightings.weighting import Weighting, mean_one
 
 # A deviation below this many eps of the terms that made a score is rounding: coincident rows must weigh the same.
 ROUNDING = 32
+# Mixed scores beyond this could overflow float32.
+LARGEST = 1e30
 
 
 class Prepared(NamedTuple):
     """What is worked out once for all anchors."""
 
     contrast: Contrast
-    of_anchors: TaskGradients
-    of_pool: TaskGradients
+    of_anchors: TaskGradients | None  # None where the influence does not count
+    of_pool: TaskGradients | None
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,8 @@ class UnDiMix(Weighting):
 
     Raises:
         ValueError: For strengths not finite, all 0 (that is `Uniform()`) or, under linear mixing, negative; `hardness`
-            negative or not finite; an unknown `mixing`, `gradient` or `distance`. In use: `gradient="weight"` with a
-            Contrast that lacks the last layer's inputs.
+            negative, not finite or so large that scores would overflow; an unknown `mixing`, `gradient` or `distance`.
+            In use: `gradient="weight"` with a Contrast that lacks the last layer's inputs.
 
     References:
         Tabassum, Wahed, Eldardiry, Lourentzou: UnReMix: Hard Negative Sampling Strategies for Contrastive
@@ -103,6 +105,12 @@ class UnDiMix(Weighting):
                 "similarity, influence, diversity: expected at least one strength other than 0, got all 0; "
                 "for plain weights use Uniform()"
             )
+        strongest = max(map(abs, strengths.values())) if self.mixing == "geometric" else 1.0
+        if self.hardness * strongest > LARGEST:
+            raise ValueError(
+                f"hardness: expected at most {LARGEST:g} once multiplied by the largest strength, got "
+                f"{self.hardness!r} with similarity={self.similarity!r}, influence={self.influence!r}, diversity={self.diversity!r}"
+            )
 
     @torch.no_grad()
     def prepare(self, contrast: Contrast) -> Prepared:
@@ -112,6 +120,8 @@ class UnDiMix(Weighting):
                 "gradient='weight' needs the last layer's inputs: expected a Contrast with anchor_inputs and "
                 "pool_inputs, got None; without them use gradient='embedding'"
             )
+        if not self.influence:
+            return Prepared(contrast, None, None)
         of_anchors, of_pool = task_gradients(
             contrast.anchors,
             contrast.pool,
@@ -119,7 +129,7 @@ class UnDiMix(Weighting):
             contrast.itself,
             None if contrast.positives_in_pool else contrast.positives,
         )
-        return Prepared(contrast, of_anchors, of_pool.relative_to_largest())
+        return Prepared(contrast, of_anchors, of_pool)
 
     @torch.no_grad()
     def log_weights(self, prepared: Prepared, rows: slice) -> Tensor:
@@ -153,12 +163,18 @@ class UnDiMix(Weighting):
         return anchors @ pool.T, anchors.norm(dim=1, keepdim=True) * longest
 
     def _influence(self, prepared: Prepared, rows: slice, negative: Tensor) -> tuple[Tensor, Tensor]:
-        contrast, of_pool = prepared.contrast, prepared.of_pool
-        # An anchor's own scale multiplies its whole row, which standardising undoes.
-        direction, terms = prepared.of_anchors.direction[rows], prepared.of_anchors.terms[rows, None]
-        scores = direction @ of_pool.direction.T
+        contrast, of_anchors, of_pool = prepared
+        assert of_anchors is not None
+        assert of_pool is not None
+        # Standardising undoes a factor of the whole row: an anchor's own scale, and the largest of its negatives', so
+        # that what counts never leaves the range.
+        direction, terms = of_anchors.direction[rows], of_anchors.terms[rows, None]
+        log_scale = of_pool.log_scale.expand(len(direction), -1).masked_fill(~negative, -torch.inf)
+        largest = log_scale.amax(dim=1, keepdim=True)
+        scale = (log_scale - largest.masked_fill(largest.isneginf(), 0)).exp()
+        scores = direction @ of_pool.direction.T * scale
         length, pool_length = direction.norm(dim=1, keepdim=True), of_pool.direction.norm(dim=1)
-        error = terms * _largest(pool_length, negative) + length * _largest(of_pool.terms, negative)
+        error = terms * _largest(scale * pool_length, negative) + length * _largest(scale * of_pool.terms, negative)
         if self.gradient == "weight":
             assert contrast.anchor_inputs is not None
             assert contrast.pool_inputs is not None
@@ -200,5 +216,5 @@ def standardise(scores: Tensor, error: Tensor, negative: Tensor) -> Tensor:
 
 
 def _largest(values: Tensor, negative: Tensor) -> Tensor:
-    """The largest of the pool's `values` [m], at least 0, among each anchor's negatives: [r, 1]."""
+    """The largest of the pool's `values` [m] or [r, m], at least 0, among each anchor's negatives: [r, 1]."""
     return torch.where(negative, values, torch.zeros_like(values)).amax(dim=1, keepdim=True)

@@ -31,6 +31,11 @@ class Weighting:
 
     citation: ClassVar[str] = ""
 
+    def __repr__(self) -> str:
+        """The class and its settings: what model cards and printed losses say."""
+        settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({settings})"
+
     def prepare(self, contrast: Contrast) -> Any:
         """What `log_weights` needs of the whole contrast, worked out once; by default the contrast itself."""
         return contrast
@@ -75,6 +80,13 @@ class Uniform(Weighting):
     def log_weights(self, prepared: Contrast, rows: slice) -> Tensor:
         """Zeros [r, m]."""
         return torch.zeros_like(prepared.pool[:, :1]).T.expand(len(prepared.anchors[rows]), -1)
+
+
+def check_weighting(weighting: object) -> None:
+    """Raises a TypeError unless `weighting` is an instance of `Weighting`."""
+    if not isinstance(weighting, Weighting):
+        came = f"the class {weighting.__name__}" if isinstance(weighting, type) else repr(weighting)
+        raise TypeError(f"weighting: expected an instance of Weighting such as UnDiMix(), got {came}")
 
 
 def masked_log_sum_exp(scores: Tensor, mask: Tensor) -> Tensor:

@@ -107,9 +107,10 @@ class UnDiMix(Weighting):
             )
         strongest = max(map(abs, strengths.values())) if self.mixing == "geometric" else 1.0
         if self.hardness * strongest > LARGEST:
+            came = ", ".join(f"{name}={strength!r}" for name, strength in strengths.items())
             raise ValueError(
-                f"hardness: expected at most {LARGEST:g} once multiplied by the largest strength, got "
-                f"{self.hardness!r} with similarity={self.similarity!r}, influence={self.influence!r}, diversity={self.diversity!r}"
+                f"hardness: expected at most {LARGEST:g} once multiplied by the largest strength, "
+                f"got {self.hardness!r} with {came}"
             )
 
     @torch.no_grad()

@@ -85,7 +85,7 @@ class Modality:
     def run(self, way: str, seed: int, max_steps: int) -> None:
         limit = {"epochs": 0} if way == "untrained" else {"max_steps": max_steps}
         model, score, seconds = self.train(way == "UnDiMix", seed=seed, progress=False, **limit)
-        self.scores[way].append(100 * float(getattr(score, "accuracy", score)))
+        self.scores[way].append(100 * score)
         self.seconds[way].append(seconds)
         if way == "UnDiMix":
             self.model = model

@@ -9,11 +9,11 @@ The score is the k-NN accuracy of the backbone's features on held-out images.
 
 from __future__ import annotations
 
-import argparse
 import time
 
 import pytorch_lightning as pl
 import torch
+from compare import compare
 from images import DATA, FEATURES, digit_views, images, knn_accuracy, quiet, small_backbone
 from lightly.data import LightlyDataset
 from lightly.data.multi_view_collate import MultiViewCollate
@@ -51,7 +51,7 @@ def train(
     *,
     seed: int = 0,
     data: str = "MNIST",
-    epochs: int = 4,
+    epochs: int = 3,
     max_steps: int = -1,
     progress: bool = True,
 ) -> tuple[SimCLR, float, float]:
@@ -95,19 +95,15 @@ def train(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--data", choices=DATA, default="MNIST", help="CIFAR10 is downloaded")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--max-steps", type=int, default=-1, help="stop after so many steps")
-    options = vars(parser.parse_args())
-
-    _, untrained, _ = train(False, **options | {"epochs": 0})
-    _, plain, plain_seconds = train(False, **options)
-    _, weighted, weighted_seconds = train(True, **options)
-    print(f"k-NN accuracy, untrained: {untrained:.3f}")
-    print(f"k-NN accuracy, NTXentLoss: {plain:.3f} ({plain_seconds:.1f} s)")
-    print(f"k-NN accuracy, undimix(NTXentLoss): {weighted:.3f} ({weighted_seconds:.1f} s)")
+    compare(
+        str(__doc__),
+        train,
+        score="k-NN accuracy",
+        plain="NTXentLoss",
+        weighted="undimix(NTXentLoss)",
+        data=DATA,
+        epochs=3,
+    )
 
 
 if __name__ == "__main__":

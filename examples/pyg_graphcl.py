@@ -9,10 +9,10 @@ no download. The score is the literature's: ten-fold accuracy of a support vecto
 
 from __future__ import annotations
 
-import argparse
 import time
 
 import torch
+from compare import compare
 from graphs import mutag
 from torch_geometric import seed_everything
 from torch_geometric.data import Dataset
@@ -22,8 +22,9 @@ from torch_geometric.nn import GIN
 from tqdm import tqdm
 
 from undimix_plugins import UnDiMix, Uniform
-from undimix_pyg import Evaluation, GraphCL, GraphCLLoss, evaluate_embedding
+from undimix_pyg import GraphCL, GraphCLLoss, evaluate_embedding
 
+DATA = ("MUTAG", "PROTEINS", "ENZYMES", "NCI1", "DD", "PTC_MR", "AIDS", "Mutagenicity")  # those with node features
 HIDDEN = 32
 
 
@@ -47,13 +48,13 @@ def train(
     epochs: int = 20,
     max_steps: int = -1,
     progress: bool = True,
-) -> tuple[GraphCL, Evaluation, float]:
+) -> tuple[GraphCL, float, float]:
     """Trains GraphCL.
 
     Args:
         weighted: Whether the loss is UnDiMix's or plain.
         seed: Of the model, the order of the graphs and their views.
-        data: The name of a TUDataset whose nodes have features.
+        data: The name of a TUDataset whose nodes have features, one of `DATA`.
         epochs: Passes over the graphs; 0 leaves the model untrained.
         max_steps: Where to stop before that; -1 for nowhere.
         progress: Whether to show a progress bar.
@@ -84,23 +85,19 @@ def train(
             optimizer.step()
             steps += 1
     seconds = time.perf_counter() - start
-    return model, evaluate_embedding(embeddings(model, dataset), dataset.y), seconds
+    return model, evaluate_embedding(embeddings(model, dataset), dataset.y).accuracy, seconds
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--data", default="MUTAG", help="a TUDataset; all but MUTAG are downloaded")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--max-steps", type=int, default=-1, help="stop after so many steps")
-    options = vars(parser.parse_args())
-
-    _, untrained, _ = train(False, **options | {"epochs": 0})
-    _, plain, plain_seconds = train(False, **options)
-    _, weighted, weighted_seconds = train(True, **options)
-    print(f"SVM accuracy, untrained: {untrained.accuracy:.3f}")
-    print(f"SVM accuracy, GraphCLLoss with Uniform(): {plain.accuracy:.3f} ({plain_seconds:.1f} s)")
-    print(f"SVM accuracy, GraphCLLoss with UnDiMix(): {weighted.accuracy:.3f} ({weighted_seconds:.1f} s)")
+    compare(
+        str(__doc__),
+        train,
+        score="SVM accuracy",
+        plain="GraphCLLoss with Uniform()",
+        weighted="GraphCLLoss with UnDiMix()",
+        data=DATA,
+        epochs=20,
+    )
 
 
 if __name__ == "__main__":

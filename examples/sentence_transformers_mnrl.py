@@ -9,11 +9,11 @@ of an article are a pair. The score is the correlation of cosines with people's 
 
 from __future__ import annotations
 
-import argparse
 import time
 from tempfile import TemporaryDirectory
 
 import torch
+from compare import compare
 from datasets import Dataset, load_dataset
 from sentence_transformers import (
     SentenceTransformer,
@@ -44,7 +44,6 @@ def train(
     data: str = "lee",
     epochs: float = 0.5,
     max_steps: int = -1,
-    batch_size: int = 32,
     progress: bool = True,
 ) -> tuple[SentenceTransformer, float, float]:
     """Fine-tunes MiniLM.
@@ -55,7 +54,6 @@ def train(
         data: "lee" or "all-nli".
         epochs: Passes over the pairs; 0 leaves the model as it was pretrained.
         max_steps: How many steps to take instead; -1 for the epochs.
-        batch_size: How many pairs a step, the others being a pair's negatives.
         progress: Whether to show the Trainer's progress bar.
 
     Returns:
@@ -74,7 +72,7 @@ def train(
             folder,
             num_train_epochs=epochs,
             max_steps=max_steps,
-            per_device_train_batch_size=batch_size,
+            per_device_train_batch_size=32,
             learning_rate=1e-4,
             batch_sampler="no_duplicates",
             save_strategy="no",
@@ -96,21 +94,15 @@ def train(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--data", choices=DATA, default="lee", help="all-nli is downloaded")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=float, default=0.5)
-    parser.add_argument("--max-steps", type=int, default=-1, help="take so many steps instead")
-    parser.add_argument("--batch-size", type=int, default=32)
-    options = vars(parser.parse_args())
-
-    _, untrained, _ = train(False, **options | {"epochs": 0})
-    _, plain, plain_seconds = train(False, **options)
-    _, weighted, weighted_seconds = train(True, **options)
-    loss = "MultipleNegativesRankingLoss"
-    print(f"correlation with people, pretrained: {untrained:.3f}")
-    print(f"correlation with people, {loss}: {plain:.3f} ({plain_seconds:.1f} s)")
-    print(f"correlation with people, undimix({loss}): {weighted:.3f} ({weighted_seconds:.1f} s)")
+    compare(
+        str(__doc__),
+        train,
+        score="correlation with people",
+        plain="MultipleNegativesRankingLoss",
+        weighted="undimix(MultipleNegativesRankingLoss)",
+        data=DATA,
+        epochs=0.5,
+    )
 
 
 if __name__ == "__main__":

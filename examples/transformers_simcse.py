@@ -9,11 +9,11 @@ download. The score is the correlation of cosines with people's judgments of oth
 
 from __future__ import annotations
 
-import argparse
 import time
 from tempfile import TemporaryDirectory
 
 import torch
+from compare import compare
 from datasets import Dataset, load_dataset
 from texts import MINILM, lee_articles, lee_correlation, quiet
 from torch import Tensor
@@ -49,7 +49,6 @@ def train(
     data: str = "lee",
     epochs: float = 0.3,
     max_steps: int = -1,
-    batch_size: int = 16,
     progress: bool = True,
 ) -> tuple[PreTrainedModel, float, float]:
     """Fine-tunes MiniLM.
@@ -60,7 +59,6 @@ def train(
         data: "lee" or "all-nli".
         epochs: Passes over the texts; 0 leaves the model as it was pretrained.
         max_steps: How many steps to take instead; -1 for the epochs.
-        batch_size: How many texts a step, the others being a text's negatives.
         progress: Whether to show the Trainer's progress bar.
 
     Returns:
@@ -84,7 +82,7 @@ def train(
             folder,
             num_train_epochs=epochs,
             max_steps=max_steps,
-            per_device_train_batch_size=batch_size,
+            per_device_train_batch_size=16,
             learning_rate=1e-4,
             save_strategy="no",
             logging_strategy="no",
@@ -115,20 +113,15 @@ def train(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--data", choices=DATA, default="lee", help="all-nli is downloaded")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=float, default=0.3)
-    parser.add_argument("--max-steps", type=int, default=-1, help="take so many steps instead")
-    parser.add_argument("--batch-size", type=int, default=16)
-    options = vars(parser.parse_args())
-
-    _, untrained, _ = train(False, **options | {"epochs": 0})
-    _, plain, plain_seconds = train(False, **options)
-    _, weighted, weighted_seconds = train(True, **options)
-    print(f"correlation with people, pretrained: {untrained:.3f}")
-    print(f"correlation with people, SimCSELoss with Uniform(): {plain:.3f} ({plain_seconds:.1f} s)")
-    print(f"correlation with people, SimCSELoss with UnDiMix(): {weighted:.3f} ({weighted_seconds:.1f} s)")
+    compare(
+        str(__doc__),
+        train,
+        score="correlation with people",
+        plain="SimCSELoss with Uniform()",
+        weighted="SimCSELoss with UnDiMix()",
+        data=DATA,
+        epochs=0.3,
+    )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from dataclasses import fields
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar, TypeVar, cast
@@ -55,6 +56,10 @@ def undimix(loss: Loss, weighting: Weighting | None = None, **options: Any) -> L
     if weighting is not None and options:
         raise TypeError(f"options: expected none beside a weighting, got {', '.join(options)}")
     if options:
+        known = [field.name for field in fields(UnDiMix)]
+        unknown = ", ".join(name for name in options if name not in known)
+        if unknown:
+            raise TypeError(f"options: expected {', '.join(known)}, got {unknown}")
         weighting = UnDiMix(**options)
     if weighting is not None:
         check_weighting(weighting)
@@ -148,7 +153,11 @@ def _weighted_class(loss: nn.Module, classes: Mapping[type[nn.Module], type[Weig
     supported = ", ".join(sorted({f"{host.__module__.partition('.')[0]}'s {host.__name__}" for host in classes}))
     host = next((base for base in cls.__mro__ if base in classes), None)
     if host is None:
-        raise TypeError(f"loss: {cls.__name__} has no negatives to weight or is not supported; supported: {supported}")
+        wraps = isinstance(getattr(loss, "loss", None), tuple(classes))
+        hint = f". Weight the loss inside it: {cls.__name__}(..., undimix(loss), ...)" if wraps else ""
+        raise TypeError(
+            f"loss: {cls.__name__} has no negatives to weight or is not supported; supported: {supported}{hint}"
+        )
     ours = classes[host]
     for name in ours.replaces:
         if name in vars(loss) or getattr(cls, name) is not getattr(host, name):

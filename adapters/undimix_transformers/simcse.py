@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,10 @@ class TwoViews:
     Args:
         collator: The collator that makes a batch of examples, such as `DataCollatorWithPadding(tokenizer)`.
 
+    Raises:
+        TypeError: For a collator that can't be called.
+        ValueError: For one that is a `TwoViews` already.
+
     Examples:
         >>> from transformers import default_data_collator
         >>> collate = TwoViews(default_data_collator)
@@ -31,6 +36,10 @@ class TwoViews:
     """
 
     def __init__(self, collator: Callable[[list[Any]], Any]) -> None:
+        if not callable(collator):
+            raise TypeError(f"collator: expected a data collator, got {collator!r}")
+        if isinstance(collator, TwoViews):
+            raise ValueError("collator: expected one that gives each example once, got a TwoViews")
         self.collator = collator
 
     def __call__(self, examples: Sequence[Any]) -> Any:
@@ -47,7 +56,8 @@ class SimCSELoss(WeightedLoss):
 
     *Pairs.* Rows 2i and 2i + 1 of a batch are the two views of sentence i, as the collator `TwoViews` makes them, so a
     batch of `per_device_train_batch_size` sentences passes through the model as twice as many rows. An odd number of
-    rows is refused; rows that are paired wrongly cannot be told from right ones.
+    rows is refused. Rows that are paired wrongly cannot be told from right ones, so in a Trainer whose collator is no
+    `TwoViews` the loss warns once of what it takes them for.
 
     *Pooling.* The Trainer passes the model's outputs and no attention mask, so a mean over tokens, which must leave
     padding out, can't be had. "cls" takes the first token of `last_hidden_state` (the first output); "pooler" takes
@@ -153,6 +163,12 @@ def _undone_by_trainer() -> int:
             continue
         if trainer.loss_is_scaled_for_ga is None:
             trainer.loss_is_scaled_for_ga = False
+        if not isinstance(trainer.data_collator, TwoViews):
+            warnings.warn(
+                "SimCSELoss takes rows 2i and 2i + 1 of a batch as two views of one sentence; the Trainer's "
+                "data_collator is no undimix_transformers.TwoViews: make sure that it pairs them so",
+                stacklevel=2,
+            )
         if frame.f_code is Trainer.compute_loss.__code__:
             counted = frame.f_locals["num_items_in_batch"] is not None
             if not counted or not trainer.args.average_tokens_across_devices:

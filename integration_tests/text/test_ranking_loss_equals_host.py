@@ -116,6 +116,10 @@ def test_refused(model: SentenceTransformer) -> None:
         TypeError, match=r"CoSENTLoss .*supported: sentence_transformers's MultipleNegativesRankingLoss"
     ):
         undimix(losses.CoSENTLoss(model))
+    other = SentenceTransformer(modules=[BoW(vocab=["a", "b"])])  # which the wrapper changes
+    wrapper = losses.MatryoshkaLoss(other, losses.MultipleNegativesRankingLoss(other), matryoshka_dims=[2, 1])
+    with pytest.raises(TypeError, match=r"Weight the loss inside it: MatryoshkaLoss\(\.\.\., undimix\(loss\)"):
+        undimix(wrapper)
 
 
 def test_bad_embeddings(model: SentenceTransformer) -> None:

@@ -162,7 +162,8 @@ def test_a_trainer_that_says_its_loss_is_scaled_is_left_so(sentences: list[Any],
         data_collator=DataCollatorWithPadding(TOKENIZER),
         compute_loss_func=SimCSELoss(),
     )
-    trainer.train()
+    with pytest.warns(UserWarning, match="rows 2i and 2i"):  # its collator pairs nothing
+        trainer.train()
     assert trainer.loss_is_scaled_for_ga is True
 
 
@@ -235,5 +236,9 @@ def test_bad_outputs() -> None:
         SimCSELoss(pooling="mean")
     with pytest.raises(ValueError, match="temperature: expected a finite number above 0, got 0"):
         SimCSELoss(temperature=0)
+    with pytest.raises(ValueError, match="collator: expected one that gives each example once"):
+        TwoViews(TwoViews(DataCollatorWithPadding(TOKENIZER)))
+    with pytest.raises(TypeError, match="collator: expected a data collator, got 'x'"):
+        TwoViews("x")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="supported: undimix_transformers's SimCSELoss"):
         undimix(TwoViews(DataCollatorWithPadding(TOKENIZER)))

@@ -409,8 +409,12 @@ def test_what_is_no_graph_in_edge_index(augmentation: Augmentation) -> None:
         augmentation(0.2)(HeteroData())
     with pytest.raises(ValueError, match=r"^data: .* got a sparse adj_t$"):
         augmentation(0.2)(Data(x=torch.eye(3), adj_t=torch.eye(3).to_sparse()))
-    with pytest.raises(ValueError, match=r"^data.batch: expected graph numbers in ascending order, got \[0, 1, 0\]$"):
+    with pytest.raises(
+        ValueError, match=r"^data.batch: expected graph numbers in ascending order, got \[1, 0\] at node 1$"
+    ):
         augmentation(0.2)(Data(x=torch.eye(3), batch=torch.tensor([0, 1, 0])))
+    none = torch.empty(0, dtype=torch.long)
+    assert augmentation(0.2)(Data(x=torch.empty(0, 2), edge_index=none.view(2, 0), batch=none)).num_nodes == 0
 
 
 @pytest.mark.parametrize("augmentation", ALL)

@@ -93,6 +93,20 @@ def test_influence_keeps_its_digits_in_float32(temperature: float, width: int) -
     assert error.median() < 8 * torch.finfo(torch.float32).eps / temperature
 
 
+@pytest.mark.parametrize("temperature", [0.05, 0.1])
+def test_influence_of_triplicates_keeps_its_digits(temperature: float) -> None:
+    """Where a view stands there three times, its label has an exact twin, which adds nothing to the gradient."""
+    views = random_rows(16, 16, seed=0).float()
+    views[1] = views[2] = views[0]
+    exact, rows = views.double(), range(16)
+    delta = torch.stack(
+        [references.precise_gradient(exact[i], exact[[j for j in rows if j != i]], temperature) for i in rows]
+    )
+    expected = (delta @ delta.T)[:3]
+    error = ((influence(views, views, temperature=temperature)[:3] - expected) / expected).abs()
+    assert error.median() < 8 * torch.finfo(torch.float32).eps / temperature
+
+
 @pytest.mark.parametrize("temperature", [0.1, 0.5])
 def test_influence_of_concentrated_embeddings_in_float32(temperature: float) -> None:
     """When training starts all rows are alike: gradients are differences of them, which is where the digits are."""

@@ -33,7 +33,14 @@ from torch.nn.functional import normalize
 from torch_geometric.data import Batch
 from tqdm import tqdm
 
-from undimix_plugins import Contrast, UnDiMix, effective_number, importance_weights, two_views
+from undimix_plugins import (
+    Contrast,
+    UnDiMix,
+    effective_number,
+    importance_weights,
+    in_batch_negatives,
+    two_views,
+)
 
 HEAD = ("modality", "score, %", "untrained", "plain", "UnDiMix", "p", "negatives", "seconds")
 
@@ -54,8 +61,7 @@ def contrast_of_articles(model: Any) -> tuple[Contrast, list[Any]]:
         model.encode(texts, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False).cpu()
         for texts in (anchors, positives)
     )
-    own = torch.arange(len(anchors))[:, None]
-    return Contrast(queries, docs, docs, own, temperature=1 / 10, positives_in_pool=True), anchors
+    return in_batch_negatives(queries, docs, temperature=1 / 10), anchors
 
 
 @torch.no_grad()
@@ -63,8 +69,7 @@ def contrast_of_molecules(model: Any) -> tuple[Contrast, list[Any]]:
     molecules = list(pyg_graphcl.graphs("MUTAG"))[::3]
     torch.manual_seed(0)
     first, second = (normalize(z, dim=1) for z in model.eval()(Batch.from_data_list(molecules)))
-    own = torch.arange(len(first))[:, None]
-    return Contrast(first, second, second, own, temperature=0.2, positives_in_pool=True), molecules
+    return in_batch_negatives(first, second, temperature=0.2), molecules
 
 
 @dataclass

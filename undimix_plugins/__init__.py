@@ -5,7 +5,7 @@ embeddings -> a Contrast -> a Weighting -> log-weights -> weighted log-sum over 
 
 from undimix_plugins.checks import check_embeddings
 from undimix_plugins.components import anchor_similarity, diversity, influence
-from undimix_plugins.contrast import Contrast, as_full_precision, two_views
+from undimix_plugins.contrast import Contrast, as_full_precision, in_batch_negatives, two_views
 from undimix_plugins.loss import LogSums, info_nce, log_sums
 from undimix_plugins.plug import WeightedLoss, require, reweight, undimix
 from undimix_plugins.weightings.hcl import HCL
@@ -32,6 +32,7 @@ __all__ = [
     "diversity",
     "effective_number",
     "importance_weights",
+    "in_batch_negatives",
     "influence",
     "info_nce",
     "log_sums",

@@ -110,6 +110,29 @@ class Contrast:
         return (len(self.pool) - (self.excluded >= 0).sum(dim=1)).to(self.pool.dtype)
 
 
+def in_batch_negatives(anchors: Tensor, positives: Tensor, temperature: float) -> Contrast:
+    """The contrast of every anchor against all positives, those of the others being its negatives.
+
+    Args:
+        anchors: Embeddings [n, d].
+        positives: Each anchor's positive [n, d], the pool of all.
+        temperature: What similarities are divided by, a finite number above 0.
+
+    Returns:
+        A Contrast of n anchors with a pool of n, which holds no anchor.
+
+    Raises:
+        ValueError: As `Contrast` does.
+
+    Examples:
+        >>> contrast = in_batch_negatives(torch.randn(4, 8), torch.randn(4, 8), temperature=0.05)
+        >>> contrast.pool.shape, contrast.count[0].item()
+        (torch.Size([4, 8]), 3.0)
+    """
+    own = torch.arange(len(anchors), device=anchors.device)
+    return Contrast(anchors, positives, positives, own[:, None], temperature, positives_in_pool=True)
+
+
 def two_views(
     first: Tensor,
     second: Tensor,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from undimix_plugins import Contrast, WeightedLoss, Weighting, as_full_precision, log_sums, reweight
+from undimix_plugins import WeightedLoss, Weighting, as_full_precision, in_batch_negatives, log_sums, reweight
 from undimix_plugins.checks import check_embeddings, check_number, check_same_length
 
 
@@ -56,9 +55,7 @@ class GraphCLLoss(WeightedLoss):
         check_embeddings(z1=z1, z2=z2)
         check_same_length(z1=z1, z2=z2)
         z1, z2 = (normalize(as_full_precision(z), dim=1) for z in (z1, z2))
-        own = torch.arange(len(z1), device=z1.device)
-        contrast = Contrast(z1, z2, z2, own[:, None], self.temperature, positives_in_pool=True)
-        positives, negatives = log_sums(contrast, self.weighting)
+        positives, negatives = log_sums(in_batch_negatives(z1, z2, self.temperature), self.weighting)
         return (negatives - positives).masked_fill(negatives.isneginf(), 0).mean()
 
     def extra_repr(self) -> str:

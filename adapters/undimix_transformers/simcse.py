@@ -7,12 +7,11 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import Trainer
 
-from undimix_plugins import Contrast, WeightedLoss, Weighting, as_full_precision, info_nce, reweight
+from undimix_plugins import WeightedLoss, Weighting, as_full_precision, in_batch_negatives, info_nce, reweight
 from undimix_plugins.checks import check_choice, check_embeddings, check_number
 
 
@@ -125,9 +124,7 @@ class SimCSELoss(WeightedLoss):
             )
         check_embeddings(embeddings=embeddings)
         embeddings = normalize(as_full_precision(embeddings), dim=1)
-        first, second = embeddings[0::2], embeddings[1::2]
-        own = torch.arange(len(first), device=first.device)
-        contrast = Contrast(first, second, second, own[:, None], self.temperature, positives_in_pool=True)
+        contrast = in_batch_negatives(embeddings[0::2], embeddings[1::2], self.temperature)
         return info_nce(contrast, self.weighting) / _undone_by_trainer()
 
     def _pooled(self, outputs: Any) -> Tensor:

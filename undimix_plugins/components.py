@@ -163,12 +163,13 @@ def _gradients(
 ) -> TaskGradients:
     """`logits` [rows, candidates] of the shared candidates, -inf for the row itself; `positives` a further one each."""
     # Differences of candidates are all that counts: taken about the mean, they keep their digits when concentrated.
-    m, centre = len(candidates), candidates.mean(dim=0)
-    candidates, key = candidates - centre, _key(candidates)
+    m, centre, longest = len(candidates), candidates.mean(dim=0), candidates.norm(dim=1).amax()
+    candidates, key = candidates - centre, _keys(candidates)
     keys = key.T[:, None]
     if positives is not None:
         logits = torch.cat([logits, (rows * positives).sum(1, keepdim=True) / temperature], dim=1)
-        positives, own_key = positives - centre, _key(positives)
+        own_longest, own_key = positives.norm(dim=1).amax(), _keys(positives)
+        positives = positives - centre
         keys = torch.cat([keys.expand(-1, len(rows), -1), own_key.T[:, :, None]], dim=2)
     top, label = logits.max(dim=1, keepdim=True)
     most_likely, label_key = (shared[label[:, 0].clamp(max=m - 1)] for shared in (candidates, key))
@@ -188,12 +189,9 @@ def _gradients(
     log_scale = second - torch.logaddexp(log_label, second + total.log())
 
     expected = relative[:, :m] @ candidates
-    longest = candidates.square().sum(1).amax().sqrt()
     if positives is not None:
         expected = expected + relative[:, m:] * positives
-        longest = torch.maximum(longest, positives.square().sum(1).amax().sqrt())
-    # The centre's own rounding bounds what the differences can be trusted for.
-    longest = longest + centre.square().sum().sqrt()
+        longest = torch.maximum(longest, own_longest)
     return TaskGradients(
         direction=expected - total * most_likely,
         log_scale=log_scale.masked_fill(total == 0, -torch.inf)[:, 0],
@@ -201,11 +199,15 @@ def _gradients(
     )
 
 
-def _key(rows: Tensor) -> Tensor:
-    """Two numbers [rows, 2] that equal rows share and, but for a freak, no others."""
+def _keys(rows: Tensor) -> Tensor:
+    return torch.stack([equality_key(rows, 0), equality_key(rows, 1)], dim=1)
+
+
+def equality_key(rows: Tensor, number: int) -> Tensor:
+    """A number for each row [rows] that equal rows share; two of them (0 and 1) no others share, but for a freak."""
     place = torch.arange(rows.shape[1], device=rows.device, dtype=rows.dtype)
-    # Sums along each row, not a matrix product, whose rounding depends on where a row stands.
-    return torch.stack([(rows * probe).sum(dim=1) for probe in ((place + 1).sin(), (2.7 * place).cos())], dim=1)
+    # A sum along each row, not a matrix product, whose rounding depends on where a row stands.
+    return (rows * ((place + 1).sin() if number == 0 else (2.7 * place).cos())).sum(dim=1)
 
 
 def diversity(pool: Tensor, excluded: Tensor, *, distance: str = "cosine") -> Tensor:
@@ -252,25 +254,25 @@ def _mean_distances(pool: Tensor, excluded: Tensor, distance: str) -> Tensor:
         # About their mean, rows keep their digits when concentrated: <z_j, sum> = <x_j, sum> + <mean, sum>, and the
         # last is the same for every j. A row's own distance to itself, which is left out, is 1 less its squared length.
         mean = unit.mean(dim=0)
-        total = unit.sum(dim=0) - _sum_of_rows(unit, excluded)
+        total = unit.sum(dim=0) - sum_of_rows(unit, excluded)
         own = unit.square().sum(dim=1)
         mean_distance = (others - total @ mean[:, None]) / others - (total @ (unit - mean).T - own) / others
     else:
-        # The differences are formed, never |a|^2 + |b|^2 - 2ab, which is noise for near-duplicates.
         blocks = torch.split(pool, EUCLIDEAN_BLOCK)
-        mean_distance = torch.cat([_euclidean(block, pool).sum(dim=1) for block in blocks])
+        mean_distance = torch.cat([euclidean_distances(block, pool).sum(dim=1) for block in blocks])
         mean_distance = mean_distance.expand(len(excluded), len(pool))
         for column in excluded.T:
-            to_excluded = _euclidean(pool[column.clamp(min=0)], pool)
+            to_excluded = euclidean_distances(pool[column.clamp(min=0)], pool)
             mean_distance = mean_distance - to_excluded.masked_fill(column[:, None] < 0, 0)
         mean_distance = mean_distance / others
     return torch.where(count > 1, mean_distance, torch.zeros_like(mean_distance))
 
 
-def _sum_of_rows(rows: Tensor, columns: Tensor) -> Tensor:
+def sum_of_rows(rows: Tensor, columns: Tensor) -> Tensor:
     """The sum of `rows[columns]` per row of `columns`; -1 picks nothing (a row of zeros put last)."""
     return torch.cat([rows, torch.zeros_like(rows[:1])])[columns].sum(dim=1)
 
 
-def _euclidean(left: Tensor, right: Tensor) -> Tensor:
+def euclidean_distances(left: Tensor, right: Tensor) -> Tensor:
+    """Distances [l, r], each formed from differences: `|a|^2 + |b|^2 - 2ab` is noise for near-duplicates."""
     return torch.cdist(left, right, compute_mode="donot_use_mm_for_euclid_dist")

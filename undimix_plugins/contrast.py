@@ -69,13 +69,16 @@ class Contrast:
         excluded = torch.empty(n, 0, dtype=torch.long, device=device)
         if self.excluded is not None:
             check_columns("excluded", self.excluded, shape=(n, None), pool=self.pool)
-            excluded = self.excluded.long()
+            excluded = distinct(self.excluded.long())
+        itself = None
         if self.itself is not None:
             check_columns("itself", self.itself, shape=(n,), pool=self.pool)
-            excluded = torch.cat([excluded, self.itself.long()[:, None]], dim=1)
+            itself = self.itself.long()[:, None]
         elif one_batch:
-            excluded = torch.cat([excluded, torch.arange(n, device=device)[:, None]], dim=1)
-        self._set("excluded", distinct(excluded))
+            itself = torch.arange(n, device=device)[:, None]
+        if itself is not None:
+            excluded = torch.cat([excluded.masked_fill(excluded == itself, -1), itself], dim=1)
+        self._set("excluded", excluded)
 
         pool = as_full_precision(self.pool)
         self._set("anchors", pool if one_batch else as_full_precision(self.anchors))
@@ -102,6 +105,11 @@ class Contrast:
         columns = torch.where(excluded < 0, m, excluded)
         marks = torch.ones(len(columns), m + 1, dtype=torch.bool, device=columns.device)
         return marks.scatter(1, columns, False)[:, :m]
+
+    @property
+    def is_own_pool(self) -> bool:
+        """Whether the anchors are the pool, anchor i its row i."""
+        return self.anchors is self.pool and self.itself is None
 
     @property
     def count(self) -> Tensor:
@@ -200,6 +208,8 @@ def full_precision(like: Tensor) -> torch.autocast:
 
 def distinct(columns: Tensor) -> Tensor:
     """A column that stands twice in a row is kept once, so that rows can be summed over `excluded`."""
+    if columns.shape[1] < 2:
+        return columns
     ordered = columns.sort(dim=1).values
     repeated = torch.zeros_like(ordered, dtype=torch.bool)
     repeated[:, 1:] = ordered[:, 1:] == ordered[:, :-1]

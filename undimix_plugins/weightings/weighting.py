@@ -89,6 +89,19 @@ def check_weighting(weighting: object) -> None:
         raise TypeError(f"weighting: expected an instance of Weighting such as UnDiMix(), got {came}")
 
 
+def checked(weighting: Weighting, log_weights: object, logits: Tensor) -> Tensor:
+    """The log-weights of a block in its logits' dtype; a ValueError unless they are floats of its shape."""
+    if not isinstance(log_weights, Tensor) or log_weights.shape != logits.shape:
+        came = list(log_weights.shape) if isinstance(log_weights, Tensor) else type(log_weights).__name__
+        raise ValueError(
+            f"log-weights of {type(weighting).__name__}: expected shape {list(logits.shape)} "
+            f"(anchors, pool), got {came}"
+        )
+    if not log_weights.is_floating_point():
+        raise ValueError(f"log-weights of {type(weighting).__name__}: expected floating point, got {log_weights.dtype}")
+    return log_weights.to(logits.dtype)
+
+
 def masked_log_sum_exp(scores: Tensor, mask: Tensor) -> Tensor:
     """The log of the sum of exponentials over the columns that `mask` marks; -inf, with gradient 0, for none.
 

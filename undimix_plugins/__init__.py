@@ -6,7 +6,7 @@ embeddings -> a Contrast -> a Weighting -> log-weights -> weighted log-sum over 
 from undimix_plugins.checks import check_embeddings
 from undimix_plugins.components import anchor_similarity, diversity, influence
 from undimix_plugins.contrast import Contrast, as_full_precision, in_batch_negatives, two_views
-from undimix_plugins.loss import LogSums, info_nce, log_sums
+from undimix_plugins.loss import LogSums, decoupled, info_nce, log_sums, weighted_log_sum
 from undimix_plugins.plug import WeightedLoss, require, reweight, undimix
 from undimix_plugins.weightings.hcl import HCL
 from undimix_plugins.weightings.undimix import UnDiMix
@@ -29,6 +29,7 @@ __all__ = [
     "anchor_similarity",
     "as_full_precision",
     "check_embeddings",
+    "decoupled",
     "diversity",
     "effective_number",
     "importance_weights",
@@ -41,4 +42,5 @@ __all__ = [
     "reweight",
     "two_views",
     "undimix",
+    "weighted_log_sum",
 ]

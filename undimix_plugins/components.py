@@ -5,6 +5,7 @@ Plain functions on tensors, in closed form. The rows are used as they stand: pas
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from undimix_plugins.checks import (
 )
 from undimix_plugins.contrast import distinct, full_precision
 
-EUCLIDEAN_BLOCK = 1024  # pool rows whose distances to the whole pool are held at once
+ROWS_AT_ONCE = 1024  # whose logits or distances to all are held
 
 
 def anchor_similarity(anchors: Tensor, pool: Tensor) -> Tensor:
@@ -141,17 +142,32 @@ def task_gradients(
     positives: Tensor | None,
 ) -> tuple[TaskGradients, TaskGradients]:
     """The gradients of the anchors' tasks and of the pool's; arguments as `influence` has them."""
-    logits = anchors @ pool.T / temperature
     self_contrast = itself is None and anchors is pool
     columns = torch.arange(len(pool), device=pool.device)
     if self_contrast:
         itself = columns
-    if itself is not None:
-        logits = logits.masked_fill(columns == itself[:, None], -torch.inf)
-    of_anchors = _gradients(logits, pool, positives, anchors, temperature)
-    if self_contrast and positives is None:  # a row's task is the same on either side
-        return of_anchors, of_anchors
-    return of_anchors, _gradients(logits.T, anchors, None, pool, temperature)
+
+    def of_anchors(rows: slice) -> TaskGradients:
+        logits = anchors[rows] @ pool.T / temperature
+        if itself is not None:
+            logits = logits.masked_fill(columns == itself[rows, None], -torch.inf)
+        own = None if positives is None else positives[rows]
+        return _gradients(logits, pool, own, anchors[rows], temperature)
+
+    def of_pool(rows: slice) -> TaskGradients:
+        logits = pool[rows] @ anchors.T / temperature
+        if itself is not None:
+            logits = logits.masked_fill(columns[rows, None] == itself, -torch.inf)
+        return _gradients(logits, anchors, None, pool[rows], temperature)
+
+    first = _by_block(of_anchors, len(anchors))
+    # A row's task is the same on either side of one batch with itself.
+    return first, first if self_contrast and positives is None else _by_block(of_pool, len(pool))
+
+
+def _by_block(of_rows: Callable[[slice], TaskGradients], count: int) -> TaskGradients:
+    blocks = [of_rows(slice(start, start + ROWS_AT_ONCE)) for start in range(0, count, ROWS_AT_ONCE)]
+    return TaskGradients(*(torch.cat(part) for part in zip(*blocks, strict=True)))
 
 
 def _gradients(
@@ -258,7 +274,7 @@ def _mean_distances(pool: Tensor, excluded: Tensor, distance: str) -> Tensor:
         own = unit.square().sum(dim=1)
         mean_distance = (others - total @ mean[:, None]) / others - (total @ (unit - mean).T - own) / others
     else:
-        blocks = torch.split(pool, EUCLIDEAN_BLOCK)
+        blocks = torch.split(pool, ROWS_AT_ONCE)
         mean_distance = torch.cat([euclidean_distances(block, pool).sum(dim=1) for block in blocks])
         mean_distance = mean_distance.expand(len(excluded), len(pool))
         for column in excluded.T:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from undimix_plugins import tiled
 from undimix_plugins.checks import values_are_free
 from undimix_plugins.contrast import Contrast, full_precision
-from undimix_plugins.weightings.weighting import Weighting, check_weighting, masked_log_sum_exp
+from undimix_plugins.weightings.weighting import Weighting, check_weighting, checked, masked_log_sum_exp
 
 
 class LogSums(NamedTuple):
@@ -55,30 +57,78 @@ def log_sums(contrast: Contrast, weighting: Weighting) -> LogSums:
         >>> positives, negatives = log_sums(contrast, UnDiMix())
         >>> decoupled = (negatives - positives).mean()
     """
-    if not isinstance(contrast, Contrast):
-        raise TypeError(f"contrast: expected a Contrast, got {type(contrast).__name__}")
-    check_weighting(weighting)
+    _check(contrast, weighting)
     with full_precision(contrast.pool):
         positives = (contrast.anchors * contrast.positives).sum(dim=1) / contrast.temperature
-        rows = slice(0, len(contrast.anchors))
-        logits = contrast.logits(rows)
-        log_weights = weighting.log_weights(weighting.prepare(contrast), rows)
-        if not isinstance(log_weights, Tensor) or log_weights.shape != logits.shape:
-            came = list(log_weights.shape) if isinstance(log_weights, Tensor) else type(log_weights).__name__
-            raise ValueError(
-                f"log-weights of {type(weighting).__name__}: expected shape {list(logits.shape)} "
-                f"(anchors, pool), got {came}"
-            )
-        if not log_weights.is_floating_point():
-            raise ValueError(
-                f"log-weights of {type(weighting).__name__}: expected floating point, got {log_weights.dtype}"
-            )
-        negatives = masked_log_sum_exp(logits + log_weights.to(logits.dtype), contrast.is_negative(rows))
+        negatives = _negatives(contrast, weighting)
         none = negatives.isneginf()
         combined = weighting.combine(contrast, positives, negatives.masked_fill(none, 0), contrast.count.clamp(min=1))
         if not values_are_free(contrast.pool):
             positives = positives + _not_a_number_if_not_finite(contrast)
         return LogSums(positives, combined.masked_fill(none, -torch.inf))
+
+
+def weighted_log_sum(contrast: Contrast, weighting: Weighting, prepared: Any, rows: slice) -> Tensor:
+    """The plain reference of the whole computation, with gradient, which the fast path equals.
+
+        neg_i = log sum over j in N_i of exp(log w_ij + <a_i, v_j> / t)
+
+    Args:
+        contrast: What is compared.
+        weighting: How much each negative counts.
+        prepared: What `weighting.prepare(contrast)` returned.
+        rows: A block of r anchors.
+
+    Returns:
+        [r], -inf for an anchor without negatives.
+
+    Raises:
+        ValueError: For log-weights that are no floating-point tensor [anchors, pool].
+
+    Examples:
+        >>> contrast, weighting = two_views(torch.randn(4, 8), torch.randn(4, 8), 0.5), UnDiMix()
+        >>> weighted_log_sum(contrast, weighting, weighting.prepare(contrast), slice(0, 3)).shape
+        torch.Size([3])
+    """
+    logits = contrast.logits(rows)
+    log_weights = checked(weighting, weighting.log_weights(prepared, rows), logits)
+    return masked_log_sum_exp(logits + log_weights, contrast.is_negative(rows))
+
+
+def _negatives(contrast: Contrast, weighting: Weighting) -> Tensor:
+    """`weighted_log_sum` of all anchors, by the way that suits."""
+    every = slice(0, len(contrast.anchors))
+    if torch.compiler.is_compiling():  # the compiler does its own tiling
+        return weighted_log_sum(contrast, weighting, weighting.prepare(contrast), every)
+    prepared = tiled.prepare(contrast, weighting)
+    if not tiled.weights_carry_gradient(contrast, weighting, prepared):
+        return tiled.negative_log_sums(contrast, weighting, prepared)
+    if tiled.fits(contrast):
+        return weighted_log_sum(contrast, weighting, prepared, every)
+    by_block = [
+        checkpoint(weighted_log_sum, contrast, weighting, prepared, rows, use_reentrant=False, preserve_rng_state=False)
+        for rows in tiled.blocks_of(contrast)
+    ]
+    return torch.cat(by_block)
+
+
+def _mean(contrast: Contrast, weighting: Weighting, loss: tiled.Margin) -> Tensor:
+    """The mean over the anchors of a loss of `neg - pos`."""
+    _check(contrast, weighting)
+    if not torch.compiler.is_compiling() and type(weighting).combine is Weighting.combine:
+        with full_precision(contrast.pool):
+            prepared = tiled.prepare(contrast, weighting)
+            if not tiled.weights_carry_gradient(contrast, weighting, prepared):
+                mean = tiled.mean_loss(contrast, weighting, prepared, loss)
+                return mean if values_are_free(mean) else mean + _not_a_number_if_not_finite(contrast)
+    positives, negatives = log_sums(contrast, weighting)
+    return loss(negatives - positives)[0].mean()
+
+
+def _check(contrast: Contrast, weighting: Weighting) -> None:
+    if not isinstance(contrast, Contrast):
+        raise TypeError(f"contrast: expected a Contrast, got {type(contrast).__name__}")
+    check_weighting(weighting)
 
 
 @torch.no_grad()
@@ -113,5 +163,39 @@ def info_nce(contrast: Contrast, weighting: Weighting) -> Tensor:
         >>> contrast = two_views(torch.randn(8, 16), torch.randn(8, 16), temperature=0.5)
         >>> loss = info_nce(contrast, UnDiMix())
     """
-    positives, negatives = log_sums(contrast, weighting)
-    return torch.logaddexp(negatives - positives, torch.zeros_like(positives)).mean()
+    return _mean(contrast, weighting, _softplus)
+
+
+def decoupled(contrast: Contrast, weighting: Weighting) -> Tensor:
+    """The weighted decoupled loss, whose denominator leaves the positive out, averaged over the anchors.
+
+        loss_i = -log( exp(s_i+ / t) / sum over j of w_ij exp(s_ij / t) )
+
+    An anchor without negatives adds 0. Else as `info_nce`.
+
+    Args:
+        contrast: What is compared.
+        weighting: How much each negative counts; `Uniform()` gives the plain loss.
+
+    Returns:
+        A scalar, in the embeddings' dtype (float32 for half precision, also under autocast).
+
+    Raises:
+        ValueError: As `info_nce` does.
+
+    References:
+        Yeh et al.: Decoupled Contrastive Learning, arXiv 2110.06848, equation 6.
+
+    Examples:
+        >>> loss = decoupled(two_views(torch.randn(8, 16), torch.randn(8, 16), temperature=0.5), UnDiMix())
+    """
+    return _mean(contrast, weighting, _identity)
+
+
+def _softplus(margin: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.logaddexp(margin, torch.zeros_like(margin)), margin.sigmoid()
+
+
+def _identity(margin: Tensor) -> tuple[Tensor, Tensor]:
+    none = margin.isneginf()
+    return margin.masked_fill(none, 0), (~none).to(margin.dtype)

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from undimix_plugins.checks import values_are_free
 from undimix_plugins.components import TaskGradients, equality_key, euclidean_distances, sum_of_rows
@@ -29,15 +29,16 @@ from undimix_plugins.weightings.weighting import Uniform, Weighting, checked
 
 LOG2E = 1 / math.log(2)
 KEPT_BYTES = 2**29  # up to which a contrast's logits and numerators are kept
-BLOCK_BYTES = 2**22  # of a block of kept scores, so few that a cache holds them
+BLOCK_BYTES = 2**21  # of a block of kept scores, so few that a cache holds them
 LONE_BLOCK_BYTES = 2**25  # of a block that is worked out whenever it is needed: more, for the products' sake
 TILE = 512  # rows and columns of what is mirrored at once
 LEAST_ROWS = 64  # of a block
 PADDING = 16  # between rows: a power of two apart, all entries of a column would share a few lines of the cache
-MOST_LOOKED_UP = 4  # excluded columns whose products are looked up, not worked out again
 
-# (rows, their logits, out) writes scores; returns what is still to be added to a row's, or None.
-Scorer = Callable[[slice, Tensor, Tensor], Tensor | None]
+# (rows, their logits, out) writes the scores of a block of anchors [r, m], logits and log-weights, to `out`.
+Scorer = Callable[[slice, Tensor, Tensor], None]
+# A loss as a function of `log(negatives) - log(positive)` [r], and its derivative.
+Margin = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def fits(contrast: Contrast) -> bool:
@@ -51,7 +52,38 @@ def blocks(count: int, row_bytes: int, kept: bool) -> list[slice]:
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
-class Columns(NamedTuple):
+def blocks_of(contrast: Contrast) -> list[slice]:
+    """The blocks of anchors in which their scores are worked out."""
+    return blocks(len(contrast.anchors), len(contrast.pool) * contrast.pool.element_size(), fits(contrast))
+
+
+def prepare(contrast: Contrast, weighting: Weighting) -> Any:
+    """What `log_weights` needs; nothing for those that this file works out itself."""
+    return None if type(weighting) in (Uniform, UnDiMix) else weighting.prepare(contrast)
+
+
+def weights_carry_gradient(contrast: Contrast, weighting: Weighting, prepared: Any) -> bool:
+    """Whether a loss has to follow the log-weights' own gradient."""
+    wanted = torch.is_grad_enabled() and (contrast.anchors.requires_grad or contrast.pool.requires_grad)
+    if not wanted or type(weighting) in (Uniform, UnDiMix):
+        return False
+    log_weights = weighting.log_weights(prepared, slice(0, 1))
+    return isinstance(log_weights, Tensor) and log_weights.requires_grad
+
+
+def negative_log_sums(contrast: Contrast, weighting: Weighting, prepared: Any) -> Tensor:
+    """The log of the weighted sum of each anchor's negatives [n], -inf for none; the weights carry no gradient."""
+    return NegativeLogSums.apply(contrast.anchors, contrast.pool, contrast, weighting, prepared)  # type: ignore[no-any-return]
+
+
+def mean_loss(contrast: Contrast, weighting: Weighting, prepared: Any, loss: Margin) -> Tensor:
+    """The mean of `loss` over the anchors; the weights carry no gradient, and backward twice is an error."""
+    rows = contrast.anchors, contrast.positives, contrast.pool
+    return MeanLoss.apply(*rows, contrast, weighting, prepared, loss)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Columns:
     """The excluded columns of each anchor, so padded that they can be written to without a look at any of them."""
 
     index: Tensor  # [n, k]
@@ -144,7 +176,7 @@ class Logits:
         self.factor = LOG2E / contrast.temperature
         self.scaled = self.anchors * self.factor
         if kept is not None:
-            self._products(kept)
+            inner_products(self.scaled, self.pool, kept, symmetric=self.anchors is self.pool)
 
     def block(self, rows: slice, out: Tensor) -> Tensor:
         """The logits of a block of anchors [r, m]: kept ones, to be read only, or written to `out`."""
@@ -158,15 +190,16 @@ class Logits:
             return self.kept[:, rows].clone().T
         return self.pool[rows] @ self.scaled.T
 
-    def _products(self, out: Tensor) -> None:
-        count = len(self.anchors)
-        if self.anchors is not self.pool or count <= TILE:
-            torch.mm(self.scaled, self.pool.T, out=out)
-            return
-        for rows, columns in tile_pairs(count):
-            torch.mm(self.scaled[rows], self.pool[columns].T, out=out[rows, columns])
-            if rows != columns:
-                out[columns, rows] = out[rows, columns].T
+
+def inner_products(left: Tensor, right: Tensor, out: Tensor, *, symmetric: bool) -> None:
+    """`left @ right.T`; of a symmetric one, half is worked out and mirrored."""
+    if not symmetric or len(left) <= TILE:
+        torch.mm(left, right.T, out=out)
+        return
+    for rows, columns in tile_pairs(len(left)):
+        torch.mm(left[rows], right[columns].T, out=out[rows, columns])
+        if rows != columns:
+            out[columns, rows] = out[rows, columns].T
 
 
 def tile_pairs(count: int) -> Iterator[tuple[slice, slice]]:
@@ -182,7 +215,7 @@ def largest(scores: Tensor) -> tuple[Tensor, Tensor]:
         top, column = scores.max(dim=1)
         return top, column
     whole = width - width % chunk
-    by_chunk = scores[:, :whole].unflatten(1, (-1, chunk)).amax(dim=2)
+    by_chunk = scores[:, :whole].unflatten(1, (-1, chunk)).amax(dim=2)  # type: ignore[no-untyped-call]
     if whole < width:
         by_chunk = torch.cat([by_chunk, scores[:, whole:].amax(dim=1, keepdim=True)], dim=1)
     top, place = by_chunk.max(dim=1)
@@ -212,70 +245,106 @@ def groups(rows: Tensor) -> Tensor | None:
         return None
     second = equality_key(rows, 1)[order]
     new |= second[1:] != second[:-1]
+    if values_are_free(rows) and bool(new.all()):
+        return None
     return torch.zeros_like(order).scatter(0, order, torch.cat([new.new_zeros(1), new]).cumsum(0))
 
 
-def task_gradients(
-    logits: Tensor, candidates: Candidates, rows: slice, further: Tensor | None = None
-) -> TaskGradients:
-    """As `components._gradients`, of a block of tasks from their logits [r, candidates], which are written over.
+class Tasks(NamedTuple):
+    """What a block of pseudo-labelling tasks leaves of its logits, in units of log 2; each [r] but the first."""
 
-    `further` [r] are the logits of `candidates.further[rows]`.
-    """
-    top, label = largest(logits)
-    label_rows = candidates.rows[label]
-    if further is not None:
-        assert candidates.further is not None
-        outside = further > top
-        top = torch.where(outside, further, top)
-        label = torch.where(outside, -1, label)
-        label_rows = torch.where(outside[:, None], candidates.further[rows], label_rows)
-        further = further.masked_fill(outside, -torch.inf)
-    log_label = finite(top)
-    if candidates.group is not None:
-        # What is the label over again adds v_y - v_y; beside it, rounding would leave nothing of the other terms.
-        group = candidates.group[label.clamp(min=0)]
+    expected: Tensor  # [r, d], the candidates but the label by their probabilities relative to the likeliest of them
+    total: Tensor  # of those probabilities
+    second: Tensor  # the logit of that likeliest
+    log_label: Tensor  # the logit of the label, or of its copies together
+    label: Tensor  # its place among the candidates, -1 for the task's further one
+
+    @staticmethod
+    def of(
+        logits: Tensor, candidates: Candidates, rows: slice, further: Tensor | None = None, out: Tensor | None = None
+    ) -> Tasks:
+        """From the tasks' logits [r, candidates], which are written over unless there is an `out` to write to."""
+        top, label = largest(logits)
+        log_label = finite(top)
         if further is not None:
-            assert candidates.further_group is not None
-            group = torch.where(outside, candidates.further_group[rows], group)
-        same = candidates.group == group[:, None]
-        total = (logits - log_label[:, None]).exp2().masked_fill(~same, 0).sum(dim=1)
+            outside = further > top
+            log_label = torch.where(outside, further, log_label)
+            label = label.masked_fill(outside, -1)
+            further = further.masked_fill(outside, -torch.inf)
+        if candidates.group is not None:
+            # What is the label over again adds v_y - v_y; beside it, rounding would leave nothing of the other terms.
+            group = candidates.group[label]
+            if further is not None:
+                assert candidates.further_group is not None
+                group = torch.where(outside, candidates.further_group[rows], group)
+            same = candidates.group == group[:, None]
+            copies = (logits - log_label[:, None]).exp2().masked_fill(~same, 0).sum(dim=1)
+            if further is not None:
+                assert candidates.further_group is not None
+                same_further = (candidates.further_group[rows] == group) & ~outside
+                copies = copies + outside + (further - log_label).exp2().masked_fill(~same_further, 0)
+                further = further.masked_fill(same_further, -torch.inf)
+            log_label = log_label + copies.log2()
+            logits = logits.masked_fill(same, -torch.inf)
+        elif further is None:
+            logits.scatter_(1, label[:, None], -torch.inf)
+        else:
+            write_one(logits, label, -torch.inf)
+        # Probabilities relative to the second likeliest: 1 - p_label is never formed, so that nothing cancels.
+        second = logits.amax(dim=1)
+        second = finite(second if further is None else torch.maximum(second, further))
+        relative = torch.sub(logits, second[:, None], out=logits if out is None else out).exp2_()
+        if out is not None:
+            logits.scatter_(1, label[:, None], top[:, None])
+        total = relative.sum(dim=1)
+        expected = relative @ candidates.rows
         if further is not None:
-            assert candidates.further_group is not None
-            same_further = (candidates.further_group[rows] == group) & ~outside
-            total = total + outside + (further - log_label).exp2().masked_fill(~same_further, 0)
-            further = further.masked_fill(same_further, -torch.inf)
-        log_label = log_label + total.log2()
-        logits.masked_fill_(same, -torch.inf)
-    elif further is None:
-        logits.scatter_(1, label[:, None], -torch.inf)
-    else:
-        write_one(logits, label, -torch.inf)
-    # Probabilities relative to the second likeliest: 1 - p_label is never formed, so that nothing cancels.
-    second = logits.amax(dim=1)
-    second = finite(second if further is None else torch.maximum(second, further))
-    relative = logits.sub_(second[:, None]).exp2_()
-    total = relative.sum(dim=1)
-    direction = relative @ candidates.rows
-    if further is not None:
-        assert candidates.further is not None
-        further = (further - second).exp2()
-        total = total + further
-        direction.addcmul_(candidates.further[rows], further[:, None])
-    log_scale = (second - torch.logaddexp2(log_label, second + total.log2())) / LOG2E
-    return TaskGradients(
-        direction.addcmul_(label_rows, total[:, None], value=-1),
-        log_scale.masked_fill(total == 0, -torch.inf),
-        total * candidates.longest,
-    )
+            assert candidates.further is not None
+            further = (further - second).exp2()
+            total = total + further
+            expected.addcmul_(candidates.further[rows], further[:, None])
+        return Tasks(expected, total, second, log_label, label)
+
+    @staticmethod
+    def gradients(parts: list[Tasks], candidates: Candidates) -> TaskGradients:
+        """As `components._gradients`, of all blocks of tasks."""
+        expected, total, second, log_label, label = (
+            parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+        )
+        label_rows = candidates.rows[label]
+        if candidates.further is not None:
+            label_rows = torch.where(label[:, None] < 0, candidates.further, label_rows)
+        log_scale = (second - torch.logaddexp2(log_label, second + total.log2())) / LOG2E
+        return TaskGradients(
+            expected.addcmul_(label_rows, total[:, None], value=-1),
+            log_scale.masked_fill(total == 0, -torch.inf),
+            total * candidates.longest,
+        )
 
 
 def all_task_gradients(logits: Logits, longest: Tensor) -> tuple[TaskGradients, TaskGradients]:
     """The gradients of the anchors' tasks and of the pool's; `longest` is the length of the longest in the pool."""
     contrast, anchors, pool = logits.contrast, logits.anchors, logits.pool
-    itself = contrast.itself
-    further = None
-    candidates = Candidates(pool, longest)
+    if contrast.is_own_pool and contrast.positives_in_pool:  # a row's task is the same on either side
+        candidates, parts = Candidates(pool, longest), []
+        diagonal = None
+        if logits.kept is not None:
+            # Kept logits are not copied; what is written into them, into the label's column too, is taken back.
+            diagonal = logits.kept.diagonal()
+            own = diagonal.clone()
+            diagonal.fill_(-torch.inf)
+        for rows in logits.blocks:
+            scratch = logits.scratch[0][: rows.stop - rows.start]
+            block = logits.block(rows, scratch)
+            if diagonal is None:
+                block.diagonal(rows.start).fill_(-torch.inf)
+            parts.append(Tasks.of(block, candidates, rows, out=None if diagonal is None else scratch))
+        if diagonal is not None:
+            diagonal.copy_(own)
+        of_anchors = Tasks.gradients(parts, candidates)
+        return of_anchors, of_anchors
+    itself = torch.arange(len(pool), device=pool.device) if contrast.is_own_pool else contrast.itself
+    further, candidates = None, Candidates(pool, longest)
     if not contrast.positives_in_pool:
         positives = contrast.positives.detach()
         further = (logits.scaled * positives).sum(dim=1)
@@ -285,188 +354,183 @@ def all_task_gradients(logits: Logits, longest: Tensor) -> tuple[TaskGradients, 
         scratch = logits.scratch[0][: rows.stop - rows.start]
         block = logits.block(rows, scratch)
         block = block if block is scratch else scratch.copy_(block)
-        if contrast.is_own_pool:
-            block.diagonal(rows.start).fill_(-torch.inf)
-        elif itself is not None:
+        if itself is not None:
             write_one(block, itself[rows], -torch.inf)
-        parts.append(task_gradients(block, candidates, rows, None if further is None else further[rows]))
-    of_anchors = joined(parts)
-    if contrast.is_own_pool and further is None:  # a row's task is the same on either side
-        return of_anchors, of_anchors
+        parts.append(Tasks.of(block, candidates, rows, None if further is None else further[rows]))
+    of_anchors = Tasks.gradients(parts, candidates)
     candidates, parts = Candidates(anchors, anchors.norm(dim=1).max()), []
     for rows in blocks(len(pool), len(anchors) * pool.element_size(), logits.kept is not None):
         block = logits.transposed(rows)
-        if contrast.is_own_pool:
-            block.diagonal(rows.start).fill_(-torch.inf)
-        elif itself is not None:
+        if itself is not None:
             here = (itself >= rows.start) & (itself < rows.stop)
             write_one(block.T, (itself - rows.start).masked_fill(~here, -1), -torch.inf)
-        parts.append(task_gradients(block, candidates, rows))
-    return of_anchors, joined(parts)
-
-
-def joined(parts: list[TaskGradients]) -> TaskGradients:
-    """Blocks of gradients as one."""
-    return parts[0] if len(parts) == 1 else TaskGradients(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        parts.append(Tasks.of(block, candidates, rows))
+    return of_anchors, Tasks.gradients(parts, candidates)
 
 
 class UnDiMixScores:
     """The scores of a block of anchors under `UnDiMix`: logits and log-weights, in units of log 2."""
 
-    def __init__(self, weighting: UnDiMix, logits: Logits, columns: Columns) -> None:
+    def __init__(self, weighting: UnDiMix, logits: Logits, columns: Columns, out: Tensor | None) -> None:
+        weighting.check(logits.contrast)
         self.weighting, self.logits, self.columns = weighting, logits, columns
         self.count = logits.contrast.count[:, None].clamp(min=1)
-        self.root = self.count.sqrt()
+        self.weight_total = self.count.clone()
         self.lengths = logits.pool.norm(dim=1)
-        self.parts: list[tuple[float, Callable[[slice, Tensor, Tensor], Tensor]]] = []
-        # What bounds the terms that are summed in a score of the pool's: the largest of its negatives is an anchor's.
-        sizes = [self.lengths]
-        if weighting.similarity:
-            self.parts.append((weighting.similarity, self.similarity))
+        # Of one batch with itself, products of gradients are symmetric too, and wait where scores will be written.
+        self.products = out if logits.contrast.is_own_pool and logits.contrast.positives_in_pool else None
+        scores = {
+            self.influence: weighting.influence,
+            self.similarity: weighting.similarity,
+            self.diversity: weighting.diversity,
+        }
+        self.scores = [score for score, strength in scores.items() if strength]
+        self.strengths = [strength for strength in scores.values() if strength]
+        # What bounds the terms summed in a score, per column of the pool: the largest of its negatives is an anchor's.
+        bounds = [self.lengths]
         if weighting.influence:
-            self.parts.append((weighting.influence, self.influence))
-            self._prepare_influence(sizes)
+            bounds += self._prepare_influence()
         if weighting.diversity:
-            self.parts.append((weighting.diversity, self.diversity))
             self._prepare_diversity()
-        self.largest = columns.largest_of_negatives(torch.stack(sizes))[:, :, None]
-        self._bound_rounding()
+        self._bound_rounding(columns.largest_of_negatives(torch.stack(bounds))[:, :, None])
 
-    def __call__(self, rows: slice, logits: Tensor, out: Tensor) -> Tensor | None:
-        factor, root = LOG2E * self.weighting.hardness, self.root[rows]
+    def __call__(self, rows: slice, logits: Tensor, out: Tensor) -> None:
+        """Writes scores [r, m] to `out`, but for what the mean of their weights [r] is above 1."""
+        blocks = [out, *(scratch[: rows.stop - rows.start] for scratch in self.logits.scratch)][: len(self.scores)]
+        lengths = torch.stack([score(rows, logits, block) for score, block in zip(self.scores, blocks, strict=True)])
+        scales = torch.where(lengths > self.rounding[:, rows], self.factor[:, rows] / lengths, 0)
         if self.weighting.mixing == "geometric":
-            for place, (strength, score) in enumerate(self.parts):
-                block = out if place == 0 else self._scratch(rows, 1)
-                scale = score(rows, logits, block) * (root * (factor * strength))
-                out.mul_(scale) if place == 0 else out.addcmul_(block, scale)
-            log_mean = self._exponentials(out, rows, self._scratch(rows, 1))
-            out.add_(logits)
-            return -log_mean
-        out.zero_()
-        total = sum(strength for strength, _ in self.parts)
-        block = self._scratch(rows, 1)
-        for strength, score in self.parts:
-            block.mul_(score(rows, logits, block) * (root * factor))
-            log_mean = self._exponentials(block, rows, block)
-            out.addcmul_(block, (-log_mean).exp2()[:, None], value=strength / total)
-        out.log2_().add_(logits)
-        return None
-
-    def _scratch(self, rows: slice, number: int) -> Tensor:
-        return self.logits.scratch[number][: rows.stop - rows.start]
+            out.mul_(scales[0])
+            for block, scale in zip(blocks[1:], scales[1:], strict=True):
+                out.addcmul_(block, scale)
+            self.weight_total[rows] = self._exponentials(out, rows, self.logits.scratch[0][: len(out)])
+        else:
+            for block, scale, strength in zip(blocks, scales, self.strengths, strict=True):
+                total = self._exponentials(block.mul_(scale), rows, block)
+                share = torch.where(total > 0, self.count[rows] / total, 0) * (strength / sum(self.strengths))
+                out.mul_(share) if block is out else out.addcmul_(block, share)
+            out.log2_()
+        out.add_(logits)
 
     def _exponentials(self, scores: Tensor, rows: slice, out: Tensor) -> Tensor:
-        """Takes each row's largest from `scores` and writes their powers of 2 to `out`; the log of their mean [r]."""
+        """Takes each row's largest from `scores` and writes their powers of 2 to `out`; their sum [r, 1]."""
         self.columns.write(scores, rows, -torch.inf)
         scores.sub_(finite(scores.amax(dim=1, keepdim=True)))
-        total = torch.exp2(scores, out=out).sum(dim=1)
-        return (total / self.count[rows, 0]).masked_fill(total == 0, 1).log2()
+        return torch.exp2(scores, out=out).sum(dim=1, keepdim=True)
 
-    # Each writes a block of scores, centred on the row's negatives, and returns one over their length [r, 1].
+    def log_mean(self, rows: slice) -> Tensor:
+        """The log of the mean weight [r, 1] that the scores are still to be relieved of."""
+        total = self.weight_total[rows]
+        return (total / self.count[rows]).masked_fill(total == 0, 1).log2()
+
+    # Each writes a block of scores, centred on the row's negatives, and returns their length [r, 1].
 
     def similarity(self, rows: slice, logits: Tensor, out: Tensor) -> Tensor:
-        return self._centre(logits, out, rows, self.similarity_rounding[rows])
+        total = logits.sum(dim=1, keepdim=True) - self.columns.total(logits, rows)
+        torch.sub(logits, total / self.count[rows], out=out)
+        self.columns.write(out, rows, 0)
+        return row_lengths(out)
 
     def influence(self, rows: slice, logits: Tensor, out: Tensor) -> Tensor:
-        torch.mm(self.of_anchors.direction[rows], self.scaled_of_pool.T, out=out)
-        rounding = self.influence_rounding[rows]
+        if self.products is None:
+            torch.mm(self.of_anchors.direction[rows], self.scaled_of_pool.T, out=out)
+        else:
+            torch.mul(self.products[rows], self.scale_of_pool, out=out)
         if self.far is not None:
-            rounding = self._far(rows, out, rounding)
-        if self.weighting.gradient == "weight":
-            contrast, inputs = self.logits.contrast, self._scratch(rows, 2)
-            assert contrast.anchor_inputs is not None
+            self._far(rows, out)
+        contrast = self.logits.contrast
+        if self.weighting.gradient == "weight" and contrast.anchor_inputs is not None:
             assert contrast.pool_inputs is not None
-            out.mul_(torch.mm(contrast.anchor_inputs[rows].detach(), contrast.pool_inputs.detach().T, out=inputs))
-        return self._centre(out, out, rows, rounding)
+            out.mul_(contrast.anchor_inputs[rows].detach() @ contrast.pool_inputs.detach().T)
+        return self._centre(out, rows)
 
     def diversity(self, rows: slice, logits: Tensor, out: Tensor) -> Tensor:
-        other = self._scratch(rows, 2)
+        excluded, pool, kept = self.logits.contrast.excluded, self.logits.pool, self.logits.kept
+        assert excluded is not None
         if self.weighting.distance == "euclidean":
-            pool = self.logits.pool
             out.copy_(self.rest.expand_as(out))
-            for column in self.excluded[rows].T:
+            for column in excluded[rows].T:
                 to_excluded = euclidean_distances(pool[column.clamp(min=0)], pool)
                 out.sub_(to_excluded.masked_fill_(column[:, None] < 0, 0))
-        elif self.others is None:
+        elif not self.looks_up or kept is None:
             torch.sub(self.rest, torch.mm(self.total[rows], self.centred.T, out=out), out=out)
         else:
-            kept = self.logits.kept
-            assert kept is not None
-            torch.mul(logits, self.to_cosine[rows], out=out)
-            for place in range(self.others.shape[1]):
-                torch.index_select(kept, 0, self.others[rows, place], out=other)
-                out.addcmul_(other, self.others_to_cosine[rows, place, None])
-            out.mul_(self.to_cosine.T).add_(self.rest)
-        return self._centre(out, out, rows, self.diversity_rounding[rows])
+            half = len(pool) // 2
+            start = (rows.start + half) % len(pool)
+            stop = start + rows.stop - rows.start
+            whole = stop <= len(pool)
+            other = kept[start:stop] if whole else torch.cat([kept[start:], kept[: stop - len(pool)]])
+            torch.add(logits, other, out=out).add_(self.rest)
+        return self._centre(out, rows)
 
-    def _centre(self, scores: Tensor, out: Tensor, rows: slice, rounding: Tensor) -> Tensor:
-        total = scores.sum(dim=1, keepdim=True) - self.columns.total(scores, rows)
-        torch.sub(scores, total / self.count[rows], out=out)
-        self.columns.write(out, rows, 0)
-        length = torch.linalg.vector_norm(out, dim=1, keepdim=True)
-        return torch.where(length > rounding, 1 / length, 0)
+    def _centre(self, scores: Tensor, rows: slice) -> Tensor:
+        self.columns.write(scores, rows, 0)
+        scores.sub_(scores.sum(dim=1, keepdim=True) / self.count[rows])
+        self.columns.write(scores, rows, 0)
+        return row_lengths(scores)
 
-    def _bound_rounding(self) -> None:
-        eps = ROUNDING * torch.finfo(self.lengths.dtype).eps * self.root
-        contrast, longest = self.logits.contrast, self.largest[0]
-        self.similarity_rounding = eps * self.logits.scaled.norm(dim=1, keepdim=True) * longest
-        if self.weighting.influence:
+    def _bound_rounding(self, largest: Tensor) -> None:
+        """From the largest bounds among each anchor's negatives: the length up to which scores are rounding."""
+        weighting, contrast, logits = self.weighting, self.logits.contrast, self.logits
+        root = self.count.sqrt()
+        self.eps = ROUNDING * torch.finfo(root.dtype).eps * root
+        terms = {self.similarity: logits.scaled.norm(dim=1, keepdim=True) * largest[0]}
+        if weighting.influence:
             of_anchors = self.of_anchors
-            terms, length = of_anchors.terms[:, None], of_anchors.direction.norm(dim=1, keepdim=True)
-            self.influence_rounding = eps * (terms * self.largest[1] + length * self.largest[2])
-            if self.weighting.gradient == "weight":
-                assert contrast.anchor_inputs is not None
-                self.input_lengths = contrast.anchor_inputs.detach().norm(dim=1, keepdim=True) * self.largest[4]
-                self.influence_rounding *= self.input_lengths
+            length = of_anchors.direction.norm(dim=1, keepdim=True)
+            terms[self.influence] = of_anchors.terms[:, None] * largest[1] + length * largest[2]
+            if weighting.gradient == "weight" and contrast.anchor_inputs is not None:
+                self.input_bound = contrast.anchor_inputs.detach().norm(dim=1, keepdim=True) * largest[4]
+                terms[self.influence] = terms[self.influence] * self.input_bound
             # Beside a huge gradient that is no negative of an anchor's, its own negatives' would all be 0.
-            tiny = torch.finfo(eps.dtype).tiny
-            far = (self.largest[3] - self.largest_scale)[:, 0] < math.log(tiny) / 4.4
+            far = (largest[3] - self.largest_scale)[:, 0] < math.log(torch.finfo(root.dtype).tiny) / 4.4
             self.far = far if not values_are_free(far) or bool(far.any()) else None
-        if self.weighting.diversity:
-            others = (self.count - 1).clamp(min=1)
-            if self.weighting.distance == "euclidean":
-                self.diversity_rounding = eps * others * longest
-            else:
-                self.diversity_rounding = eps * others * (1 if self.others is None else self.logits.factor)
+        if weighting.diversity:
+            scale = largest[0] if weighting.distance == "euclidean" else logits.factor if self.looks_up else 1
+            terms[self.diversity] = (self.count - 1).clamp(min=1) * scale
+        self.rounding = torch.stack([terms[score] for score in self.scores]) * self.eps
+        strengths = self.strengths if weighting.mixing == "geometric" else [1.0] * len(self.strengths)
+        self.factor = torch.stack([root * (LOG2E * weighting.hardness * strength) for strength in strengths])
 
-    def _prepare_influence(self, sizes: list[Tensor]) -> None:
-        contrast = self.logits.contrast
-        self.of_anchors, of_pool = all_task_gradients(self.logits, self.lengths.max())
-        self.of_pool, self.largest_scale = of_pool, finite(of_pool.log_scale.max())
-        scale = (of_pool.log_scale - self.largest_scale).exp()
-        self.scaled_of_pool = of_pool.direction * scale[:, None]
-        sizes += [self.scaled_of_pool.norm(dim=1), scale * of_pool.terms, of_pool.log_scale]
-        if self.weighting.gradient == "weight":
-            assert contrast.pool_inputs is not None
-            sizes.append(contrast.pool_inputs.detach().norm(dim=1))
+    def _prepare_influence(self) -> list[Tensor]:
+        self.of_anchors, self.of_pool = all_task_gradients(self.logits, self.lengths.max())
+        direction, log_scale, terms = self.of_pool
+        self.largest_scale = finite(log_scale.max())
+        self.scale_of_pool = (log_scale - self.largest_scale).exp()
+        self.scaled_of_pool = direction * self.scale_of_pool[:, None]
+        if self.products is not None:
+            inner_products(direction, direction, self.products, symmetric=True)
+        bounds = [self.scaled_of_pool.norm(dim=1), self.scale_of_pool * terms, log_scale]
+        inputs = self.logits.contrast.pool_inputs
+        return (
+            [*bounds, inputs.detach().norm(dim=1)]
+            if self.weighting.gradient == "weight" and inputs is not None
+            else bounds
+        )
 
-    def _far(self, rows: slice, out: Tensor, rounding: Tensor) -> Tensor:
-        """Writes the influence of anchors whose own scale is far below the largest; returns all anchors' rounding."""
+    def _far(self, rows: slice, out: Tensor) -> None:
+        """Writes the influence for anchors whose negatives' gradients are all far below the largest in the pool."""
         assert self.far is not None
         far = self.far[rows]
         place = far.nonzero()[:, 0] if values_are_free(far) else torch.arange(len(far), device=far.device)
         anchors = place + rows.start
-        of_pool, direction = self.of_pool, self.of_anchors.direction[anchors]
-        scale = self.of_pool.log_scale.expand(len(place), -1).clone()
-        Columns(self.columns.index[anchors], self.columns.once[anchors], self.columns.padded).write(
-            scale, slice(0, len(place)), -torch.inf
-        )
+        direction, log_scale, terms = self.of_pool
+        scale = log_scale.expand(len(place), -1).clone()
+        columns = Columns(self.columns.index[anchors], self.columns.once[anchors], self.columns.padded)
+        columns.write(scale, slice(0, len(place)), -torch.inf)
         scale = (scale - finite(scale.amax(dim=1, keepdim=True))).exp()
-        out[place] = direction @ of_pool.direction.T * scale
-        largest_length = (scale * of_pool.direction.norm(dim=1)).amax(dim=1, keepdim=True)
-        largest_terms = (scale * of_pool.terms).amax(dim=1, keepdim=True)
-        bound = self.of_anchors.terms[anchors, None] * largest_length
-        bound += direction.norm(dim=1, keepdim=True) * largest_terms
+        of_anchors = self.of_anchors.direction[anchors]
+        out[place] = of_anchors @ direction.T * scale
+        bound = self.of_anchors.terms[anchors, None] * (scale * direction.norm(dim=1)).amax(dim=1, keepdim=True)
+        bound += of_anchors.norm(dim=1, keepdim=True) * (scale * terms).amax(dim=1, keepdim=True)
         if self.weighting.gradient == "weight":
-            bound *= self.input_lengths[anchors]
-        return rounding.index_copy(
-            0, place, ROUNDING * torch.finfo(bound.dtype).eps * self.root[anchors] * bound
-        )
+            bound *= self.input_bound[anchors]
+        self.rounding[self.scores.index(self.influence), anchors] = self.eps[anchors] * bound
 
     def _prepare_diversity(self) -> None:
         contrast, pool, lengths = self.logits.contrast, self.logits.pool, self.lengths
         assert contrast.excluded is not None
-        self.excluded, self.others = contrast.excluded, None
+        self.looks_up = False
         if self.weighting.distance == "euclidean":
             rows = blocks(len(pool), len(pool) * pool.element_size(), True)
             self.rest = torch.cat([euclidean_distances(pool[block], pool).sum(dim=1) for block in rows])
@@ -474,24 +538,41 @@ class UnDiMixScores:
         unit = pool / lengths.masked_fill(lengths == 0, 1)[:, None]
         total, own = unit.sum(dim=0), unit.square().sum(dim=1)
         self.centred = unit - total / len(unit)
-        # From <sum of the anchor's negatives, v_j>: where its products are at hand, less those of the excluded.
-        if self.logits.kept is not None and contrast.is_own_pool and self.excluded.shape[1] <= MOST_LOOKED_UP:
+        # From <sum of the anchor's negatives, v_j>; for two views of rows of length 1, less the two excluded logits.
+        self.looks_up = self.logits.kept is not None and is_two_views(contrast) and of_length_one(lengths)
+        if self.looks_up:
             self.rest = (own - self.centred @ total) * self.logits.factor
-            self.to_cosine = (1 / lengths).masked_fill(lengths == 0, 0)[:, None]
-            others = self.excluded[:, :-1]  # the last is the anchor itself
-            self.others = others.clamp(min=0)
-            self.others_to_cosine = self.to_cosine[self.others, 0].masked_fill(others < 0, 0)
         else:
             self.rest = own
-            self.total = total - sum_of_rows(unit, self.excluded)
+            self.total = total - sum_of_rows(unit, contrast.excluded)
 
 
-def scorer_of(weighting: Weighting, prepared: Any, logits: Logits, columns: Columns) -> Scorer:
+def row_lengths(rows: Tensor) -> Tensor:
+    """The length of each row [r, 1]."""
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return lengths
+
+
+def is_two_views(contrast: Contrast) -> bool:
+    """Whether a look is free and shows a batch of two views, each other's positives half the batch apart."""
+    excluded, n = contrast.excluded, len(contrast.pool)
+    assert excluded is not None
+    if not contrast.is_own_pool or excluded.shape[1] != 2 or n % 2 or not values_are_free(excluded):
+        return False
+    return torch.equal(excluded[:, 0], excluded[:, 1].roll(n // 2))
+
+
+def of_length_one(lengths: Tensor) -> bool:
+    """Whether all lengths are 1 but for rounding."""
+    return bool(((lengths - 1).abs() <= ROUNDING * torch.finfo(lengths.dtype).eps).all())
+
+
+def scorer_of(weighting: Weighting, prepared: Any, logits: Logits, columns: Columns, out: Tensor | None) -> Scorer:
     """What writes a weighting's scores: lean ones for our own weightings, else what `log_weights` says."""
     if type(weighting) is Uniform:
         return lambda rows, block, out: None
     if type(weighting) is UnDiMix:
-        return UnDiMixScores(weighting, logits, columns)
+        return UnDiMixScores(weighting, logits, columns, out)
 
     def add_log_weights(rows: slice, block: Tensor, out: Tensor) -> None:
         torch.add(block, checked(weighting, weighting.log_weights(prepared, rows), block), alpha=LOG2E, out=out)
@@ -506,82 +587,146 @@ class Numerators:
         """`out` [n, m] takes all numerators; with None, each block's are in the memory of the last one's."""
         assert contrast.excluded is not None
         n, m = len(contrast.anchors), len(contrast.pool)
-        rows = blocks(n, m * contrast.pool.element_size(), out is not None)
-        scratch = [work.block(rows[0].stop, m) for _ in range(3 if type(weighting) is UnDiMix else 1)]
-        kept = out
-        if out is not None and type(weighting) is UnDiMix:
-            kept = work.block(n, m)
+        rows = blocks_of(contrast)
+        lean = type(weighting) is UnDiMix
+        scratch = [work.block(rows[0].stop, m) for _ in range(3 if lean and out is None else 2 if lean else 1)]
+        kept = work.block(n, m) if lean and out is not None else out
         self.columns = Columns.of(contrast.excluded)
         self.logits = Logits(contrast, kept, rows, scratch)
-        self.scorer = scorer_of(weighting, prepared, self.logits, self.columns)
+        self.scorer = scorer_of(weighting, prepared, self.logits, self.columns, out)
         self.out = out if out is not None else work.block(rows[0].stop, m)
+        self.top = contrast.pool.new_empty(n, 1)
+        self.total = contrast.pool.new_empty(n, 1)
 
-    def block(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Numerators [r, m] of a block of anchors; the log of their weighted sum and their own sum, each [r]."""
-        count = rows.stop - rows.start
-        out = self.out[rows] if self.logits.kept is not None else self.out[:count]
-        logits = self.logits.block(rows, self.logits.scratch[0][:count])
-        constant = self.scorer(rows, logits, out)
+    def block(self, rows: slice) -> Tensor:
+        """Numerators [r, m] of a block of anchors."""
+        out = self.out[rows] if self.logits.kept is not None else self.out[: rows.stop - rows.start]
+        lean = isinstance(self.scorer, UnDiMixScores)
+        logits = self.logits.block(rows, self.logits.scratch[-1][: len(out)] if lean else out)
+        self.scorer(rows, logits, out)
         self.columns.write(out, rows, -torch.inf)
         top = finite(out.amax(dim=1, keepdim=True))
-        total = out.sub_(top).exp2_().sum(dim=1)
-        log_sum = total.log2() + top[:, 0]
-        return out, (log_sum if constant is None else log_sum + constant) / LOG2E, total
+        self.top[rows] = top
+        self.total[rows] = out.sub_(top).exp2_().sum(dim=1, keepdim=True)
+        return out
+
+    def log_sums(self, rows: slice) -> Tensor:
+        """The log of the weighted sum of the negatives of anchors whose blocks are done: [r]."""
+        log_sum = self.total[rows].log2() + self.top[rows]
+        if isinstance(self.scorer, UnDiMixScores):
+            log_sum -= self.scorer.log_mean(rows)
+        return log_sum[:, 0] / LOG2E
 
     @staticmethod
-    def workspace(contrast: Contrast, weighting: Weighting, *, whole: int) -> Workspace:
-        """Memory for `whole` square blocks and the scratch."""
-        n, m = len(contrast.anchors), len(contrast.pool)
-        rows = blocks(n, m * contrast.pool.element_size(), whole > 0)
-        return Workspace(contrast.pool, (whole * n + 4 * rows[0].stop) * (m + PADDING))
+    def workspace(contrast: Contrast, weighting: Weighting) -> Workspace:
+        """Memory for what is kept and the scratch."""
+        kept = 2 * len(contrast.anchors) if fits(contrast) else 0
+        return Workspace(contrast.pool, (kept + 4 * blocks_of(contrast)[0].stop) * (len(contrast.pool) + PADDING))
+
+
+def plain_log_sums(contrast: Contrast, out: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Numerators above the diagonal, by tiles in `out`, their sums [n, 1] and the log-sums [n], for equal weights.
+
+    Of two views the numerators are symmetric while all are relative to the same bound; None where that is too high.
+    """
+    pool = contrast.pool.detach()
+    scaled = pool * (LOG2E / contrast.temperature)
+    bound = (scaled * pool).sum(dim=1).max()
+    total = torch.zeros_like(pool[:, :1])
+    for rows, columns in tile_pairs(len(pool)):
+        tile = torch.mm(scaled[rows], pool[columns].T, out=out[rows, columns])
+        tile.sub_(bound).exp2_()
+        for place in (0, len(pool) // 2, -(len(pool) // 2)):
+            offset = rows.start + place - columns.start
+            if -len(tile) < offset < tile.shape[1]:
+                tile.diagonal(offset).zero_()
+        total[rows] += tile.sum(dim=1, keepdim=True)
+        if rows != columns:
+            total[columns] += tile.sum(dim=0)[:, None]
+    if not float(total.min()) > torch.finfo(total.dtype).tiny * 2**26:
+        return None
+    return total, (total[:, 0].log2() + bound) / LOG2E
 
 
 def gradients(
-    numerators: Tensor, share: Tensor, anchors: Tensor, pool: Tensor, needed: tuple[bool, bool]
+    numerators: Tensor,
+    share: Tensor,
+    anchors: Tensor,
+    pool: Tensor,
+    needed: tuple[bool, bool],
+    *,
+    symmetric: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Those of `sum over i, j of share_i * numerators_ij * <a_i, v_j>`, the numerators held fixed."""
+    """Those of `sum over i, j of share_i * numerators_ij * <a_i, v_j>`, the numerators held fixed.
+
+    Symmetric numerators are given on and above the diagonal alone.
+    """
     if anchors is not pool:
         of_anchors = (numerators @ pool).mul_(share) if needed[0] else None
         return of_anchors, numerators.T @ (anchors * share) if needed[1] else None
     # Of one batch with itself, both at once: a product with the symmetric part, tile by tile.
     result, buffer = torch.zeros_like(pool), pool.new_empty(TILE, TILE + PADDING)
     for i, j in tile_pairs(len(pool)):
-        tile = torch.mul(numerators[i, j], share[i], out=buffer[: i.stop - i.start, : j.stop - j.start])
-        tile.addcmul_(numerators[j, i].T, share[j].T)
+        tile = buffer[: i.stop - i.start, : j.stop - j.start]
+        if symmetric:
+            torch.add(share[i], share[j].T, out=tile).mul_(numerators[i, j])
+        else:
+            torch.mul(numerators[i, j], share[i], out=tile).addcmul_(numerators[j, i].T, share[j].T)
         result[i].addmm_(tile, pool[j])
         if i != j:
             result[j].addmm_(tile.T, pool[i])
     return None, result
 
 
+def add_gradients(
+    numerators: Tensor, share: Tensor, anchors: Tensor, pool: Tensor, rows: slice, sums: list[Tensor | None]
+) -> None:
+    """Adds those of a block of anchors to the sums for anchors and pool, as `gradients` has them."""
+    of_anchors, of_pool = sums
+    if of_anchors is not None:
+        of_anchors[rows] += (numerators @ pool).mul_(share)
+    if of_pool is not None:
+        of_pool.addmm_(numerators.T, anchors[rows] * share)
+
+
 class NegativeLogSums(torch.autograd.Function):
-    """The log of the weighted sum of each anchor's negatives [n]; numerators are kept for backward."""
+    """The log of the weighted sum of each anchor's negatives [n]; numerators that do not fit are made twice."""
 
     @staticmethod
     def forward(
         ctx: Any, anchors: Tensor, pool: Tensor, contrast: Contrast, weighting: Weighting, prepared: Any
     ) -> Tensor:
-        numerators = pool.new_empty(len(anchors), len(pool) + PADDING)[:, : len(pool)]
-        with Numerators.workspace(contrast, weighting, whole=1) as memory:
+        numerators = None
+        if fits(contrast):
+            numerators = pool.new_empty(len(anchors), len(pool) + PADDING)[:, : len(pool)]
+        with Numerators.workspace(contrast, weighting) as memory:
             work = Numerators(contrast, weighting, prepared, numerators, memory)
-            _, sums, totals = zip(*map(work.block, work.logits.blocks), strict=True)
-        ctx.save_for_backward(anchors, pool, numerators, torch.cat(totals))
-        ctx.temperature = contrast.temperature
-        ctx.of_itself = contrast.anchors is contrast.pool
-        return torch.cat(sums)
+            for rows in work.logits.blocks:
+                work.block(rows)
+        ctx.save_for_backward(anchors, pool, numerators, work.total)
+        ctx.of_what = contrast, weighting, prepared
+        return work.log_sums(slice(0, len(anchors)))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        anchors, pool, numerators, totals = ctx.saved_tensors
-        share = (grad / (totals * ctx.temperature)).masked_fill(totals == 0, 0)[:, None]
-        anchors = pool if ctx.of_itself else anchors
+        anchors, pool, numerators, total = ctx.saved_tensors
+        contrast, weighting, prepared = ctx.of_what
+        share = torch.where(total > 0, grad[:, None] / (total * contrast.temperature), 0)
+        if contrast.anchors is contrast.pool:
+            anchors = pool
+        needed = ctx.needs_input_grad[:2]
         with full_precision(pool):
-            return *gradients(numerators, share, anchors, pool, ctx.needs_input_grad[:2]), None, None, None
-
-
-# A loss as a function of `log(negatives) - log(positive)`, and its derivative.
-Margin = Callable[[Tensor], tuple[Tensor, Tensor]]
+            if numerators is not None:
+                return *gradients(numerators, share, anchors, pool, needed), None, None, None
+            sums = [
+                torch.zeros_like(rows) if wanted else None for rows, wanted in zip((anchors, pool), needed, strict=True)
+            ]
+            with Numerators.workspace(contrast, weighting) as memory:
+                work = Numerators(contrast, weighting, prepared, None, memory)
+                for rows in work.logits.blocks:
+                    add_gradients(work.block(rows), share[rows], anchors, pool, rows, sums)
+        return *sums, None, None, None
 
 
 class MeanLoss(torch.autograd.Function):
@@ -598,43 +743,52 @@ class MeanLoss(torch.autograd.Function):
         prepared: Any,
         loss: Margin,
     ) -> Tensor:
-        needed, of_itself = ctx.needs_input_grad[:3], contrast.anchors is contrast.pool
-        anchors = pool if of_itself else anchors
-        n, whole = len(anchors), fits(contrast)
-        of_anchors = torch.empty_like(anchors) if needed[0] and not of_itself else None
-        of_pool = torch.zeros_like(pool) if needed[2] else None
+        needed = ctx.needs_input_grad[:3]
+        pool, of_itself = pool.detach(), contrast.anchors is contrast.pool
+        anchors = pool if of_itself else anchors.detach()
+        n, every = len(anchors), slice(0, len(anchors))
         positive_logits = (anchors * positives).sum(dim=1) / contrast.temperature
-        losses, slopes, shares = [], [], []
-        squares = 0 if not whole else 2 if type(weighting) is UnDiMix else 1
-        with Numerators.workspace(contrast, weighting, whole=squares) as memory:
+
+        def finish(total: Tensor, log_sums: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+            losses, slope = loss(log_sums - positive_logits[rows])
+            slope = slope[:, None] / (n * contrast.temperature)
+            return losses, slope, torch.where(total > 0, slope / total, 0)
+
+        of_anchors = of_pool = None
+        whole = fits(contrast)
+        with Numerators.workspace(contrast, weighting) as memory:
             out = memory.block(n, len(pool)) if whole else None
-            work = Numerators(contrast, weighting, prepared, out, memory)
-            for rows in work.logits.blocks:
-                numerators, log_sum, total = work.block(rows)
-                block_loss, slope = loss(log_sum - positive_logits[rows])
-                slope = slope / (n * contrast.temperature)
-                share = (slope / total).masked_fill(total == 0, 0)[:, None]
-                losses.append(block_loss)
-                slopes.append(slope)
-                shares.append(share)
-                if whole or not any(needed):
-                    continue
-                if of_pool is not None:
-                    of_pool.addmm_(numerators.T, anchors[rows] * share)
-                    if of_itself:
-                        of_pool[rows] += (numerators @ pool).mul_(share)
-                if of_anchors is not None:
-                    of_anchors[rows] = (numerators @ pool).mul_(share)
-            if out is not None and any(needed):
-                of_anchors, of_pool = gradients(out, torch.cat(shares), anchors, pool, (needed[0], needed[2]))
-        slope = torch.cat(slopes)[:, None]
-        of_positives = anchors * -slope if needed[1] else None
-        if of_itself and of_pool is not None:
-            of_pool.addcmul_(positives, slope, value=-1)
-        elif of_anchors is not None:
+            plain = None
+            if out is not None and type(weighting) is Uniform and is_two_views(contrast):
+                plain = plain_log_sums(contrast, out)
+            if plain is None:
+                work = Numerators(contrast, weighting, prepared, out, memory)
+            if out is not None:
+                if plain is None:
+                    for rows in work.logits.blocks:
+                        work.block(rows)
+                    losses, slope, share = finish(work.total, work.log_sums(every), every)
+                else:
+                    losses, slope, share = finish(*plain, every)
+                if any(needed):
+                    of_anchors, of_pool = gradients(
+                        out, share, anchors, pool, (needed[0], needed[2]), symmetric=plain is not None
+                    )
+            else:
+                of_anchors = torch.zeros_like(anchors) if needed[0] else None
+                of_pool = torch.zeros_like(pool) if needed[2] else None
+                parts = []
+                for rows in work.logits.blocks:
+                    numerators = work.block(rows)
+                    parts.append(finish(work.total[rows], work.log_sums(rows), rows))
+                    add_gradients(numerators, parts[-1][2], anchors, pool, rows, [of_anchors, of_pool])
+                losses, slope, _ = (torch.cat(part) for part in zip(*parts, strict=True))
+        if of_anchors is not None:
             of_anchors.addcmul_(positives, slope, value=-1)
-        ctx.save_for_backward(of_anchors, of_positives, of_pool)
-        return torch.cat(losses).mean()
+        elif of_pool is not None and of_itself:
+            of_pool.addcmul_(positives, slope, value=-1)
+        ctx.save_for_backward(of_anchors, anchors * -slope if needed[1] else None, of_pool)
+        return losses.mean()
 
     @staticmethod
     @once_differentiable

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from undimix_plugins import WeightedLoss, Weighting, as_full_precision, in_batch_negatives, log_sums, reweight
+from undimix_plugins import WeightedLoss, Weighting, as_full_precision, decoupled, in_batch_negatives, reweight
 from undimix_plugins.checks import check_embeddings, check_number, check_same_length
 
 
@@ -55,8 +55,7 @@ class GraphCLLoss(WeightedLoss):
         check_embeddings(z1=z1, z2=z2)
         check_same_length(z1=z1, z2=z2)
         z1, z2 = (normalize(as_full_precision(z), dim=1) for z in (z1, z2))
-        positives, negatives = log_sums(in_batch_negatives(z1, z2, self.temperature), self.weighting)
-        return (negatives - positives).masked_fill(negatives.isneginf(), 0).mean()
+        return decoupled(in_batch_negatives(z1, z2, self.temperature), self.weighting)
 
     def extra_repr(self) -> str:
         """The settings."""

@@ -24,6 +24,7 @@ from undimix_plugins import (
     Weighting,
     as_full_precision,
     check_embeddings,
+    info_nce,
     log_sums,
     reweight,
 )
@@ -157,15 +158,14 @@ class MultipleNegativesRankingLoss(WeightedLoss, host.MultipleNegativesRankingLo
 
         own = torch.arange(offset, offset + batch_size, device=queries.device)
         contrasts = self._contrasts(local_queries, local_docs, queries, docs, own)
+        if self.partition_mode != "joint" or (len(contrasts) == 1 and contrasts[0].positives_in_pool):
+            return torch.stack([info_nce(contrast, self.weighting) for contrast in contrasts]).mean()
         terms = [log_sums(contrast, self.weighting) for contrast in contrasts]
         positive = terms[0].positives
-        if self.partition_mode == "joint":
-            # The host's softmax is over all directions: a positive stands in it once for each pool that holds it.
-            parts = [negatives for _, negatives in terms]
-            parts += [positive for contrast in contrasts if contrast.positives_in_pool]
-            log_z = torch.stack(parts).logsumexp(dim=0)
-        else:
-            log_z = torch.stack([torch.logaddexp(positives, negatives) for positives, negatives in terms]).mean(0)
+        # The host's softmax is over all directions: a positive stands in it once for each pool that holds it.
+        parts = [negatives for _, negatives in terms]
+        parts += [positive for contrast in contrasts if contrast.positives_in_pool]
+        log_z = torch.stack(parts).logsumexp(dim=0)
         return (log_z - positive).mean()
 
     def _contrasts(

@@ -113,14 +113,18 @@ class UnDiMix(Weighting):
                 f"got {self.hardness!r} with {came}"
             )
 
-    @torch.no_grad()
-    def prepare(self, contrast: Contrast) -> Prepared:
-        """The gradients of the pseudo-labelling tasks of all anchors and of the whole pool."""
+    def check(self, contrast: Contrast) -> None:
+        """Raises a ValueError where the contrast lacks what the weighting needs."""
         if self.gradient == "weight" and self.influence and contrast.anchor_inputs is None:
             raise ValueError(
                 "gradient='weight' needs the last layer's inputs: expected a Contrast with anchor_inputs and "
                 "pool_inputs, got None; without them use gradient='embedding'"
             )
+
+    @torch.no_grad()
+    def prepare(self, contrast: Contrast) -> Prepared:
+        """The gradients of the pseudo-labelling tasks of all anchors and of the whole pool."""
+        self.check(contrast)
         if not self.influence:
             return Prepared(contrast, None, None)
         of_anchors, of_pool = task_gradients(

@@ -1,123 +1,303 @@
-"""Cost of a loss, forward and backward, against the host's own plain loss: `python -m benchmarks.speed`.
+"""What a weighted loss costs, in time and memory, against the host's own plain loss: `python -m benchmarks.speed`.
 
-Each row times the host's loss and ours in turn, in one process, and prints the median of the ratios of the pairs with
-their quartiles. Ratios below 1 are faster than the host's plain loss.
+Time is forward and backward. The losses compared take turns in one process; a ratio is of two that follow each other.
+Three medians of the ratios are taken, and the least is shown (one is noise where losses are this close), with the
+quartiles of all. Below 1 is cheaper than the host's plain loss.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import multiprocessing
+import resource
+import sys
 from collections.abc import Callable
 from statistics import median, quantiles
+from typing import Any, NamedTuple
 
 import torch
 from lightly.loss import NTXentLoss
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import BoW
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import normalize
 from torch.utils.benchmark import Timer
+from torch_geometric.data import Batch
+from torch_geometric.nn import GIN, global_add_pool
+from torchvision.models import resnet18
 from tqdm import tqdm
 
-from undimix_plugins import HCL, UnDiMix, Uniform, undimix
+from examples.graphs import mutag
+from examples.images import Digits
+from examples.texts import MINILM, halves, lee_articles
+from undimix_plugins import HCL, UnDiMix, Uniform, Weighting, undimix
+from undimix_pyg import GraphCLLoss
 
+WEIGHTINGS: dict[str, Weighting] = {
+    "Uniform()": Uniform(),
+    "UnDiMix()": UnDiMix(),
+    'UnDiMix(mixing="linear")': UnDiMix(mixing="linear"),
+    "HCL()": HCL(),
+}
 Step = Callable[[], object]
+PARTS = ("losses", "training", "products", "memory")
 
 
-def step(loss: Callable[..., Tensor], inputs: list[Tensor]) -> Step:
-    def run() -> None:
-        loss(*inputs).backward()
+class Case(NamedTuple):
+    """A step of the host's plain loss, and what makes one with the weighting given."""
 
-    return run
+    name: str
+    plain: Step
+    weighted: Callable[[Weighting], Step]
 
 
-def embeddings(count: int, rows: int, width: int, device: str) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    made = torch.randn(count, rows, width, generator=generator).to(device)
-    return [rows.clone().requires_grad_() for rows in made]
+def published_graphcl(z1: Tensor, z2: Tensor, temperature: float = 0.2) -> Tensor:
+    """GraphCL's loss as its authors wrote it; PyG has none."""
+    similarity = torch.einsum("ik,jk->ij", z1, z2) / torch.einsum("i,j->ij", z1.norm(dim=1), z2.norm(dim=1))
+    similarity = (similarity / temperature).exp()
+    positive = similarity.diagonal()
+    return -(positive / (similarity.sum(dim=1) - positive)).log().mean()
+
+
+def ranking(model: SentenceTransformer) -> tuple[Callable[..., Tensor], Callable[[Weighting], Callable[..., Tensor]]]:
+    host = MultipleNegativesRankingLoss(model)
+
+    def of(loss: MultipleNegativesRankingLoss) -> Callable[..., Tensor]:
+        return lambda *columns: loss.compute_loss_from_embeddings(list(columns), None)
+
+    return of(host), lambda weighting: of(undimix(host, weighting))
+
+
+def losses(device: str) -> list[Case]:
+    """The losses alone, on embeddings of their own."""
+    bank = NTXentLoss(memory_bank_size=(65536, 128)).to(device)
+    plain_ranking, weighted_ranking = ranking(SentenceTransformer(modules=[BoW(vocab=["a"])], device=device))
+
+    def lightly(loss: NTXentLoss) -> tuple[Callable[..., Tensor], Callable[[Weighting], Callable[..., Tensor]]]:
+        return loss, lambda weighting: undimix(loss, weighting)
+
+    made = {
+        "lightly NTXentLoss, batch 256, width 128": (*lightly(NTXentLoss()), (2, 256, 128)),
+        "lightly NTXentLoss, batch 1024, width 128": (*lightly(NTXentLoss()), (2, 1024, 128)),
+        "lightly NTXentLoss, batch 4096, width 128": (*lightly(NTXentLoss()), (2, 4096, 128)),
+        "lightly NTXentLoss, batch 256, bank of 65,536": (*lightly(bank), (2, 256, 128)),
+        "sentence-transformers MNRL, batch 64, width 384, a hard negative": (
+            plain_ranking,
+            weighted_ranking,
+            (3, 64, 384),
+        ),
+        "sentence-transformers MNRL, batch 1024, width 384, a hard negative": (
+            plain_ranking,
+            weighted_ranking,
+            (3, 1024, 384),
+        ),
+        "GraphCL as published, batch 128, width 32": (
+            published_graphcl,
+            lambda weighting: GraphCLLoss(weighting=weighting),
+            (2, 128, 32),
+        ),
+    }
+    cases = []
+    for name, (plain, weighted, (count, rows, width)) in made.items():
+        generator = torch.Generator().manual_seed(0)
+        inputs = [torch.randn(rows, width, generator=generator).to(device).requires_grad_() for _ in range(count)]
+        cases.append(
+            Case(
+                name,
+                functools.partial(backward, plain, inputs),
+                lambda w, f=weighted, i=inputs: functools.partial(backward, f(w), i),
+            )
+        )
+    return cases
+
+
+def backward(loss: Callable[..., Tensor], inputs: list[Tensor]) -> None:
+    loss(*inputs).backward()
+
+
+def training(device: str) -> list[Case]:
+    """Whole steps of training real models on real data: encoder, loss, backward, optimiser."""
+    torch.manual_seed(0)
+    digits = Digits()
+    images = torch.stack([torch.from_numpy(digits.data[index]) for index in range(128)])
+    images = normalize(images.float().flatten(1), dim=1).view(128, 1, 28, 28).expand(-1, 3, -1, -1).to(device)
+    resnet = resnet18(num_classes=128).to(device)
+
+    articles = [halves(article) for article in lee_articles()[:16]]
+    sentences = SentenceTransformer(MINILM, device=device)
+    tokens = [
+        {key: value.to(device) for key, value in sentences.preprocess(list(column)).items()}
+        for column in zip(*articles, strict=True)
+    ]
+    ranking_host = MultipleNegativesRankingLoss(sentences)
+
+    graphs = Batch.from_data_list(list(mutag()[:128])).to(device)
+    gin = GIN(7, 32, num_layers=3).to(device)
+
+    def embed(edges: Tensor) -> Tensor:
+        return global_add_pool(gin(graphs.x, edges), graphs.batch)
+
+    def vision(loss: nn.Module) -> Tensor:
+        return loss(*resnet(images + 0.1 * torch.randn_like(images)).chunk(2))
+
+    def text(loss: nn.Module) -> Tensor:
+        return loss([dict(column) for column in tokens], None)
+
+    def graph(loss: Callable[..., Tensor]) -> Tensor:
+        kept = [torch.rand(graphs.num_edges, device=device) > 0.2 for _ in range(2)]
+        return loss(*(embed(graphs.edge_index[:, mask]) for mask in kept))
+
+    def case(
+        name: str, model: nn.Module, run: Callable[[Any], Tensor], host: Any, ours: Callable[[Weighting], Any]
+    ) -> Case:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+
+        def step(loss: Any) -> None:
+            optimizer.zero_grad()
+            run(loss).backward()
+            optimizer.step()
+
+        return Case(name, functools.partial(step, host), lambda weighting: functools.partial(step, ours(weighting)))
+
+    vision_host = NTXentLoss()
+    return [
+        case(
+            "ResNet-18, 64 digits in two views, NTXentLoss",
+            resnet,
+            vision,
+            vision_host,
+            lambda w: undimix(vision_host, w),
+        ),
+        case(
+            "MiniLM, 16 pairs of half articles, MNRL", sentences, text, ranking_host, lambda w: undimix(ranking_host, w)
+        ),
+        case(
+            "GIN of 3 layers, 128 of MUTAG in two views, GraphCL",
+            gin,
+            graph,
+            published_graphcl,
+            lambda w: GraphCLLoss(weighting=w),
+        ),
+    ]
 
 
 def seconds(run: Step, least: float) -> float:
-    return float(
-        Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
-        .blocked_autorange(min_run_time=least)
-        .median
-    )
+    """The median time of a run; Timer waits for the device."""
+    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+    return float(timer.blocked_autorange(min_run_time=least).median)
 
 
-def cases(device: str) -> list[tuple[str, Callable[..., Tensor], Callable[..., Callable[..., Tensor]], list[Tensor]]]:
-    """(name, the host's plain loss, how it is weighted, its inputs)."""
-    found: list[tuple[str, Callable[..., Tensor], Callable[..., Callable[..., Tensor]], list[Tensor]]] = []
-    for batch in (256, 1024):
+def compare(cases: list[Case], pairs: int, least: float) -> list[str]:
+    """A line of a table for each case: ratios of the weighted losses' time over the plain one's."""
+    names = list(WEIGHTINGS)
+    lines = [
+        f"| | plain, ms | {' | '.join(f'`{name}`' for name in names)} | UnDiMix over Uniform | linear over geometric |"
+    ]
+    lines.append("|---|---|" + "---|" * (len(names) + 2))
+    for case in tqdm(cases, file=sys.stderr):
+        steps = [case.plain, *(case.weighted(weighting) for weighting in WEIGHTINGS.values())]
+        times = [[seconds(run, least) for run in steps] for _ in range(3 * pairs + 1)][1:]  # the first warms up
+        numerators = [(column, 0) for column in range(1, len(steps))] + [(2, 1), (3, 2)]
+        cells = [ratio([row[over] / row[under] for row in times]) for over, under in numerators]
+        lines.append(f"| {case.name} | {1000 * median(row[0] for row in times):.1f} | {' | '.join(cells)} |")
+    return lines
+
+
+def ratio(values: list[float]) -> str:
+    """The least of three medians, and the quartiles of all."""
+    third = len(values) // 3
+    best = min(median(values[start : start + third]) for start in range(0, 3 * third, third))
+    low, _, high = quantiles(values, n=4)
+    return f"{best:.2f} ({low:.2f} to {high:.2f})"
+
+
+def products(device: str, least: float) -> list[str]:
+    """Where the time goes: that of a step in matrix products of logits' size at the machine's best rate."""
+    lines = [
+        "| batch | product, ms | GFLOP/s | plain | Uniform() | UnDiMix() | linear |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for batch in (256, 1024, 4096):
+        views = torch.randn(2 * batch, 128, device=device)
+        square = 2048
+        left, out = torch.randn(square, square, device=device), torch.empty(square, square, device=device)
+        rate = 2 * square**3 / seconds(lambda: torch.mm(left, left, out=out), least)  # noqa: B023
+        product = 2 * len(views) ** 2 * 128 / rate
+        halves = [rows.clone().requires_grad_() for rows in views.chunk(2)]
         host = NTXentLoss()
-        found.append(
-            (
-                f"lightly NTXentLoss, batch {batch}, width 128",
-                host,
-                lambda w, h=host: undimix(h, w),
-                embeddings(2, batch, 128, device),
-            )
-        )
-    bank = NTXentLoss(memory_bank_size=(16384, 128)).to(device)
-    found.append(
-        (
-            "lightly NTXentLoss, batch 256, bank 16384",
-            bank,
-            lambda w, h=bank: undimix(h, w),
-            embeddings(2, 256, 128, device),
-        )
-    )
-    model = SentenceTransformer(modules=[BoW(vocab=["a"])], device=device)
-    for batch in (64, 512):
-        ranking = MultipleNegativesRankingLoss(model)
+        three = (Uniform(), UnDiMix(), UnDiMix(mixing="linear"))
+        cells = [
+            f"{seconds(functools.partial(backward, loss, halves), least) / product:.1f}"
+            for loss in (host, *(undimix(host, weighting) for weighting in three))
+        ]
+        lines.append(f"| {batch} | {1000 * product:.2f} | {rate / 1e9:.0f} | {' | '.join(cells)} |")
+    return lines
 
-        def plain(*columns: Tensor, loss: MultipleNegativesRankingLoss = ranking) -> Tensor:
-            return loss.compute_loss_from_embeddings(list(columns), None)
 
-        def weighted(w: object, loss: MultipleNegativesRankingLoss = ranking) -> Callable[..., Tensor]:
-            ours = undimix(loss, w)
-            return lambda *columns: ours.compute_loss_from_embeddings(list(columns), None)
+def added_memory(batch: int, weighting: Weighting | None, device: str, sent: Any) -> None:
+    """Sends the seconds and the MiB that a step adds to the process's peak, in a process of its own."""
+    halves = [torch.randn(batch, 128, device=device, requires_grad=True) for _ in range(2)]
+    small = [torch.randn(4, 128, device=device, requires_grad=True) for _ in range(2)]
+    loss = NTXentLoss() if weighting is None else undimix(NTXentLoss(), weighting)
+    backward(loss, small)
+    before = peak(device)
+    taken = Timer("f(*a)", globals={"f": backward, "a": (loss, halves)}, num_threads=torch.get_num_threads()).timeit(1)
+    sent.send((taken.median, (peak(device) - before) / 2**20))
 
-        found.append(
-            (
-                f"sentence-transformers MNRL, batch {batch}, width 384, 3 columns",
-                plain,
-                weighted,
-                embeddings(3, batch, 384, device),
-            )
-        )
-    return found
+
+def peak(device: str) -> int:
+    if device == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(torch.cuda.max_memory_allocated(device))
+
+
+def memory(device: str, batches: list[int]) -> list[str]:
+    lines = ["| batch | plain | `Uniform()` | `UnDiMix()` |", "|---|---|---|---|"]
+    context = multiprocessing.get_context("spawn")
+    for batch in tqdm(batches, file=sys.stderr):
+        cells = []
+        for weighting in (None, Uniform(), UnDiMix()):
+            if weighting is None and batch > 8192:  # some 16 matrices of views by views
+                cells.append("")
+                continue
+            received, sent = context.Pipe(duplex=False)
+            process = context.Process(target=added_memory, args=(batch, weighting, device, sent))
+            process.start()
+            taken, added = received.recv()
+            process.join()
+            cells.append(f"{added:,.0f} MiB, {taken:.1f} s")
+        lines.append(f"| {batch:,} | {' | '.join(cells)} |")
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--pairs", type=int, default=7, help="timed pairs a ratio")
-    parser.add_argument("--seconds", type=float, default=0.3, help="least time of each timing")
-    options = parser.parse_args()
-    weightings = {"Uniform()": Uniform(), "HCL()": HCL(), "UnDiMix()": UnDiMix(), "linear": UnDiMix(mixing="linear")}
-    lines = ["| loss | host, ms | " + " | ".join(weightings) + " |", "|---|---|" + "---|" * len(weightings)]
-    table = cases(options.device)
-    bar = tqdm(total=len(table) * len(weightings))
-    for name, plain, weigh, inputs in table:
-        host_times, cells = [], []
-        for weighting in weightings.values():
-            host, ours = step(plain, inputs), step(weigh(weighting), inputs)
-            ratios = []
-            for _ in range(options.pairs):
-                one = seconds(host, options.seconds)
-                ratios.append(seconds(ours, options.seconds) / one)
-                host_times.append(one)
-            low, _, high = quantiles(ratios, n=4)
-            cells.append(f"{median(ratios):.2f} ({low:.2f} to {high:.2f})")
-            bar.update()
-        lines.append(f"| {name} | {1000 * median(host_times):.1f} | " + " | ".join(cells) + " |")
-    bar.close()
-    print(
-        f"torch {torch.__version__}, {options.device}, {torch.get_num_threads()} threads;"
-        " time over the host's, median (quartiles)\n"
+    parser.add_argument("--pairs", type=int, default=5, help="timed pairs in each of the three medians")
+    parser.add_argument("--seconds", type=float, default=0.2, help="least time of each timing")
+    parser.add_argument("--only", choices=PARTS, nargs="*", default=PARTS, help="the tables to make")
+    parser.add_argument(
+        "--batches", type=int, nargs="*", default=[4096, 8192, 16384, 32768], help="of the memory table"
     )
-    print("\n".join(lines))
+    options = parser.parse_args()
+    print(f"torch {torch.__version__}, {options.device}, {torch.get_num_threads()} threads")
+    titles = {
+        "losses": "Forward and backward over the host's plain loss",
+        "training": "A whole step of training over that with the plain loss",
+        "products": "Forward and backward in matrix products [views, 128] x [128, views] at the machine's rate",
+        "memory": "What a step adds to the peak of resident memory, and takes",
+    }
+    makers: dict[str, Callable[[], list[str]]] = {
+        "losses": lambda: compare(losses(options.device), options.pairs, options.seconds),
+        "training": lambda: compare(training(options.device), options.pairs, options.seconds),
+        "products": lambda: products(options.device, options.seconds),
+        "memory": lambda: memory(options.device, options.batches),
+    }
+    for part in options.only:
+        print(f"\n{titles[part]}\n")
+        print("\n".join(makers[part]()), flush=True)
 
 
 if __name__ == "__main__":

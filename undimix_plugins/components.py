@@ -221,9 +221,10 @@ def _keys(rows: Tensor) -> Tensor:
 
 def equality_key(rows: Tensor, number: int) -> Tensor:
     """A number for each row [rows] that equal rows share; two of them (0 and 1) no others share, but for a freak."""
-    place = torch.arange(rows.shape[1], device=rows.device, dtype=rows.dtype)
-    # A sum along each row, not a matrix product, whose rounding depends on where a row stands.
-    return (rows * ((place + 1).sin() if number == 0 else (2.7 * place).cos())).sum(dim=1)
+    # Sums along each row, not matrix products, whose rounding depends on where a row stands.
+    if number == 0:
+        return rows.sum(dim=1)
+    return (rows * torch.arange(1, 1 + rows.shape[1], device=rows.device, dtype=rows.dtype).sin()).sum(dim=1)
 
 
 def diversity(pool: Tensor, excluded: Tensor, *, distance: str = "cosine") -> Tensor:

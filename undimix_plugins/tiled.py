@@ -344,11 +344,12 @@ def all_task_gradients(logits: Logits, longest: Tensor) -> tuple[TaskGradients, 
         of_anchors = Tasks.gradients(parts, candidates)
         return of_anchors, of_anchors
     itself = torch.arange(len(pool), device=pool.device) if contrast.is_own_pool else contrast.itself
-    further, candidates = None, Candidates(pool, longest)
+    positives = further = None
     if not contrast.positives_in_pool:
         positives = contrast.positives.detach()
         further = (logits.scaled * positives).sum(dim=1)
-        candidates = Candidates(pool, torch.maximum(longest, positives.norm(dim=1).max()), positives)
+        longest = torch.maximum(longest, positives.norm(dim=1).max())
+    candidates = Candidates(pool, longest, positives)
     parts = []
     for rows in logits.blocks:
         scratch = logits.scratch[0][: rows.stop - rows.start]
@@ -452,6 +453,8 @@ class UnDiMixScores:
             for column in excluded[rows].T:
                 to_excluded = euclidean_distances(pool[column.clamp(min=0)], pool)
                 out.sub_(to_excluded.masked_fill_(column[:, None] < 0, 0))
+        elif excluded.shape[1] == 0:
+            out.copy_(self.rest.expand_as(out))
         elif not self.looks_up or kept is None:
             torch.sub(self.rest, torch.mm(self.total[rows], self.centred.T, out=out), out=out)
         else:
@@ -542,6 +545,8 @@ class UnDiMixScores:
         self.looks_up = self.logits.kept is not None and is_two_views(contrast) and of_length_one(lengths)
         if self.looks_up:
             self.rest = (own - self.centred @ total) * self.logits.factor
+        elif contrast.excluded.shape[1] == 0:  # the same for every anchor
+            self.rest = own - self.centred @ total
         else:
             self.rest = own
             self.total = total - sum_of_rows(unit, contrast.excluded)

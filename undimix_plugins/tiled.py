@@ -13,13 +13,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from undimix_plugins.checks import values_are_free
 from undimix_plugins.components import TaskGradients, equality_key, euclidean_distances, sum_of_rows
@@ -239,12 +238,14 @@ class Candidates:
 
 def groups(rows: Tensor) -> Tensor | None:
     """A number for each row [rows] that equal ones share, or None where a look is free and shows none equal."""
-    ordered, order = equality_key(rows, 0).sort(stable=True)
-    new = ordered[1:] != ordered[:-1]
-    if values_are_free(rows) and bool(new.all()):
+    first = equality_key(rows, 0)
+    ordered = first.sort().values
+    if values_are_free(rows) and bool((ordered[1:] != ordered[:-1]).all()):
         return None
-    second = equality_key(rows, 1)[order]
-    new |= second[1:] != second[:-1]
+    second = equality_key(rows, 1)
+    order = second.argsort()
+    order = order[first[order].argsort(stable=True)]
+    new = (first[order].diff() != 0) | (second[order].diff() != 0)
     if values_are_free(rows) and bool(new.all()):
         return None
     return torch.zeros_like(order).scatter(0, order, torch.cat([new.new_zeros(1), new]).cumsum(0))
@@ -694,6 +695,26 @@ def add_gradients(
         of_pool.addmm_(numerators.T, anchors[rows] * share)
 
 
+class Once(torch.autograd.Function):
+    """A gradient as it is, which says so when it is asked for its own, rather than pass for a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *inputs: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> Any:
+        raise RuntimeError("the weighted losses can be differentiated once; this is their gradient's gradient")
+
+
+def once(gradients: Iterable[Tensor | None], contrast: Contrast) -> tuple[Tensor | None, ...]:
+    """What a backward returns for anchors, positives and pool, or those of them that it has."""
+    if not torch.is_grad_enabled():  # but with create_graph=True
+        return tuple(gradients)
+    inputs = contrast.anchors, contrast.positives, contrast.pool
+    return tuple(None if rows is None else Once.apply(rows, *inputs) for rows in gradients)
+
+
 class NegativeLogSums(torch.autograd.Function):
     """The log of the weighted sum of each anchor's negatives [n]; numerators that do not fit are made twice."""
 
@@ -713,9 +734,9 @@ class NegativeLogSums(torch.autograd.Function):
         return work.log_sums(slice(0, len(anchors)))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         anchors, pool, numerators, total = ctx.saved_tensors
+        anchors, pool, grad = anchors.detach(), pool.detach(), grad.detach()
         contrast, weighting, prepared = ctx.of_what
         share = torch.where(total > 0, grad[:, None] / (total * contrast.temperature), 0)
         if contrast.anchors is contrast.pool:
@@ -723,7 +744,7 @@ class NegativeLogSums(torch.autograd.Function):
         needed = ctx.needs_input_grad[:2]
         with full_precision(pool):
             if numerators is not None:
-                return *gradients(numerators, share, anchors, pool, needed), None, None, None
+                return *once(gradients(numerators, share, anchors, pool, needed), contrast), None, None, None
             sums = [
                 torch.zeros_like(rows) if wanted else None for rows, wanted in zip((anchors, pool), needed, strict=True)
             ]
@@ -731,7 +752,7 @@ class NegativeLogSums(torch.autograd.Function):
                 work = Numerators(contrast, weighting, prepared, None, memory)
                 for rows in work.logits.blocks:
                     add_gradients(work.block(rows), share[rows], anchors, pool, rows, sums)
-        return *sums, None, None, None
+        return *once(sums, contrast), None, None, None
 
 
 class MeanLoss(torch.autograd.Function):
@@ -792,10 +813,11 @@ class MeanLoss(torch.autograd.Function):
             of_anchors.addcmul_(positives, slope, value=-1)
         elif of_pool is not None and of_itself:
             of_pool.addcmul_(positives, slope, value=-1)
+        ctx.contrast = contrast
         ctx.save_for_backward(of_anchors, anchors * -slope if needed[1] else None, of_pool)
         return losses.mean()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *(None if rows is None else rows * grad for rows in ctx.saved_tensors), None, None, None, None
+        scaled = (None if rows is None else rows * grad for rows in ctx.saved_tensors)
+        return *once(scaled, ctx.contrast), None, None, None, None

@@ -128,7 +128,10 @@ def training(device: str) -> list[Case]:
     articles = [halves(article) for article in lee_articles()[:16]]
     sentences = SentenceTransformer(MINILM, device=device)
     tokens = [
-        {key: value.to(device) for key, value in sentences.preprocess(list(column)).items()}
+        {
+            key: value.to(device) if isinstance(value, Tensor) else value
+            for key, value in sentences.preprocess(list(column)).items()
+        }
         for column in zip(*articles, strict=True)
     ]
     ranking_host = MultipleNegativesRankingLoss(sentences)

@@ -53,14 +53,13 @@ def tiled_log_weights(contrast: Contrast, weighting: Weighting) -> Tensor:
     """The log-weights [n, m] that the fast path works with: its scores less the logits. The only look inside."""
     n, m = len(contrast.anchors), len(contrast.pool)
     parts = []
-    with torch.no_grad(), tiled.Numerators.workspace(contrast, weighting) as memory:
+    with torch.no_grad(), tiled.Numerators.workspace(contrast) as memory:
         out = contrast.pool.new_empty(n, m) if tiled.fits(contrast) else None
         work = tiled.Numerators(contrast, weighting, tiled.prepare(contrast, weighting), out, memory)
         for rows in work.logits.blocks:
-            logits = work.logits.block(rows, work.logits.scratch[-1][: rows.stop - rows.start]).clone()
-            scores = logits.clone()
-            work.scorer(rows, logits, scores)
-            scores -= logits
+            count = rows.stop - rows.start
+            logits = work.logits.block(rows, contrast.pool.new_empty(count, m)).clone()
+            scores = work.scorer(rows, logits.clone(), torch.empty_like(logits)) - logits
             if isinstance(work.scorer, tiled.UnDiMixScores):
                 scores -= work.scorer.log_mean(rows)
             parts.append(scores / tiled.LOG2E)
@@ -403,8 +402,8 @@ def test_a_gradient_far_above_the_negatives(weighting: Weighting, monkeypatch: p
     pool[11] = axes[2] + axes[7]
     case = to(of_pool(pairs(6, 8, temperature=0.01), normalize(pool, dim=1)), torch.float32)
     rows = []
-    far = tiled.UnDiMixScores._far
-    monkeypatch.setattr(tiled.UnDiMixScores, "_far", lambda self, *of: (rows.append(of), far(self, *of)))
+    far = tiled.UnDiMixScores._write_far
+    monkeypatch.setattr(tiled.UnDiMixScores, "_write_far", lambda self, *of: (rows.append(of), far(self, *of)))
     assert_equals_dense(case, weighting, info_nce)
     assert bool(rows) == (getattr(weighting, "influence", 0) != 0)
 

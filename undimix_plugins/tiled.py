@@ -1,10 +1,10 @@
 """The fast path: the numbers of the plain reference (`loss.py`, `components.py`) in blocks of anchors.
 
-1. Logits are inner products in units of log 2, since `exp2` is cheaper than `exp`. While they fit a budget they are
-   kept, those of one batch with itself worked out by half and mirrored; else a block is made whenever it is needed.
-2. UnDiMix first takes every row's task gradient from its logits: the largest, the second largest, one product.
-3. A block of anchors meets the whole pool, so that means, deviations and softmaxes are a row's own and exact. Its
-   scores are written over each other in a few buffers; what is excluded, a few columns, is written in, not masked.
+1. Logits are inner products with the pool about its mean, in units of log 2, since `exp2` is cheaper than `exp`. While
+   they fit a budget they are kept, of one batch with itself by half and mirrored; else a block is made when needed.
+2. UnDiMix first takes every row's task gradient from its logits: the largest, the sum of the others, one product.
+3. A block of anchors meets the whole pool, so that deviations and softmaxes are a row's own and exact. Its scores are
+   mixed in a few buffers that a cache holds; what is excluded, a few columns, is written in, not masked.
 4. A block leaves a number per anchor, the log-sum of its negatives, and the numerators of their softmax.
 5. Backward is two products with the numerators, or one with their symmetric part where anchors are the pool. Where
    they do not fit, a mean loss adds up its gradient block by block in the forward pass; backward then scales it.
@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -33,9 +34,10 @@ LONE_BLOCK_BYTES = 2**25  # of a block that is worked out whenever it is needed:
 TILE = 512  # rows and columns of what is mirrored at once
 LEAST_ROWS = 64  # of a block
 PADDING = 16  # between rows: a power of two apart, all entries of a column would share a few lines of the cache
+MODERATE = 2.0**64  # sums of exponentials from 1 over this to this need no reference taken off
 
-# (rows, their logits, out) writes the scores of a block of anchors [r, m], logits and log-weights, to `out`.
-Scorer = Callable[[slice, Tensor, Tensor], None]
+# (rows, their logits, out) gives the scores of a block of anchors [r, m], logits plus log-weights; `out` is to work in.
+Scorer = Callable[[slice, Tensor, Tensor], Tensor]
 # A loss as a function of `log(negatives) - log(positive)` [r], and its derivative.
 Margin = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -96,19 +98,13 @@ class Columns:
             return Columns(excluded, once, False)
         return Columns(torch.where(once, excluded, excluded.amax(dim=1, keepdim=True).clamp(min=0)), once, True)
 
-    def write(self, block: Tensor, rows: slice, value: float) -> None:
-        """Writes `value` into the excluded columns of a block of scores [r, m]."""
-        if self.padded:
-            # Padding writes what another excluded column of the anchor gets, or what is there.
-            has_any = self.once[rows].any(dim=1, keepdim=True)
-            block.scatter_(1, self.index[rows], torch.where(has_any, value, block.gather(1, self.index[rows])))
-        else:
-            block.scatter_(1, self.index[rows], value)
-
-    def total(self, block: Tensor, rows: slice) -> Tensor:
-        """The sum of a block's scores in the excluded columns [r, 1]."""
-        scores = block.gather(1, self.index[rows])
-        return (scores.masked_fill(~self.once[rows], 0) if self.padded else scores).sum(dim=1, keepdim=True)
+    def write(self, block: Tensor, rows: slice, value: float) -> Tensor:
+        """Writes `value` into the excluded columns of a block of scores [r, m], and returns it."""
+        if not self.padded:
+            return block.scatter_(1, self.index[rows], value)
+        # Padding writes what another excluded column of the anchor gets, or what is there.
+        has_any = self.once[rows].any(dim=1, keepdim=True)
+        return block.scatter_(1, self.index[rows], torch.where(has_any, value, block.gather(1, self.index[rows])))
 
     def largest_of_negatives(self, values: Tensor) -> Tensor:
         """The largest of the pool's `values` [q, m] among each anchor's negatives: [q, n], -inf for none."""
@@ -118,15 +114,38 @@ class Columns:
         return torch.where(taken, -torch.inf, top[:, :, None]).amax(dim=1)
 
 
-def write_one(block: Tensor, columns: Tensor, value: float) -> None:
-    """Writes `value` into a column each [r] of a block [r, m]; nothing where that is -1."""
+def write_one(block: Tensor, columns: Tensor, value: float) -> Tensor:
+    """Writes `value` into a column each [r] of a block [r, m], nothing where that is -1, and returns it."""
     index = columns.clamp(min=0)[:, None]
-    block.scatter_(1, index, torch.where(columns[:, None] < 0, block.gather(1, index), value))
+    return block.scatter_(1, index, torch.where(columns[:, None] < 0, block.gather(1, index), value))
 
 
 def finite(values: Tensor) -> Tensor:
     """-inf as the least number, so that it can be taken from another -inf."""
     return values.clamp(min=torch.finfo(values.dtype).min)
+
+
+def are_moderate(totals: Tensor) -> bool:
+    """Whether a look is free and shows sums of exponentials that are far from overflow and underflow."""
+    if not values_are_free(totals):
+        return False
+    least, most = map(float, totals.aminmax())
+    return least > 1 / MODERATE and most < MODERATE
+
+
+def exponentials(scores: Tensor, columns: Columns, rows: slice, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Powers of 2 of a block's scores [r, m], 0 where excluded: their sums and what was taken off before, [r, 1] each.
+
+    They are written to `out`, or over the scores for None. What is taken off, each row's largest, is taken from
+    `scores` too; nothing is where there is an `out` and sums are moderate without.
+    """
+    if out is not None and values_are_free(scores):
+        total = columns.write(torch.exp2(scores, out=out), rows, 0).sum(dim=1, keepdim=True)
+        if are_moderate(total):
+            return total, torch.zeros_like(total)
+    columns.write(scores, rows, -torch.inf)
+    top = finite(scores.amax(dim=1, keepdim=True))
+    return torch.exp2(scores.sub_(top), out=scores if out is None else out).sum(dim=1, keepdim=True), top
 
 
 class Workspace:
@@ -161,10 +180,14 @@ class Workspace:
 
 
 class Logits:
-    """Inner products over the temperature, in units of log 2: `exp2(logits) = exp(s / t)`.
+    """Inner products with the pool about its mean, over the temperature, in units of log 2.
+
+    `exp2(logits)` is `exp(s / t)` but for a factor of the anchor's, `exp2(offset)`, which no softmax depends on. About
+    their mean, rows keep their digits when they are concentrated.
 
     Attributes:
         kept: All of them [n, m], in the memory that was given for it, or None: a block is made when it is needed.
+            Excluded columns are written over.
         scratch: Blocks [rows, m] to work in.
     """
 
@@ -173,32 +196,36 @@ class Logits:
         self.pool = contrast.pool.detach()
         self.anchors = self.pool if contrast.anchors is contrast.pool else contrast.anchors.detach()
         self.factor = LOG2E / contrast.temperature
+        self.centre = self.pool.mean(dim=0)
+        self.centred = self.pool - self.centre
         self.scaled = self.anchors * self.factor
-        if kept is not None:
-            inner_products(self.scaled, self.pool, kept, symmetric=self.anchors is self.pool)
+        if kept is not None and (self.anchors is not self.pool or len(self.pool) <= TILE):
+            torch.mm(self.scaled, self.centred.T, out=kept)
+        elif kept is not None:
+            scaled, along = self.centred * self.factor, self.centred @ (self.centre * self.factor)
+            for above, columns in tile_pairs(len(self.pool)):
+                tile = torch.mm(scaled[above], self.centred[columns].T, out=kept[above, columns])
+                if above != columns:
+                    torch.add(tile.T, along[above], out=kept[columns, above])
+                tile.add_(along[columns])
+
+    @property
+    def offset(self) -> Tensor:
+        """What they lack of the inner products with the pool as it is [n]."""
+        return self.scaled @ self.centre
 
     def block(self, rows: slice, out: Tensor) -> Tensor:
-        """The logits of a block of anchors [r, m]: kept ones, to be read only, or written to `out`."""
+        """The logits of a block of anchors [r, m]: kept ones, or written to `out`."""
         if self.kept is not None:
             return self.kept[rows]
-        return torch.mm(self.scaled[rows], self.pool.T, out=out)
+        return torch.mm(self.scaled[rows], self.centred.T, out=out)
 
     def transposed(self, rows: slice) -> Tensor:
-        """The logits of a block of the pool against all anchors [r, n], a copy."""
-        if self.kept is not None:
-            return self.kept[:, rows].clone().T
-        return self.pool[rows] @ self.scaled.T
-
-
-def inner_products(left: Tensor, right: Tensor, out: Tensor, *, symmetric: bool) -> None:
-    """`left @ right.T`; of a symmetric one, half is worked out and mirrored."""
-    if not symmetric or len(left) <= TILE:
-        torch.mm(left, right.T, out=out)
-        return
-    for rows, columns in tile_pairs(len(left)):
-        torch.mm(left[rows], right[columns].T, out=out[rows, columns])
-        if rows != columns:
-            out[columns, rows] = out[rows, columns].T
+        """The logits of a block of the pool against all anchors [r, n], but for a number for each row."""
+        scaled = self.scaled - self.scaled.mean(dim=0)
+        if self.kept is None:
+            return self.pool[rows] @ scaled.T
+        return self.kept[:, rows].T + scaled @ self.centre
 
 
 def tile_pairs(count: int) -> Iterator[tuple[slice, slice]]:
@@ -262,18 +289,21 @@ class Tasks(NamedTuple):
 
     @staticmethod
     def of(
-        logits: Tensor, candidates: Candidates, rows: slice, further: Tensor | None = None, out: Tensor | None = None
+        logits: Tensor, candidates: Candidates, rows: slice, out: Tensor | None = None, further: Tensor | None = None
     ) -> Tasks:
-        """From the tasks' logits [r, candidates], which are written over unless there is an `out` to write to."""
+        """From the tasks' logits [r, candidates] and those of the further candidates [r]; `out` [r, candidates] is to
+        work in, else the logits are.
+        """
         top, label = largest(logits)
-        log_label = finite(top)
+        log_label, outside = finite(top), torch.zeros_like(label, dtype=torch.bool)
         if further is not None:
             outside = further > top
             log_label = torch.where(outside, further, log_label)
             label = label.masked_fill(outside, -1)
             further = further.masked_fill(outside, -torch.inf)
+        # What is the label over again adds v_y - v_y; beside it, rounding would leave nothing of the other terms.
+        same = None
         if candidates.group is not None:
-            # What is the label over again adds v_y - v_y; beside it, rounding would leave nothing of the other terms.
             group = candidates.group[label]
             if further is not None:
                 assert candidates.further_group is not None
@@ -286,24 +316,34 @@ class Tasks(NamedTuple):
                 copies = copies + outside + (further - log_label).exp2().masked_fill(~same_further, 0)
                 further = further.masked_fill(same_further, -torch.inf)
             log_label = log_label + copies.log2()
-            logits = logits.masked_fill(same, -torch.inf)
-        elif further is None:
-            logits.scatter_(1, label[:, None], -torch.inf)
-        else:
-            write_one(logits, label, -torch.inf)
+
+        def others(block: Tensor, value: float) -> Tensor:
+            """The block with `value` for the label and its copies."""
+            if same is not None:
+                return block.masked_fill_(same, value)
+            if further is None:
+                return block.scatter_(1, label[:, None], value)
+            return write_one(block, label, value)
+
         # Probabilities relative to the second likeliest: 1 - p_label is never formed, so that nothing cancels.
-        second = logits.amax(dim=1)
-        second = finite(second if further is None else torch.maximum(second, further))
-        relative = torch.sub(logits, second[:, None], out=logits if out is None else out).exp2_()
-        if out is not None:
-            logits.scatter_(1, label[:, None], top[:, None])
-        total = relative.sum(dim=1)
+        second, moderate = torch.zeros_like(top), False
+        if out is not None and values_are_free(logits):
+            relative = others(torch.exp2(logits, out=out), 0)
+            total = relative.sum(dim=1) if further is None else relative.sum(dim=1) + further.exp2()
+            moderate = are_moderate(total)
+        if not moderate:
+            relative = others(logits if out is None else out.copy_(logits), -torch.inf)
+            second = relative.amax(dim=1)
+            second = finite(second if further is None else torch.maximum(second, further))
+            total = relative.sub_(second[:, None]).exp2_().sum(dim=1)
         expected = relative @ candidates.rows
         if further is not None:
             assert candidates.further is not None
-            further = (further - second).exp2()
-            total = total + further
-            expected.addcmul_(candidates.further[rows], further[:, None])
+            beside = (further - second).exp2()
+            total = total if moderate else total + beside
+            expected.addcmul_(candidates.further[rows], beside[:, None])
+        if moderate:  # or to all of them
+            expected, second, total = expected.div_(total[:, None]), total.log2(), torch.ones_like(total)
         return Tasks(expected, total, second, log_label, label)
 
     @staticmethod
@@ -326,40 +366,27 @@ class Tasks(NamedTuple):
 def all_task_gradients(logits: Logits, longest: Tensor) -> tuple[TaskGradients, TaskGradients]:
     """The gradients of the anchors' tasks and of the pool's; `longest` is the length of the longest in the pool."""
     contrast, anchors, pool = logits.contrast, logits.anchors, logits.pool
-    if contrast.is_own_pool and contrast.positives_in_pool:  # a row's task is the same on either side
-        candidates, parts = Candidates(pool, longest), []
-        diagonal = None
-        if logits.kept is not None:
-            # Kept logits are not copied; what is written into them, into the label's column too, is taken back.
-            diagonal = logits.kept.diagonal()
-            own = diagonal.clone()
-            diagonal.fill_(-torch.inf)
-        for rows in logits.blocks:
-            scratch = logits.scratch[0][: rows.stop - rows.start]
-            block = logits.block(rows, scratch)
-            if diagonal is None:
-                block.diagonal(rows.start).fill_(-torch.inf)
-            parts.append(Tasks.of(block, candidates, rows, out=None if diagonal is None else scratch))
-        if diagonal is not None:
-            diagonal.copy_(own)
-        of_anchors = Tasks.gradients(parts, candidates)
-        return of_anchors, of_anchors
+    one_batch = contrast.is_own_pool and contrast.positives_in_pool  # a row's task is the same on either side
     itself = torch.arange(len(pool), device=pool.device) if contrast.is_own_pool else contrast.itself
     positives = further = None
     if not contrast.positives_in_pool:
         positives = contrast.positives.detach()
-        further = (logits.scaled * positives).sum(dim=1)
+        further = (logits.scaled * (positives - logits.centre)).sum(dim=1)
         longest = torch.maximum(longest, positives.norm(dim=1).max())
-    candidates = Candidates(pool, longest, positives)
-    parts = []
+    candidates, parts = Candidates(pool, longest, positives), []
     for rows in logits.blocks:
-        scratch = logits.scratch[0][: rows.stop - rows.start]
-        block = logits.block(rows, scratch)
-        block = block if block is scratch else scratch.copy_(block)
-        if itself is not None:
+        count = rows.stop - rows.start
+        block = logits.block(rows, logits.scratch[-1][:count])
+        if contrast.is_own_pool:
+            block.diagonal(rows.start).fill_(-torch.inf)
+        elif itself is not None:
             write_one(block, itself[rows], -torch.inf)
-        parts.append(Tasks.of(block, candidates, rows, None if further is None else further[rows]))
+        parts.append(
+            Tasks.of(block, candidates, rows, logits.scratch[0][:count], None if further is None else further[rows])
+        )
     of_anchors = Tasks.gradients(parts, candidates)
+    if one_batch:
+        return of_anchors, of_anchors
     candidates, parts = Candidates(anchors, anchors.norm(dim=1).max()), []
     for rows in blocks(len(pool), len(anchors) * pool.element_size(), logits.kept is not None):
         block = logits.transposed(rows)
@@ -371,16 +398,17 @@ def all_task_gradients(logits: Logits, longest: Tensor) -> tuple[TaskGradients, 
 
 
 class UnDiMixScores:
-    """The scores of a block of anchors under `UnDiMix`: logits and log-weights, in units of log 2."""
+    """The scores of a block of anchors under `UnDiMix`: logits plus log-weights, in units of log 2.
 
-    def __init__(self, weighting: UnDiMix, logits: Logits, columns: Columns, out: Tensor | None) -> None:
+    What standardising and softmaxes undo is left as it comes: a number of an anchor's own added to all of a score.
+    """
+
+    def __init__(self, weighting: UnDiMix, logits: Logits, columns: Columns) -> None:
         weighting.check(logits.contrast)
         self.weighting, self.logits, self.columns = weighting, logits, columns
         self.count = logits.contrast.count[:, None].clamp(min=1)
         self.weight_total = self.count.clone()
-        self.lengths = logits.pool.norm(dim=1)
-        # Of one batch with itself, products of gradients are symmetric too, and wait where scores will be written.
-        self.products = out if logits.contrast.is_own_pool and logits.contrast.positives_in_pool else None
+        self.lengths = row_lengths(logits.pool)[:, 0]
         scores = {
             self.influence: weighting.influence,
             self.similarity: weighting.similarity,
@@ -392,63 +420,75 @@ class UnDiMixScores:
         bounds = [self.lengths]
         if weighting.influence:
             bounds += self._prepare_influence()
+        self.bounds = torch.stack(bounds)
         if weighting.diversity:
             self._prepare_diversity()
-        self._bound_rounding(columns.largest_of_negatives(torch.stack(bounds))[:, :, None])
+        root = self.count.sqrt()
+        self.eps = ROUNDING * torch.finfo(root.dtype).eps * root
+        self.far = self._far_rows() if weighting.influence else None
+        self.bound = self._rounding(self.bounds.amax(dim=1)[:, None, None]).square()
+        strengths = self.strengths if weighting.mixing == "geometric" else [1.0] * len(self.strengths)
+        self.factor = root * root.new_tensor([LOG2E * weighting.hardness * one for one in strengths])[:, None, None]
 
-    def __call__(self, rows: slice, logits: Tensor, out: Tensor) -> None:
-        """Writes scores [r, m] to `out`, but for what the mean of their weights [r] is above 1."""
-        blocks = [out, *(scratch[: rows.stop - rows.start] for scratch in self.logits.scratch)][: len(self.scores)]
-        lengths = torch.stack([score(rows, logits, block) for score, block in zip(self.scores, blocks, strict=True)])
-        scales = torch.where(lengths > self.rounding[:, rows], self.factor[:, rows] / lengths, 0)
+    def __call__(self, rows: slice, logits: Tensor, out: Tensor) -> Tensor:
+        """Scores [r, m], but for what the mean of their weights [r] is above 1; `out` [r, m] is to work in."""
+        scratch = [block[: len(out)] for block in self.logits.scratch]
+        self.columns.write(logits, rows, 0)
+        blocks = [score(rows, logits, out) for score in self.scores]
+        blocks, scales = self._scales(rows, blocks)
         if self.weighting.mixing == "geometric":
-            out.mul_(scales[0])
+            torch.mul(blocks[0], scales[0], out=out)
             for block, scale in zip(blocks[1:], scales[1:], strict=True):
                 out.addcmul_(block, scale)
-            self.weight_total[rows] = self._exponentials(out, rows, self.logits.scratch[0][: len(out)])
-        else:
-            for block, scale, strength in zip(blocks, scales, self.strengths, strict=True):
-                total = self._exponentials(block.mul_(scale), rows, block)
-                share = torch.where(total > 0, self.count[rows] / total, 0) * (strength / sum(self.strengths))
-                out.mul_(share) if block is out else out.addcmul_(block, share)
-            out.log2_()
-        out.add_(logits)
+            self.weight_total[rows] = exponentials(out, self.columns, rows, scratch[0])[0]
+            return torch.add(out, logits, out=scratch[0])
+        for place, (block, scale, strength) in enumerate(zip(blocks, scales, self.strengths, strict=True)):
+            scaled = torch.mul(block, scale, out=scratch[1] if block is logits else block)
+            total = exponentials(scaled, self.columns, rows)[0]
+            share = torch.where(total > 0, self.count[rows] / total, 0) * (strength / sum(self.strengths))
+            if place == 0:
+                torch.mul(scaled, share, out=out)
+            else:
+                out.addcmul_(scaled, share)
+        return torch.add(out.log2_(), logits, out=scratch[0])
 
-    def _exponentials(self, scores: Tensor, rows: slice, out: Tensor) -> Tensor:
-        """Takes each row's largest from `scores` and writes their powers of 2 to `out`; their sum [r, 1]."""
-        self.columns.write(scores, rows, -torch.inf)
-        scores.sub_(finite(scores.amax(dim=1, keepdim=True)))
-        return torch.exp2(scores, out=out).sum(dim=1, keepdim=True)
+    def _scales(self, rows: slice, blocks: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """The scores, 0 in the excluded columns, and what standardises them to their strength: [scores, r, 1]."""
+        totals = torch.stack([block.sum(dim=1, keepdim=True) for block in blocks])
+        squares = torch.stack([row_lengths(block) for block in blocks]).square_()
+        if self.far is None and values_are_free(totals):
+            # About their mean: from sums alone while that cancels nothing, and no score is all rounding.
+            about_mean = squares - totals.square().div_(self.count[rows])
+            if bool((about_mean > torch.maximum(squares / 8, self.bound[:, rows])).all()):
+                return blocks, about_mean.rsqrt_().mul_(self.factor[:, rows])
+        means = totals / self.count[rows]
+        blocks = [self.columns.write(block - mean, rows, 0) for block, mean in zip(blocks, means, strict=True)]
+        lengths = torch.stack([row_lengths(block) for block in blocks])
+        return blocks, torch.where(lengths > self.rounding[:, rows], self.factor[:, rows] / lengths, 0)
 
     def log_mean(self, rows: slice) -> Tensor:
         """The log of the mean weight [r, 1] that the scores are still to be relieved of."""
         total = self.weight_total[rows]
         return (total / self.count[rows]).masked_fill(total == 0, 1).log2()
 
-    # Each writes a block of scores, centred on the row's negatives, and returns their length [r, 1].
+    # Each gives a block of scores, 0 in the excluded columns.
 
     def similarity(self, rows: slice, logits: Tensor, out: Tensor) -> Tensor:
-        total = logits.sum(dim=1, keepdim=True) - self.columns.total(logits, rows)
-        torch.sub(logits, total / self.count[rows], out=out)
-        self.columns.write(out, rows, 0)
-        return row_lengths(out)
+        return logits
 
     def influence(self, rows: slice, logits: Tensor, out: Tensor) -> Tensor:
-        if self.products is None:
-            torch.mm(self.of_anchors.direction[rows], self.scaled_of_pool.T, out=out)
-        else:
-            torch.mul(self.products[rows], self.scale_of_pool, out=out)
+        torch.mm(self.of_anchors.direction[rows], self.scaled_of_pool.T, out=out)
         if self.far is not None:
-            self._far(rows, out)
-        contrast = self.logits.contrast
-        if self.weighting.gradient == "weight" and contrast.anchor_inputs is not None:
-            assert contrast.pool_inputs is not None
-            out.mul_(contrast.anchor_inputs[rows].detach() @ contrast.pool_inputs.detach().T)
-        return self._centre(out, rows)
+            self._write_far(rows, out)
+        if self.inputs is not None:
+            of_anchors, of_pool = self.inputs
+            out.mul_(of_anchors[rows] @ of_pool.T)
+        return self.columns.write(out, rows, 0)
 
     def diversity(self, rows: slice, logits: Tensor, out: Tensor) -> Tensor:
         excluded, pool, kept = self.logits.contrast.excluded, self.logits.pool, self.logits.kept
         assert excluded is not None
+        out = self.logits.scratch[0][: len(out)]
         if self.weighting.distance == "euclidean":
             out.copy_(self.rest.expand_as(out))
             for column in excluded[rows].T:
@@ -465,70 +505,69 @@ class UnDiMixScores:
             whole = stop <= len(pool)
             other = kept[start:stop] if whole else torch.cat([kept[start:], kept[: stop - len(pool)]])
             torch.add(logits, other, out=out).add_(self.rest)
-        return self._centre(out, rows)
-
-    def _centre(self, scores: Tensor, rows: slice) -> Tensor:
-        self.columns.write(scores, rows, 0)
-        scores.sub_(scores.sum(dim=1, keepdim=True) / self.count[rows])
-        self.columns.write(scores, rows, 0)
-        return row_lengths(scores)
-
-    def _bound_rounding(self, largest: Tensor) -> None:
-        """From the largest bounds among each anchor's negatives: the length up to which scores are rounding."""
-        weighting, contrast, logits = self.weighting, self.logits.contrast, self.logits
-        root = self.count.sqrt()
-        self.eps = ROUNDING * torch.finfo(root.dtype).eps * root
-        terms = {self.similarity: logits.scaled.norm(dim=1, keepdim=True) * largest[0]}
-        if weighting.influence:
-            of_anchors = self.of_anchors
-            length = of_anchors.direction.norm(dim=1, keepdim=True)
-            terms[self.influence] = of_anchors.terms[:, None] * largest[1] + length * largest[2]
-            if weighting.gradient == "weight" and contrast.anchor_inputs is not None:
-                self.input_bound = contrast.anchor_inputs.detach().norm(dim=1, keepdim=True) * largest[4]
-                terms[self.influence] = terms[self.influence] * self.input_bound
-            # Beside a huge gradient that is no negative of an anchor's, its own negatives' would all be 0.
-            far = (largest[3] - self.largest_scale)[:, 0] < math.log(torch.finfo(root.dtype).tiny) / 4.4
-            self.far = far if not values_are_free(far) or bool(far.any()) else None
-        if weighting.diversity:
-            scale = largest[0] if weighting.distance == "euclidean" else logits.factor if self.looks_up else 1
-            terms[self.diversity] = (self.count - 1).clamp(min=1) * scale
-        self.rounding = torch.stack([terms[score] for score in self.scores]) * self.eps
-        strengths = self.strengths if weighting.mixing == "geometric" else [1.0] * len(self.strengths)
-        self.factor = torch.stack([root * (LOG2E * weighting.hardness * strength) for strength in strengths])
+        return self.columns.write(out, rows, 0)
 
     def _prepare_influence(self) -> list[Tensor]:
         self.of_anchors, self.of_pool = all_task_gradients(self.logits, self.lengths.max())
         direction, log_scale, terms = self.of_pool
         self.largest_scale = finite(log_scale.max())
-        self.scale_of_pool = (log_scale - self.largest_scale).exp()
-        self.scaled_of_pool = direction * self.scale_of_pool[:, None]
-        if self.products is not None:
-            inner_products(direction, direction, self.products, symmetric=True)
-        bounds = [self.scaled_of_pool.norm(dim=1), self.scale_of_pool * terms, log_scale]
-        inputs = self.logits.contrast.pool_inputs
-        return (
-            [*bounds, inputs.detach().norm(dim=1)]
-            if self.weighting.gradient == "weight" and inputs is not None
-            else bounds
-        )
+        scale = (log_scale - self.largest_scale).exp()
+        self.scaled_of_pool = direction * scale[:, None]
+        bounds = [row_lengths(self.scaled_of_pool)[:, 0], scale * terms, log_scale]
+        contrast, self.inputs = self.logits.contrast, None
+        if self.weighting.gradient == "weight" and contrast.anchor_inputs is not None:
+            assert contrast.pool_inputs is not None
+            self.inputs = contrast.anchor_inputs.detach(), contrast.pool_inputs.detach()
+            bounds.append(row_lengths(self.inputs[1])[:, 0])
+        return bounds
 
-    def _far(self, rows: slice, out: Tensor) -> None:
-        """Writes the influence for anchors whose negatives' gradients are all far below the largest in the pool."""
+    def _rounding(self, largest: Tensor) -> Tensor:
+        """From the largest bounds among each anchor's negatives: the length up to which scores are rounding."""
+        terms = {self.similarity: row_lengths(self.logits.scaled) * largest[0]}
+        if self.weighting.influence:
+            direction, _, of_anchors = self.of_anchors
+            terms[self.influence] = of_anchors[:, None] * largest[1] + row_lengths(direction) * largest[2]
+            if self.inputs is not None:
+                terms[self.influence] *= row_lengths(self.inputs[0]) * largest[4]
+        if self.weighting.diversity:
+            scale = largest[0] if self.weighting.distance == "euclidean" else self.logits.factor if self.looks_up else 1
+            terms[self.diversity] = (self.count - 1).clamp(min=1) * scale
+        return torch.stack([terms[score] for score in self.scores]) * self.eps
+
+    @cached_property
+    def of_negatives(self) -> Tensor:
+        """The largest bounds among each anchor's negatives [bounds, n, 1]."""
+        return self.columns.largest_of_negatives(self.bounds)[:, :, None]
+
+    @cached_property
+    def rounding(self) -> Tensor:
+        """The length up to which scores are rounding [scores, n, 1]."""
+        return self._rounding(self.of_negatives)
+
+    def _far_rows(self) -> Tensor | None:
+        """The anchors [n] beside whose negatives' gradients the largest in the pool is huge: all would be 0."""
+        log_scale, least = self.of_pool.log_scale, math.log(torch.finfo(self.eps.dtype).tiny) / 4.4
+        if values_are_free(log_scale) and bool(log_scale.min() - self.largest_scale >= least):
+            return None
+        far = (self.of_negatives[3] - self.largest_scale)[:, 0] < least
+        return far if not values_are_free(far) or bool(far.any()) else None
+
+    def _write_far(self, rows: slice, out: Tensor) -> None:
+        """Writes the influence for the anchors that are far, relative to the largest of their own negatives."""
         assert self.far is not None
         far = self.far[rows]
         place = far.nonzero()[:, 0] if values_are_free(far) else torch.arange(len(far), device=far.device)
         anchors = place + rows.start
         direction, log_scale, terms = self.of_pool
-        scale = log_scale.expand(len(place), -1).clone()
         columns = Columns(self.columns.index[anchors], self.columns.once[anchors], self.columns.padded)
-        columns.write(scale, slice(0, len(place)), -torch.inf)
+        scale = columns.write(log_scale.expand(len(place), -1).clone(), slice(0, len(place)), -torch.inf)
         scale = (scale - finite(scale.amax(dim=1, keepdim=True))).exp()
         of_anchors = self.of_anchors.direction[anchors]
         out[place] = of_anchors @ direction.T * scale
-        bound = self.of_anchors.terms[anchors, None] * (scale * direction.norm(dim=1)).amax(dim=1, keepdim=True)
-        bound += of_anchors.norm(dim=1, keepdim=True) * (scale * terms).amax(dim=1, keepdim=True)
-        if self.weighting.gradient == "weight":
-            bound *= self.input_bound[anchors]
+        bound = self.of_anchors.terms[anchors, None] * (scale * row_lengths(direction).T).amax(dim=1, keepdim=True)
+        bound += row_lengths(of_anchors) * (scale * terms).amax(dim=1, keepdim=True)
+        if self.inputs is not None:
+            bound *= row_lengths(self.inputs[0][anchors]) * self.of_negatives[4, anchors]
         self.rounding[self.scores.index(self.influence), anchors] = self.eps[anchors] * bound
 
     def _prepare_diversity(self) -> None:
@@ -573,76 +612,85 @@ def of_length_one(lengths: Tensor) -> bool:
     return bool(((lengths - 1).abs() <= ROUNDING * torch.finfo(lengths.dtype).eps).all())
 
 
-def scorer_of(weighting: Weighting, prepared: Any, logits: Logits, columns: Columns, out: Tensor | None) -> Scorer:
-    """What writes a weighting's scores: lean ones for our own weightings, else what `log_weights` says."""
+def scorer_of(weighting: Weighting, prepared: Any, logits: Logits, columns: Columns) -> Scorer:
+    """What gives a weighting's scores: lean ones for our own weightings, else what `log_weights` says."""
     if type(weighting) is Uniform:
-        return lambda rows, block, out: None
+        return lambda rows, block, out: block
     if type(weighting) is UnDiMix:
-        return UnDiMixScores(weighting, logits, columns, out)
+        return UnDiMixScores(weighting, logits, columns)
 
-    def add_log_weights(rows: slice, block: Tensor, out: Tensor) -> None:
-        torch.add(block, checked(weighting, weighting.log_weights(prepared, rows), block), alpha=LOG2E, out=out)
+    def with_log_weights(rows: slice, block: Tensor, out: Tensor) -> Tensor:
+        return torch.add(block, checked(weighting, weighting.log_weights(prepared, rows), block), alpha=LOG2E, out=out)
 
-    return add_log_weights
+    return with_log_weights
 
 
 class Numerators:
-    """The softmax of each anchor's scores over its negatives, before it is divided by its sum, in blocks of anchors."""
+    """The softmax of each anchor's scores over its negatives, before it is divided by its sum, in blocks of anchors.
+
+    Attributes:
+        out: All numerators [n, m] where they fit, else those of the last block.
+        total: The sums of the numerators of the blocks that are done [n, 1].
+    """
 
     def __init__(self, contrast: Contrast, weighting: Weighting, prepared: Any, out: Tensor | None, work: Workspace):
         """`out` [n, m] takes all numerators; with None, each block's are in the memory of the last one's."""
         assert contrast.excluded is not None
         n, m = len(contrast.anchors), len(contrast.pool)
         rows = blocks_of(contrast)
-        lean = type(weighting) is UnDiMix
-        scratch = [work.block(rows[0].stop, m) for _ in range(3 if lean and out is None else 2 if lean else 1)]
-        kept = work.block(n, m) if lean and out is not None else out
         self.columns = Columns.of(contrast.excluded)
+        self.whole = out is not None
+        self.out = work.block(rows[0].stop, m) if out is None else out
+        kept, scratch = None, []
+        if type(weighting) is UnDiMix:
+            kept = None if out is None else work.block(n, m)
+            buffers = (1 if weighting.mixing == "geometric" else 2) + (kept is None)
+            scratch = [work.block(rows[0].stop, m) for _ in range(buffers)]
+        elif contrast.anchors is contrast.pool:
+            kept = out  # each block's scores and numerators are written over its logits
         self.logits = Logits(contrast, kept, rows, scratch)
-        self.scorer = scorer_of(weighting, prepared, self.logits, self.columns, out)
-        self.out = out if out is not None else work.block(rows[0].stop, m)
+        self.scorer = scorer_of(weighting, prepared, self.logits, self.columns)
         self.top = contrast.pool.new_empty(n, 1)
         self.total = contrast.pool.new_empty(n, 1)
 
     def block(self, rows: slice) -> Tensor:
         """Numerators [r, m] of a block of anchors."""
-        out = self.out[rows] if self.logits.kept is not None else self.out[: rows.stop - rows.start]
-        lean = isinstance(self.scorer, UnDiMixScores)
-        logits = self.logits.block(rows, self.logits.scratch[-1][: len(out)] if lean else out)
-        self.scorer(rows, logits, out)
-        self.columns.write(out, rows, -torch.inf)
-        top = finite(out.amax(dim=1, keepdim=True))
-        self.top[rows] = top
-        self.total[rows] = out.sub_(top).exp2_().sum(dim=1, keepdim=True)
+        out = self.out[rows] if self.whole else self.out[: rows.stop - rows.start]
+        scratch = self.logits.scratch
+        scores = self.scorer(rows, self.logits.block(rows, scratch[-1][: len(out)] if scratch else out), out)
+        self.total[rows], self.top[rows] = exponentials(scores, self.columns, rows, out if scratch else None)
         return out
 
     def log_sums(self, rows: slice) -> Tensor:
-        """The log of the weighted sum of the negatives of anchors whose blocks are done: [r]."""
+        """The log of the weighted sum of the negatives [r], less the logits' offset, of blocks that are done."""
         log_sum = self.total[rows].log2() + self.top[rows]
         if isinstance(self.scorer, UnDiMixScores):
             log_sum -= self.scorer.log_mean(rows)
         return log_sum[:, 0] / LOG2E
 
     @staticmethod
-    def workspace(contrast: Contrast, weighting: Weighting) -> Workspace:
+    def workspace(contrast: Contrast) -> Workspace:
         """Memory for what is kept and the scratch."""
         kept = 2 * len(contrast.anchors) if fits(contrast) else 0
         return Workspace(contrast.pool, (kept + 4 * blocks_of(contrast)[0].stop) * (len(contrast.pool) + PADDING))
 
 
-def plain_log_sums(contrast: Contrast, out: Tensor) -> tuple[Tensor, Tensor] | None:
+def plain_log_sums(contrast: Contrast, centre: Tensor, out: Tensor) -> tuple[Tensor, Tensor] | None:
     """Numerators above the diagonal, by tiles in `out`, their sums [n, 1] and the log-sums [n], for equal weights.
 
     Of two views the numerators are symmetric while all are relative to the same bound; None where that is too high.
+    The log-sums lack the logits' offset, as `Numerators.log_sums` do.
     """
-    pool = contrast.pool.detach()
-    scaled = pool * (LOG2E / contrast.temperature)
-    bound = (scaled * pool).sum(dim=1).max()
-    total = torch.zeros_like(pool[:, :1])
-    for rows, columns in tile_pairs(len(pool)):
-        tile = torch.mm(scaled[rows], pool[columns].T, out=out[rows, columns])
-        tile.sub_(bound).exp2_()
-        for place in (0, len(pool) // 2, -(len(pool) // 2)):
+    factor, centred = LOG2E / contrast.temperature, contrast.pool.detach() - centre
+    scaled = centred * factor
+    along = scaled @ centre
+    bound = ((scaled * centred).sum(dim=1) + 2 * along).max()
+    along -= bound / 2
+    total = torch.zeros_like(centred[:, :1])
+    for rows, columns in tile_pairs(len(centred)):
+        tile = torch.mm(scaled[rows], centred[columns].T, out=out[rows, columns])
+        tile.add_(along[columns]).add_(along[rows, None]).exp2_()
+        for place in (0, len(centred) // 2, -(len(centred) // 2)):
             offset = rows.start + place - columns.start
             if -len(tile) < offset < tile.shape[1]:
                 tile.diagonal(offset).zero_()
@@ -651,7 +699,7 @@ def plain_log_sums(contrast: Contrast, out: Tensor) -> tuple[Tensor, Tensor] | N
             total[columns] += tile.sum(dim=0)[:, None]
     if not float(total.min()) > torch.finfo(total.dtype).tiny * 2**26:
         return None
-    return total, (total[:, 0].log2() + bound) / LOG2E
+    return total, (total[:, 0].log2() - along + bound / 2) / LOG2E
 
 
 def gradients(
@@ -725,13 +773,13 @@ class NegativeLogSums(torch.autograd.Function):
         numerators = None
         if fits(contrast):
             numerators = pool.new_empty(len(anchors), len(pool) + PADDING)[:, : len(pool)]
-        with Numerators.workspace(contrast, weighting) as memory:
+        with Numerators.workspace(contrast) as memory:
             work = Numerators(contrast, weighting, prepared, numerators, memory)
             for rows in work.logits.blocks:
                 work.block(rows)
         ctx.save_for_backward(anchors, pool, numerators, work.total)
         ctx.of_what = contrast, weighting, prepared
-        return work.log_sums(slice(0, len(anchors)))
+        return work.log_sums(slice(0, len(anchors))) + work.logits.offset / LOG2E
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -748,7 +796,7 @@ class NegativeLogSums(torch.autograd.Function):
             sums = [
                 torch.zeros_like(rows) if wanted else None for rows, wanted in zip((anchors, pool), needed, strict=True)
             ]
-            with Numerators.workspace(contrast, weighting) as memory:
+            with Numerators.workspace(contrast) as memory:
                 work = Numerators(contrast, weighting, prepared, None, memory)
                 for rows in work.logits.blocks:
                     add_gradients(work.block(rows), share[rows], anchors, pool, rows, sums)
@@ -773,7 +821,8 @@ class MeanLoss(torch.autograd.Function):
         pool, of_itself = pool.detach(), contrast.anchors is contrast.pool
         anchors = pool if of_itself else anchors.detach()
         n, every = len(anchors), slice(0, len(anchors))
-        positive_logits = (anchors * positives).sum(dim=1) / contrast.temperature
+        centre = pool.mean(dim=0)
+        positive_logits = (anchors * (positives - centre)).sum(dim=1) / contrast.temperature
 
         def finish(total: Tensor, log_sums: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
             losses, slope = loss(log_sums - positive_logits[rows])
@@ -782,11 +831,11 @@ class MeanLoss(torch.autograd.Function):
 
         of_anchors = of_pool = None
         whole = fits(contrast)
-        with Numerators.workspace(contrast, weighting) as memory:
+        with Numerators.workspace(contrast) as memory:
             out = memory.block(n, len(pool)) if whole else None
             plain = None
             if out is not None and type(weighting) is Uniform and is_two_views(contrast):
-                plain = plain_log_sums(contrast, out)
+                plain = plain_log_sums(contrast, centre, out)
             if plain is None:
                 work = Numerators(contrast, weighting, prepared, out, memory)
             if out is not None:

@@ -29,7 +29,7 @@ from undimix_plugins.weightings.weighting import Uniform, Weighting, checked
 
 LOG2E = 1 / math.log(2)
 KEPT_BYTES = 2**29  # up to which a contrast's logits and numerators are kept
-BLOCK_BYTES = 2**21  # of a block of kept scores, so few that a cache holds them
+BLOCK_BYTES = 2**22  # of a block of kept scores, so few that a cache holds them
 LONE_BLOCK_BYTES = 2**25  # of a block that is worked out whenever it is needed: more, for the products' sake
 TILE = 512  # rows and columns of what is mirrored at once
 LEAST_ROWS = 64  # of a block
@@ -200,7 +200,7 @@ class Logits:
         self.centred = self.pool - self.centre
         self.scaled = self.anchors * self.factor
         if kept is not None and (self.anchors is not self.pool or len(self.pool) <= TILE):
-            torch.mm(self.scaled, self.centred.T, out=kept)
+            inner_products(self.scaled, self.centred, kept)
         elif kept is not None:
             scaled, along = self.centred * self.factor, self.centred @ (self.centre * self.factor)
             for above, columns in tile_pairs(len(self.pool)):
@@ -218,7 +218,7 @@ class Logits:
         """The logits of a block of anchors [r, m]: kept ones, or written to `out`."""
         if self.kept is not None:
             return self.kept[rows]
-        return torch.mm(self.scaled[rows], self.centred.T, out=out)
+        return inner_products(self.scaled[rows], self.centred, out)
 
     def transposed(self, rows: slice) -> Tensor:
         """The logits of a block of the pool against all anchors [r, n], but for a number for each row."""
@@ -226,6 +226,14 @@ class Logits:
         if self.kept is None:
             return self.pool[rows] @ scaled.T
         return self.kept[:, rows].T + scaled @ self.centre
+
+
+def inner_products(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """`left @ right.T`, some columns at a time, so that a cache holds what is written."""
+    for start in range(0, len(right), 2 * TILE):
+        columns = slice(start, start + 2 * TILE)
+        torch.mm(left, right[columns].T, out=out[:, columns])
+    return out
 
 
 def tile_pairs(count: int) -> Iterator[tuple[slice, slice]]:
@@ -477,7 +485,7 @@ class UnDiMixScores:
         return logits
 
     def influence(self, rows: slice, logits: Tensor, out: Tensor) -> Tensor:
-        torch.mm(self.of_anchors.direction[rows], self.scaled_of_pool.T, out=out)
+        inner_products(self.of_anchors.direction[rows], self.scaled_of_pool, out)
         if self.far is not None:
             self._write_far(rows, out)
         if self.inputs is not None:
@@ -497,14 +505,13 @@ class UnDiMixScores:
         elif excluded.shape[1] == 0:
             out.copy_(self.rest.expand_as(out))
         elif not self.looks_up or kept is None:
-            torch.sub(self.rest, torch.mm(self.total[rows], self.centred.T, out=out), out=out)
+            torch.sub(self.rest, inner_products(self.total[rows], self.centred, out), out=out)
         else:
-            half = len(pool) // 2
-            start = (rows.start + half) % len(pool)
-            stop = start + rows.stop - rows.start
-            whole = stop <= len(pool)
-            other = kept[start:stop] if whole else torch.cat([kept[start:], kept[: stop - len(pool)]])
-            torch.add(logits, other, out=out).add_(self.rest)
+            start = (rows.start + len(pool) // 2) % len(pool)
+            above = min(len(pool) - start, len(out))  # whose positive is no further than the last row of the pool
+            torch.add(logits[:above], kept[start : start + above], out=out[:above])
+            torch.add(logits[above:], kept[: len(out) - above], out=out[above:])
+            out.add_(self.rest)
         return self.columns.write(out, rows, 0)
 
     def _prepare_influence(self) -> list[Tensor]:

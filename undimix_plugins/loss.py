@@ -59,13 +59,7 @@ def log_sums(contrast: Contrast, weighting: Weighting) -> LogSums:
     """
     _check(contrast, weighting)
     with full_precision(contrast.pool):
-        positives = (contrast.anchors * contrast.positives).sum(dim=1) / contrast.temperature
-        negatives = _negatives(contrast, weighting)
-        none = negatives.isneginf()
-        combined = weighting.combine(contrast, positives, negatives.masked_fill(none, 0), contrast.count.clamp(min=1))
-        if not values_are_free(contrast.pool):
-            positives = positives + _not_a_number_if_not_finite(contrast)
-        return LogSums(positives, combined.masked_fill(none, -torch.inf))
+        return _log_sums(contrast, weighting, _prepared(contrast, weighting))
 
 
 def weighted_log_sum(contrast: Contrast, weighting: Weighting, prepared: Any, rows: slice) -> Tensor:
@@ -95,12 +89,26 @@ def weighted_log_sum(contrast: Contrast, weighting: Weighting, prepared: Any, ro
     return masked_log_sum_exp(logits + log_weights, contrast.is_negative(rows))
 
 
-def _negatives(contrast: Contrast, weighting: Weighting) -> Tensor:
+def _prepared(contrast: Contrast, weighting: Weighting) -> Any:
+    """What `weighted_log_sum` needs, or what the fast path does; the compiler does its own tiling."""
+    return weighting.prepare(contrast) if torch.compiler.is_compiling() else tiled.prepare(contrast, weighting)
+
+
+def _log_sums(contrast: Contrast, weighting: Weighting, prepared: Any) -> LogSums:
+    positives = (contrast.anchors * contrast.positives).sum(dim=1) / contrast.temperature
+    negatives = _negatives(contrast, weighting, prepared)
+    none = negatives.isneginf()
+    combined = weighting.combine(contrast, positives, negatives.masked_fill(none, 0), contrast.count.clamp(min=1))
+    if not values_are_free(contrast.pool):
+        positives = positives + _not_a_number_if_not_finite(contrast)
+    return LogSums(positives, combined.masked_fill(none, -torch.inf))
+
+
+def _negatives(contrast: Contrast, weighting: Weighting, prepared: Any) -> Tensor:
     """`weighted_log_sum` of all anchors, by the way that suits."""
     every = slice(0, len(contrast.anchors))
-    if torch.compiler.is_compiling():  # the compiler does its own tiling
-        return weighted_log_sum(contrast, weighting, weighting.prepare(contrast), every)
-    prepared = tiled.prepare(contrast, weighting)
+    if torch.compiler.is_compiling():
+        return weighted_log_sum(contrast, weighting, prepared, every)
     if not tiled.weights_carry_gradient(contrast, weighting, prepared):
         return tiled.negative_log_sums(contrast, weighting, prepared)
     if tiled.fits(contrast):
@@ -115,14 +123,17 @@ def _negatives(contrast: Contrast, weighting: Weighting) -> Tensor:
 def _mean(contrast: Contrast, weighting: Weighting, loss: tiled.Margin) -> Tensor:
     """The mean over the anchors of a loss of `neg - pos`."""
     _check(contrast, weighting)
-    if not torch.compiler.is_compiling() and type(weighting).combine is Weighting.combine:
-        with full_precision(contrast.pool):
-            prepared = tiled.prepare(contrast, weighting)
-            if not tiled.weights_carry_gradient(contrast, weighting, prepared):
-                mean = tiled.mean_loss(contrast, weighting, prepared, loss)
-                return mean if values_are_free(mean) else mean + _not_a_number_if_not_finite(contrast)
-    positives, negatives = log_sums(contrast, weighting)
-    return loss(negatives - positives)[0].mean()
+    with full_precision(contrast.pool):
+        prepared = _prepared(contrast, weighting)
+        if (
+            torch.compiler.is_compiling()
+            or type(weighting).combine is not Weighting.combine
+            or tiled.weights_carry_gradient(contrast, weighting, prepared)
+        ):
+            positives, negatives = _log_sums(contrast, weighting, prepared)
+            return loss(negatives - positives)[0].mean()
+        mean = tiled.mean_loss(contrast, weighting, prepared, loss)
+        return mean if values_are_free(mean) else mean + _not_a_number_if_not_finite(contrast)
 
 
 def _check(contrast: Contrast, weighting: Weighting) -> None:

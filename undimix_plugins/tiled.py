@@ -709,24 +709,35 @@ def plain_log_sums(contrast: Contrast, centre: Tensor, out: Tensor) -> tuple[Ten
     return total, (total[:, 0].log2() - along + bound / 2) / LOG2E
 
 
-def gradients(
-    numerators: Tensor,
-    share: Tensor,
-    anchors: Tensor,
-    pool: Tensor,
-    needed: tuple[bool, bool],
-    *,
-    symmetric: bool = False,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Those of `sum over i, j of share_i * numerators_ij * <a_i, v_j>`, the numerators held fixed.
+Sums = tuple[Tensor | None, Tensor | None]  # of the gradients of anchors and pool; one tensor where these are one
+
+
+def zero_sums(anchors: Tensor, pool: Tensor, needed: tuple[bool, bool]) -> Sums:
+    """What the gradients of anchors and pool are to be added to, None where they are not needed."""
+    of_pool = torch.zeros_like(pool) if needed[1] else None
+    return (of_pool if anchors is pool else torch.zeros_like(anchors) if needed[0] else None), of_pool
+
+
+def add_gradients(numerators: Tensor, share: Tensor, anchors: Tensor, pool: Tensor, rows: slice, sums: Sums) -> None:
+    """Adds those of a block of anchors to the sums, as `gradients` has them."""
+    of_anchors, of_pool = sums
+    if of_anchors is not None:
+        of_anchors[rows].addcmul_(numerators @ pool, share)
+    if of_pool is not None:
+        of_pool.addmm_(numerators.T, anchors[rows] * share)
+
+
+def gradients(numerators: Tensor, share: Tensor, anchors: Tensor, pool: Tensor, sums: Sums, *, symmetric: bool) -> None:
+    """Adds those of `sum over i, j of share_i * numerators_ij * <a_i, v_j>` to the sums, the numerators held fixed.
 
     Symmetric numerators are given on and above the diagonal alone.
     """
-    if anchors is not pool:
-        of_anchors = (numerators @ pool).mul_(share) if needed[0] else None
-        return of_anchors, numerators.T @ (anchors * share) if needed[1] else None
+    result = sums[1]
+    if anchors is not pool or result is None:
+        add_gradients(numerators, share, anchors, pool, slice(0, len(anchors)), sums)
+        return
     # Of one batch with itself, both at once: a product with the symmetric part, tile by tile.
-    result, buffer = torch.zeros_like(pool), pool.new_empty(TILE, TILE + PADDING)
+    buffer = pool.new_empty(TILE, TILE + PADDING)
     for i, j in tile_pairs(len(pool)):
         tile = buffer[: i.stop - i.start, : j.stop - j.start]
         if symmetric:
@@ -736,18 +747,6 @@ def gradients(
         result[i].addmm_(tile, pool[j])
         if i != j:
             result[j].addmm_(tile.T, pool[i])
-    return None, result
-
-
-def add_gradients(
-    numerators: Tensor, share: Tensor, anchors: Tensor, pool: Tensor, rows: slice, sums: list[Tensor | None]
-) -> None:
-    """Adds those of a block of anchors to the sums for anchors and pool, as `gradients` has them."""
-    of_anchors, of_pool = sums
-    if of_anchors is not None:
-        of_anchors[rows] += (numerators @ pool).mul_(share)
-    if of_pool is not None:
-        of_pool.addmm_(numerators.T, anchors[rows] * share)
 
 
 class Once(torch.autograd.Function):
@@ -791,23 +790,21 @@ class NegativeLogSums(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         anchors, pool, numerators, total = ctx.saved_tensors
-        anchors, pool, grad = anchors.detach(), pool.detach(), grad.detach()
         contrast, weighting, prepared = ctx.of_what
-        share = torch.where(total > 0, grad[:, None] / (total * contrast.temperature), 0)
-        if contrast.anchors is contrast.pool:
-            anchors = pool
-        needed = ctx.needs_input_grad[:2]
+        pool = pool.detach()
+        anchors = pool if contrast.anchors is contrast.pool else anchors.detach()
+        sums = zero_sums(anchors, pool, ctx.needs_input_grad[:2])
+        share = torch.where(total > 0, grad.detach()[:, None] / (total * contrast.temperature), 0)
         with full_precision(pool):
             if numerators is not None:
-                return *once(gradients(numerators, share, anchors, pool, needed), contrast), None, None, None
-            sums = [
-                torch.zeros_like(rows) if wanted else None for rows, wanted in zip((anchors, pool), needed, strict=True)
-            ]
-            with Numerators.workspace(contrast) as memory:
-                work = Numerators(contrast, weighting, prepared, None, memory)
-                for rows in work.logits.blocks:
-                    add_gradients(work.block(rows), share[rows], anchors, pool, rows, sums)
-        return *once(sums, contrast), None, None, None
+                gradients(numerators, share, anchors, pool, sums, symmetric=False)
+            else:
+                with Numerators.workspace(contrast) as memory:
+                    work = Numerators(contrast, weighting, prepared, None, memory)
+                    for rows in work.logits.blocks:
+                        add_gradients(work.block(rows), share[rows], anchors, pool, rows, sums)
+        of_anchors, of_pool = sums
+        return *once([None if anchors is pool else of_anchors, of_pool], contrast), None, None, None
 
 
 class MeanLoss(torch.autograd.Function):
@@ -824,11 +821,11 @@ class MeanLoss(torch.autograd.Function):
         prepared: Any,
         loss: Margin,
     ) -> Tensor:
-        needed = ctx.needs_input_grad[:3]
-        pool, of_itself = pool.detach(), contrast.anchors is contrast.pool
-        anchors = pool if of_itself else anchors.detach()
-        n, every = len(anchors), slice(0, len(anchors))
-        centre = pool.mean(dim=0)
+        needed = ctx.needs_input_grad
+        pool = pool.detach()
+        anchors = pool if contrast.anchors is contrast.pool else anchors.detach()
+        of_anchors, of_pool = sums = zero_sums(anchors, pool, (needed[0], needed[2]))
+        n, centre = len(anchors), pool.mean(dim=0)
         positive_logits = (anchors * (positives - centre)).sum(dim=1) / contrast.temperature
 
         def finish(total: Tensor, log_sums: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -836,41 +833,28 @@ class MeanLoss(torch.autograd.Function):
             slope = slope[:, None] / (n * contrast.temperature)
             return losses, slope, torch.where(total > 0, slope / total, 0)
 
-        of_anchors = of_pool = None
-        whole = fits(contrast)
         with Numerators.workspace(contrast) as memory:
-            out = memory.block(n, len(pool)) if whole else None
-            plain = None
+            every, plain, by_block = slice(0, n), None, []
+            out = memory.block(n, len(pool)) if fits(contrast) else None
             if out is not None and type(weighting) is Uniform and is_two_views(contrast):
                 plain = plain_log_sums(contrast, centre, out)
             if plain is None:
                 work = Numerators(contrast, weighting, prepared, out, memory)
-            if out is not None:
-                if plain is None:
-                    for rows in work.logits.blocks:
-                        work.block(rows)
-                    losses, slope, share = finish(work.total, work.log_sums(every), every)
-                else:
-                    losses, slope, share = finish(*plain, every)
-                if any(needed):
-                    of_anchors, of_pool = gradients(
-                        out, share, anchors, pool, (needed[0], needed[2]), symmetric=plain is not None
-                    )
-            else:
-                of_anchors = torch.zeros_like(anchors) if needed[0] else None
-                of_pool = torch.zeros_like(pool) if needed[2] else None
-                parts = []
                 for rows in work.logits.blocks:
                     numerators = work.block(rows)
-                    parts.append(finish(work.total[rows], work.log_sums(rows), rows))
-                    add_gradients(numerators, parts[-1][2], anchors, pool, rows, [of_anchors, of_pool])
-                losses, slope, _ = (torch.cat(part) for part in zip(*parts, strict=True))
+                    if out is None:
+                        by_block.append(finish(work.total[rows], work.log_sums(rows), rows))
+                        add_gradients(numerators, by_block[-1][2], anchors, pool, rows, sums)
+            if out is None:
+                losses, slope, _ = map(torch.cat, zip(*by_block, strict=True))
+            else:
+                losses, slope, share = finish(*(plain or (work.total, work.log_sums(every))), every)
+                gradients(out, share, anchors, pool, sums, symmetric=plain is not None)
         if of_anchors is not None:
             of_anchors.addcmul_(positives, slope, value=-1)
-        elif of_pool is not None and of_itself:
-            of_pool.addcmul_(positives, slope, value=-1)
         ctx.contrast = contrast
-        ctx.save_for_backward(of_anchors, anchors * -slope if needed[1] else None, of_pool)
+        of_positives = anchors * -slope if needed[1] else None
+        ctx.save_for_backward(None if anchors is pool else of_anchors, of_positives, of_pool)
         return losses.mean()
 
     @staticmethod

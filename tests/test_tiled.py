@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,17 +30,24 @@ from undimix_plugins import (
 )
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+SIZES_AS_THEY_ARE = {
+    name: getattr(tiled, name) for name in ("KEPT_BYTES", "BLOCK_BYTES", "LONE_BLOCK_BYTES", "LEAST_ROWS", "TILE")
+}
 
 
 @contextmanager
-def blocks(*, kept: bool, rows: int = 3, tile: int = 4) -> Iterator[None]:
-    """Blocks so small that a few rows are many, their scores kept or not."""
+def sizes(**values: int) -> Iterator[None]:
+    """Constants of the fast path at these values."""
     with pytest.MonkeyPatch.context() as patch:
-        if not kept:
-            patch.setattr(tiled, "KEPT_BYTES", 0)
-        for name, value in {"BLOCK_BYTES": 1, "LONE_BLOCK_BYTES": 1, "LEAST_ROWS": rows, "TILE": tile}.items():
+        for name, value in values.items():
             patch.setattr(tiled, name, value)
         yield
+
+
+def blocks(*, kept: bool, rows: int = 3, tile: int = 4) -> AbstractContextManager[None]:
+    """Blocks so small that a few rows are many, their scores kept or not."""
+    kept_bytes = SIZES_AS_THEY_ARE["KEPT_BYTES"] if kept else 0
+    return sizes(KEPT_BYTES=kept_bytes, BLOCK_BYTES=1, LONE_BLOCK_BYTES=1, LEAST_ROWS=rows, TILE=tile)
 
 
 SMALL = {"kept": {"kept": True}, "kept-2-of-tile-5": {"kept": True, "rows": 2, "tile": 5}, "by-block": {"kept": False}}
@@ -200,11 +210,6 @@ def to(case: Case, dtype: torch.dtype) -> Case:
     return case._replace(anchors=pool if case.anchors is case.pool else anchors, positives=positives, pool=pool)
 
 
-def concentrated(count: int, width: int) -> Tensor:
-    """Rows whose cosines are .99 on average."""
-    return normalize(random_rows(1, width, seed=5) + 0.1 * random_rows(count, width, seed=6), dim=1)
-
-
 class HarderHalf(Weighting):
     """A user's own, detached."""
 
@@ -264,7 +269,6 @@ def each(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("weighting", chosen.values(), ids=chosen)
 
 
-EVERY_WAY = ("uniform", "undimix", "linear", "hcl", "hcl-debiased", "harder-half")  # a path through the code each
 once = pytest.mark.parametrize("small", [SMALL["kept"]], ids=["kept"], indirect=True)
 
 CASES = {
@@ -334,51 +338,81 @@ def test_sizes_around_a_block_of_7(n: int, shape: Callable[[int], Case], weighti
 @each("uniform", "undimix", "linear", "harder-half")
 @once
 def test_blocks_as_they_come(weighting: Weighting) -> None:
-    """An odd number of pairs, so that a block's positives are of two blocks."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.undo()
-    case = pairs(551, 8, temperature=0.1)
-    assert_equals_dense(case, weighting, info_nce)
+    """More than a tile of them, and of an odd number of pairs, so that a block's positives are of two blocks."""
+    with sizes(**SIZES_AS_THEY_ARE):
+        assert_equals_dense(pairs(551, 8, temperature=0.1), weighting, info_nce)
+    with sizes(**SIZES_AS_THEY_ARE | {"KEPT_BYTES": 0, "LONE_BLOCK_BYTES": 2**20}):
+        assert_equals_dense(pairs(551, 8, temperature=0.1), weighting, info_nce)
 
 
-TEMPERATURES = (0.5, 0.1, 0.02, 0.01)
-SPREADS = {
-    "pairs": pairs(12, 16),
-    "pairs-concentrated": of_pool(pairs(12, 16), concentrated(24, 16)),
-    "bank": bank(10, 17, 16),
-    "bank-concentrated": bank(10, 17, 16)._replace(
-        **dict(zip(("anchors", "positives", "pool"), concentrated(37, 16).split([10, 10, 17]), strict=True))
-    ),
-    "rectangular": rectangular(9, 19, 5, 16),
-}
-each_spread = pytest.mark.parametrize("case", SPREADS.values(), ids=SPREADS)
-each_temperature = pytest.mark.parametrize("temperature", TEMPERATURES)
+@each(*OURS)
+@pytest.mark.parametrize("name", ["pairs-14", "padded-14", "apart-8-without-some", "bank-9x4-raw", "rectangular-5x9"])
+def test_where_a_look_costs(name: str, weighting: Weighting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device whose values cannot be read without waiting for it: nothing is decided by them."""
+    monkeypatch.setattr(tiled, "values_are_free", lambda tensor: False)
+    assert_equals_dense(CASES[name], weighting)
 
 
-def str_of_shape(case: Case) -> str:
-    return "x".join(str(len(rows)) for rows in (case.anchors, case.pool))
+def spread(case: Case, *, together: bool, seed: int) -> Case:
+    """The same with other rows, whose cosines are about 0, or .99 on average."""
+    count, width = len(case.pool) if case.anchors is case.pool else sum(map(len, case[:3])), case.pool.shape[1]
+    rows = random_rows(count, width, seed=2 * seed)
+    if together:
+        rows = normalize(random_rows(1, width, seed=2 * seed + 1) + 0.1 * rows, dim=1)
+    if case.anchors is case.pool:
+        return of_pool(case, rows)
+    anchors, positives, pool = rows.split(list(map(len, case[:3])))
+    if case.positives_in_pool:
+        positives = pool[case.excluded[0][0] :][: len(positives)]
+    return case._replace(anchors=anchors, positives=positives, pool=pool)
+
+
+def precise(case: Case) -> Case:
+    """A case of float32 in float64, digit by digit."""
+    return to(case, torch.float64)
 
 
 class TestPrecision:
-    @each(*OURS, "hcl-debiased", "harder-half")
-    @each_spread
-    @each_temperature
-    def test_equals_dense(self, case: Case, temperature: float, weighting: Weighting) -> None:
-        assert_equals_dense(case._replace(temperature=temperature), weighting, info_nce, log_sums)
+    """Down to small temperatures, and for concentrated rows."""
+
+    pytestmark: ClassVar[list[pytest.MarkDecorator]] = [
+        pytest.mark.parametrize("together", [False, True], ids=["apart", "together"]),
+        pytest.mark.parametrize("temperature", [0.5, 0.1, 0.02, 0.01]),
+        pytest.mark.parametrize(
+            "case", [pairs(12, 16), bank(10, 17, 16), rectangular(9, 19, 5, 16)], ids=["pairs", "bank", "rectangular"]
+        ),
+    ]
 
     @each(*OURS, "hcl-debiased", "harder-half")
-    @pytest.mark.parametrize("case", [SPREADS["pairs"], SPREADS["bank"], SPREADS["rectangular"]], ids=str_of_shape)
-    @each_temperature
-    def test_equals_dense_in_float32(self, case: Case, temperature: float, weighting: Weighting) -> None:
-        assert_equals_dense(to(case._replace(temperature=temperature), torch.float32), weighting, info_nce, log_sums)
+    def test_equals_dense(self, case: Case, temperature: float, together: bool, weighting: Weighting) -> None:
+        case = spread(case._replace(temperature=temperature), together=together, seed=0)
+        assert_equals_dense(case, weighting, info_nce, log_sums)
+        got, want = tiled_log_weights(case.contrast(), weighting), dense_log_weights(case.contrast(), weighting)
+        negative = case.is_negative()
+        torch.testing.assert_close(got[negative], want[negative], rtol=1e-12, atol=1e-12)
 
     @each(*OURS)
-    @each_spread
-    @each_temperature
-    def test_log_weights(self, case: Case, temperature: float, weighting: Weighting) -> None:
-        case, negative = case._replace(temperature=temperature), case.is_negative()
-        got, want = tiled_log_weights(case.contrast(), weighting), dense_log_weights(case.contrast(), weighting)
-        torch.testing.assert_close(got[negative], want[negative], rtol=1e-12, atol=1e-12)
+    def test_float32(self, case: Case, temperature: float, together: bool, weighting: Weighting) -> None:
+        """Against the dense reference in float64: closer than its own rounding in float32 where that is much."""
+        case = to(spread(case._replace(temperature=temperature), together=together, seed=0), torch.float32)
+        for loss in (info_nce, log_sums):
+            want = outcome(precise(case), weighting, DENSE[loss])
+            rounded = Outcome(*([part.float() for part in parts] for parts in want))
+            assert_same(outcome(case, weighting, loss), rounded)
+
+    @each(*OURS)
+    @once
+    def test_log_weights_in_float32(self, case: Case, temperature: float, together: bool, weighting: Weighting) -> None:
+        """An error that is no larger than the dense reference's own, in the median of some batches."""
+        errors = []
+        for seed in range(9):
+            batch = to(spread(case._replace(temperature=temperature), together=together, seed=seed), torch.float32)
+            negative = batch.is_negative()
+            want = dense_log_weights(precise(batch).contrast(), weighting)
+            both = (made(batch.contrast(), weighting) for made in (tiled_log_weights, dense_log_weights))
+            errors.append([(got - want)[negative].abs().max() for got in both])
+        ours, own = torch.tensor(errors).median(dim=0).values.tolist()
+        assert ours <= max(1e-5, own)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -435,6 +469,80 @@ def test_backward(loss: Loss, weighting: Weighting) -> None:
     again = torch.autograd.grad(total(loss(made.contrast(), weighting)), inputs, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiated once"):
         torch.autograd.grad(again[0].sum(), inputs)
+
+
+@pytest.mark.parametrize("loss", [info_nce, log_sums], ids=["info_nce", "log_sums"])
+@each("uniform", "undimix", "hcl")
+@pytest.mark.parametrize("name", ["pairs-14", "bank-9x4-raw", "rectangular-5x9"])
+def test_only_the_gradients_asked_for(name: str, loss: Loss, weighting: Weighting) -> None:
+    case = CASES[name]
+    _, all_of_them = outcome(case, weighting, loss)
+    made, inputs = leaves(case)
+    for asked, gradient in enumerate(all_of_them):
+        for place, rows in enumerate(inputs):
+            rows.requires_grad_(place == asked)
+        value = total(loss(made.contrast(), weighting))
+        if value.requires_grad:
+            got = torch.autograd.grad(value, inputs[asked])[0]
+            torch.testing.assert_close(got, gradient, rtol=0, atol=1e-12 * gradient.abs().max().item())
+        else:
+            assert loss is log_sums
+            assert not gradient.any()
+    with torch.no_grad():
+        without = total(loss(made.contrast(), weighting))
+    assert not without.requires_grad
+    torch.testing.assert_close(without, value.detach(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("loss", [info_nce, log_sums], ids=["info_nce", "log_sums"])
+@each("uniform", "undimix", "linear", "harder-half")
+def test_autocast(loss: Loss, weighting: Weighting) -> None:
+    """The numbers of full precision, backward too, wherever autocast begins and ends."""
+    case = to(pairs(7, temperature=0.05), torch.float32)
+    want = outcome(case, weighting, loss)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = outcome(case, weighting, loss)
+    made, inputs = leaves(case)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = total(loss(made.contrast(), weighting))
+    for got in (inside.gradients, torch.autograd.grad(value, inputs)):
+        assert all(map(torch.equal, got, want.gradients))
+
+
+@each("uniform", "undimix", "hcl")
+def test_threads(weighting: Weighting) -> None:
+    """Losses at work at the same time have memory of their own."""
+    cases = [pairs(count, 8, temperature=0.1) for count in (40, 41, 60)] * 8
+    want = [outcome(case, weighting, info_nce) for case in cases]
+    with ThreadPoolExecutor(4) as threads:
+        got = list(threads.map(lambda case: outcome(case, weighting, info_nce), cases))
+    for ours, alone in zip(got, want, strict=True):
+        assert_same(ours, alone)
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> Case:
+    """Any small contrast, some rows of it the same, some columns excluded."""
+    n, m, width = draw(st.integers(1, 7)), draw(st.integers(1, 9)), draw(st.integers(1, 5))
+    seed, unit = draw(st.integers(0, 99)), draw(st.booleans())
+    of_itself = draw(st.booleans())
+    m = n if of_itself else m
+    anchors, positives, pool = random_rows(2 * n + m, width, seed, unit=unit).split([n, n, m])
+    pool = pool[draw(st.lists(st.integers(0, m - 1), min_size=m, max_size=m))] if draw(st.booleans()) else pool.clone()
+    itself = list(range(n)) if of_itself else draw(st.lists(st.integers(-1, m - 1), min_size=n, max_size=n))
+    excluded = draw(st.lists(st.lists(st.integers(0, m - 1), max_size=3, unique=True), min_size=n, max_size=n))
+    temperature, in_pool = draw(st.sampled_from([0.05, 0.2, 1.0])), draw(st.booleans()) or of_itself
+    inputs = random_rows(n + m, 3, seed + 100)
+    anchor_inputs, pool_inputs = (inputs[n:], inputs[n:]) if of_itself else (inputs[:n], inputs[n:])
+    rows = (pool if of_itself else anchors), positives, pool
+    return Case(*rows, temperature, itself, excluded, in_pool, anchor_inputs, pool_inputs)
+
+
+@given(case=batches(), rows=st.integers(1, 4), tile=st.integers(1, 5), kept=st.booleans(), weighting=st.data())
+@once
+def test_any_contrast(case: Case, rows: int, tile: int, kept: bool, weighting: st.DataObject) -> None:
+    with blocks(kept=kept, rows=rows, tile=tile):
+        assert_equals_dense(case, weighting.draw(st.sampled_from(list(OURS.values()))), info_nce, log_sums)
 
 
 class Largest(TorchDispatchMode):

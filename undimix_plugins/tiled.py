@@ -585,11 +585,18 @@ class UnDiMixScores:
             rows = blocks(len(pool), len(pool) * pool.element_size(), True)
             self.rest = torch.cat([euclidean_distances(pool[block], pool).sum(dim=1) for block in rows])
             return
-        unit = pool / lengths.masked_fill(lengths == 0, 1)[:, None]
-        total, own = unit.sum(dim=0), unit.square().sum(dim=1)
-        self.centred = unit - total / len(unit)
         # From <sum of the anchor's negatives, v_j>; for two views of rows of length 1, less the two excluded logits.
         self.looks_up = self.logits.kept is not None and is_two_views(contrast) and of_length_one(lengths)
+        if self.looks_up:
+            unit, self.centred = pool, self.logits.centred
+        else:
+            unit = pool / lengths.masked_fill(lengths == 0, 1)[:, None]
+            self.centred = unit - unit.mean(dim=0)
+        total = unit.sum(dim=0)
+        # A sum over concentrated rows shows that rounding left their lengths off 1: mended to first order.
+        wide = unit if unit.device.type == "mps" else unit.double()  # which has none
+        short = ((1 - wide.square().sum(dim=1)) / 2).to(unit.dtype)
+        own = -short * (unit @ total) - (lengths == 0).to(unit.dtype)  # less 1 for all
         if self.looks_up:
             self.rest = (own - self.centred @ total) * self.logits.factor
         elif contrast.excluded.shape[1] == 0:  # the same for every anchor

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -220,12 +220,15 @@ class Logits:
             return self.kept[rows]
         return inner_products(self.scaled[rows], self.centred, out)
 
-    def transposed(self, rows: slice) -> Tensor:
-        """The logits of a block of the pool against all anchors [r, n], but for a number for each row."""
-        scaled = self.scaled - self.scaled.mean(dim=0)
+    @cached_property
+    def scaled_about_mean(self) -> Tensor:
+        return self.scaled - self.scaled.mean(dim=0)
+
+    def transposed(self, rows: slice, out: Tensor) -> Tensor:
+        """The logits of a block of the pool against all anchors [r, n], but for a number for each row, to `out`."""
         if self.kept is None:
-            return self.pool[rows] @ scaled.T
-        return self.kept[:, rows].T + scaled @ self.centre
+            return torch.mm(self.pool[rows], self.scaled_about_mean.T, out=out)
+        return torch.add(self.kept[:, rows].T, self.scaled_about_mean @ self.centre, out=out)
 
 
 def inner_products(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
@@ -260,15 +263,81 @@ def largest(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Candidates:
-    """What a task chooses from: rows about their mean, and which of them are the same."""
+    """What pseudo-labelling tasks choose from: rows, a further one for each task, and which of them are the same.
 
-    def __init__(self, rows: Tensor, longest: Tensor, further: Tensor | None = None) -> None:
-        centre = rows.mean(dim=0)
-        self.rows, self.longest = rows - centre, longest
-        self.further = None if further is None else further - centre  # a candidate of one task each
-        group = groups(rows if further is None else torch.cat([rows, further]))
-        self.group = None if group is None else group[: len(rows)]
-        self.further_group = None if group is None or further is None else group[len(rows) :]
+    Rows are given as they are and about their mean.
+    """
+
+    def __init__(
+        self, rows: Tensor, centred: Tensor, longest: Tensor, further: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        self.rows, self.longest, self.further = centred, longest, None
+        if further is not None:
+            rows, self.further = torch.cat([rows, further[0]]), further[1]
+        group = groups(rows)
+        self.group = None if group is None else group[: len(centred)]
+        self.further_group = None if group is None else group[len(centred) :]
+
+    def task_gradients(self, logits: Tensor, rows: slice, out: Tensor, further: Tensor | None) -> TaskGradients:
+        """As `components._gradients`, of a block of tasks.
+
+        From their logits [r, candidates] in units of log 2, and those of the further candidates [r]; `out`
+        [r, candidates] is to work in.
+        """
+        top, label = largest(logits)
+        log_label, outside = finite(top), None
+        if further is not None:
+            outside = further > top
+            log_label = torch.where(outside, further, log_label)
+            label = label.masked_fill(outside, -1)
+            further = further.masked_fill(outside, -torch.inf)
+        # What is the label over again adds v_y - v_y; beside it, rounding would leave nothing of the other terms.
+        same = None
+        if self.group is not None:
+            assert self.further_group is not None
+            group = self.group[label]
+            if outside is not None:
+                group = torch.where(outside, self.further_group[rows], group)
+            same = self.group == group[:, None]
+            copies = (logits - log_label[:, None]).exp2().masked_fill(~same, 0).sum(dim=1)
+            if further is not None and outside is not None:
+                same_further = (self.further_group[rows] == group) & ~outside
+                copies = copies + outside + (further - log_label).exp2().masked_fill(~same_further, 0)
+                further = further.masked_fill(same_further, -torch.inf)
+            log_label = log_label + copies.log2()
+
+        def others(block: Tensor, value: float) -> Tensor:
+            """The block with `value` for the label and its copies."""
+            if same is not None:
+                return block.masked_fill_(same, value)
+            return block.scatter_(1, label[:, None], value) if further is None else write_one(block, label, value)
+
+        # Probabilities relative to the second likeliest: 1 - p_label is never formed, so that nothing cancels.
+        second, moderate = torch.zeros_like(top), False
+        if values_are_free(logits):
+            relative = others(torch.exp2(logits, out=out), 0)
+            total = relative.sum(dim=1) if further is None else relative.sum(dim=1) + further.exp2()
+            moderate = are_moderate(total)
+        if not moderate:
+            relative = others(out.copy_(logits), -torch.inf)
+            second = relative.amax(dim=1)
+            second = finite(second if further is None else torch.maximum(second, further))
+            total = relative.sub_(second[:, None]).exp2_().sum(dim=1)
+        direction, label_rows = relative @ self.rows, self.rows[label]
+        if further is not None and self.further is not None:
+            beside = (further - second).exp2()
+            total = total if moderate else total + beside
+            direction.addcmul_(self.further[rows], beside[:, None])
+            label_rows = torch.where(label[:, None] < 0, self.further[rows], label_rows)
+        log_others = second + total.log2()
+        log_scale = (log_others if moderate else second) - torch.logaddexp2(log_label, log_others)
+        if moderate:  # or to all of them
+            direction, total = direction.div_(total[:, None]), torch.ones_like(total)
+        return TaskGradients(
+            direction.addcmul_(label_rows, total[:, None], value=-1),
+            (log_scale / LOG2E).masked_fill(total == 0, -torch.inf),
+            total * self.longest,
+        )
 
 
 def groups(rows: Tensor) -> Tensor | None:
@@ -286,102 +355,18 @@ def groups(rows: Tensor) -> Tensor | None:
     return torch.zeros_like(order).scatter(0, order, torch.cat([new.new_zeros(1), new]).cumsum(0))
 
 
-class Tasks(NamedTuple):
-    """What a block of pseudo-labelling tasks leaves of its logits, in units of log 2; each [r] but the first."""
-
-    expected: Tensor  # [r, d], the candidates but the label by their probabilities relative to the likeliest of them
-    total: Tensor  # of those probabilities
-    second: Tensor  # the logit of that likeliest
-    log_label: Tensor  # the logit of the label, or of its copies together
-    label: Tensor  # its place among the candidates, -1 for the task's further one
-
-    @staticmethod
-    def of(
-        logits: Tensor, candidates: Candidates, rows: slice, out: Tensor | None = None, further: Tensor | None = None
-    ) -> Tasks:
-        """From the tasks' logits [r, candidates] and those of the further candidates [r]; `out` [r, candidates] is to
-        work in, else the logits are.
-        """
-        top, label = largest(logits)
-        log_label, outside = finite(top), torch.zeros_like(label, dtype=torch.bool)
-        if further is not None:
-            outside = further > top
-            log_label = torch.where(outside, further, log_label)
-            label = label.masked_fill(outside, -1)
-            further = further.masked_fill(outside, -torch.inf)
-        # What is the label over again adds v_y - v_y; beside it, rounding would leave nothing of the other terms.
-        same = None
-        if candidates.group is not None:
-            group = candidates.group[label]
-            if further is not None:
-                assert candidates.further_group is not None
-                group = torch.where(outside, candidates.further_group[rows], group)
-            same = candidates.group == group[:, None]
-            copies = (logits - log_label[:, None]).exp2().masked_fill(~same, 0).sum(dim=1)
-            if further is not None:
-                assert candidates.further_group is not None
-                same_further = (candidates.further_group[rows] == group) & ~outside
-                copies = copies + outside + (further - log_label).exp2().masked_fill(~same_further, 0)
-                further = further.masked_fill(same_further, -torch.inf)
-            log_label = log_label + copies.log2()
-
-        def others(block: Tensor, value: float) -> Tensor:
-            """The block with `value` for the label and its copies."""
-            if same is not None:
-                return block.masked_fill_(same, value)
-            if further is None:
-                return block.scatter_(1, label[:, None], value)
-            return write_one(block, label, value)
-
-        # Probabilities relative to the second likeliest: 1 - p_label is never formed, so that nothing cancels.
-        second, moderate = torch.zeros_like(top), False
-        if out is not None and values_are_free(logits):
-            relative = others(torch.exp2(logits, out=out), 0)
-            total = relative.sum(dim=1) if further is None else relative.sum(dim=1) + further.exp2()
-            moderate = are_moderate(total)
-        if not moderate:
-            relative = others(logits if out is None else out.copy_(logits), -torch.inf)
-            second = relative.amax(dim=1)
-            second = finite(second if further is None else torch.maximum(second, further))
-            total = relative.sub_(second[:, None]).exp2_().sum(dim=1)
-        expected = relative @ candidates.rows
-        if further is not None:
-            assert candidates.further is not None
-            beside = (further - second).exp2()
-            total = total if moderate else total + beside
-            expected.addcmul_(candidates.further[rows], beside[:, None])
-        if moderate:  # or to all of them
-            expected, second, total = expected.div_(total[:, None]), total.log2(), torch.ones_like(total)
-        return Tasks(expected, total, second, log_label, label)
-
-    @staticmethod
-    def gradients(parts: list[Tasks], candidates: Candidates) -> TaskGradients:
-        """As `components._gradients`, of all blocks of tasks."""
-        expected, total, second, log_label, label = (
-            parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
-        )
-        label_rows = candidates.rows[label]
-        if candidates.further is not None:
-            label_rows = torch.where(label[:, None] < 0, candidates.further, label_rows)
-        log_scale = (second - torch.logaddexp2(log_label, second + total.log2())) / LOG2E
-        return TaskGradients(
-            expected.addcmul_(label_rows, total[:, None], value=-1),
-            log_scale.masked_fill(total == 0, -torch.inf),
-            total * candidates.longest,
-        )
-
-
 def all_task_gradients(logits: Logits, longest: Tensor) -> tuple[TaskGradients, TaskGradients]:
     """The gradients of the anchors' tasks and of the pool's; `longest` is the length of the longest in the pool."""
     contrast, anchors, pool = logits.contrast, logits.anchors, logits.pool
     one_batch = contrast.is_own_pool and contrast.positives_in_pool  # a row's task is the same on either side
     itself = torch.arange(len(pool), device=pool.device) if contrast.is_own_pool else contrast.itself
-    positives = further = None
+    further = logits_of_further = None
     if not contrast.positives_in_pool:
         positives = contrast.positives.detach()
-        further = (logits.scaled * (positives - logits.centre)).sum(dim=1)
-        longest = torch.maximum(longest, positives.norm(dim=1).max())
-    candidates, parts = Candidates(pool, longest, positives), []
+        further = positives, positives - logits.centre
+        logits_of_further = (logits.scaled * further[1]).sum(dim=1)
+        longest = torch.maximum(longest, row_lengths(positives).max())
+    candidates, parts = Candidates(pool, logits.centred, longest, further), []
     for rows in logits.blocks:
         count = rows.stop - rows.start
         block = logits.block(rows, logits.scratch[-1][:count])
@@ -389,20 +374,26 @@ def all_task_gradients(logits: Logits, longest: Tensor) -> tuple[TaskGradients, 
             block.diagonal(rows.start).fill_(-torch.inf)
         elif itself is not None:
             write_one(block, itself[rows], -torch.inf)
-        parts.append(
-            Tasks.of(block, candidates, rows, logits.scratch[0][:count], None if further is None else further[rows])
-        )
-    of_anchors = Tasks.gradients(parts, candidates)
+        beside = None if logits_of_further is None else logits_of_further[rows]
+        parts.append(candidates.task_gradients(block, rows, logits.scratch[0][:count], beside))
+    of_anchors = together(parts)
     if one_batch:
         return of_anchors, of_anchors
-    candidates, parts = Candidates(anchors, anchors.norm(dim=1).max()), []
-    for rows in blocks(len(pool), len(anchors) * pool.element_size(), logits.kept is not None):
-        block = logits.transposed(rows)
+    candidates, parts = Candidates(anchors, anchors - anchors.mean(dim=0), row_lengths(anchors).max()), []
+    of_pool = blocks(len(pool), len(anchors) * pool.element_size(), logits.kept is not None)
+    first, second = pool.new_empty(2, of_pool[0].stop, len(anchors))
+    for rows in of_pool:
+        block = logits.transposed(rows, first[: rows.stop - rows.start])
         if itself is not None:
             here = (itself >= rows.start) & (itself < rows.stop)
             write_one(block.T, (itself - rows.start).masked_fill(~here, -1), -torch.inf)
-        parts.append(Tasks.of(block, candidates, rows))
-    return of_anchors, Tasks.gradients(parts, candidates)
+        parts.append(candidates.task_gradients(block, rows, second[: len(block)], None))
+    return of_anchors, together(parts)
+
+
+def together(parts: list[TaskGradients]) -> TaskGradients:
+    """Of all blocks of tasks."""
+    return parts[0] if len(parts) == 1 else TaskGradients(*map(torch.cat, zip(*parts, strict=True)))
 
 
 class UnDiMixScores:
@@ -585,18 +576,16 @@ class UnDiMixScores:
             rows = blocks(len(pool), len(pool) * pool.element_size(), True)
             self.rest = torch.cat([euclidean_distances(pool[block], pool).sum(dim=1) for block in rows])
             return
-        # From <sum of the anchor's negatives, v_j>; for two views of rows of length 1, less the two excluded logits.
-        self.looks_up = self.logits.kept is not None and is_two_views(contrast) and of_length_one(lengths)
-        if self.looks_up:
-            unit, self.centred = pool, self.logits.centred
-        else:
-            unit = pool / lengths.masked_fill(lengths == 0, 1)[:, None]
-            self.centred = unit - unit.mean(dim=0)
+        of_length_one = values_are_free(lengths) and all_one(lengths)
+        unit = pool if of_length_one else pool / lengths.masked_fill(lengths == 0, 1)[:, None]
         total = unit.sum(dim=0)
+        self.centred = self.logits.centred if of_length_one else unit - total / len(unit)
         # A sum over concentrated rows shows that rounding left their lengths off 1: mended to first order.
-        wide = unit if unit.device.type == "mps" else unit.double()  # which has none
-        short = ((1 - wide.square().sum(dim=1)) / 2).to(unit.dtype)
-        own = -short * (unit @ total) - (lengths == 0).to(unit.dtype)  # less 1 for all
+        precise = unit.dtype if unit.device.type == "mps" else torch.float64  # which that has not
+        short = 1 - torch.linalg.vector_norm(unit, dim=1, dtype=precise)
+        own = -short.to(unit.dtype) * (unit @ total) - (lengths == 0).to(unit.dtype)  # less 1 for all
+        # From <sum of the anchor's negatives, v_j>; for two views of rows of length 1, less the two excluded logits.
+        self.looks_up = of_length_one and self.logits.kept is not None and is_two_views(contrast)
         if self.looks_up:
             self.rest = (own - self.centred @ total) * self.logits.factor
         elif contrast.excluded.shape[1] == 0:  # the same for every anchor
@@ -621,8 +610,8 @@ def is_two_views(contrast: Contrast) -> bool:
     return torch.equal(excluded[:, 0], excluded[:, 1].roll(n // 2))
 
 
-def of_length_one(lengths: Tensor) -> bool:
-    """Whether all lengths are 1 but for rounding."""
+def all_one(lengths: Tensor) -> bool:
+    """Whether all are 1 but for rounding."""
     return bool(((lengths - 1).abs() <= ROUNDING * torch.finfo(lengths.dtype).eps).all())
 
 
@@ -660,7 +649,7 @@ class Numerators:
             kept = None if out is None else work.block(n, m)
             buffers = (1 if weighting.mixing == "geometric" else 2) + (kept is None)
             scratch = [work.block(rows[0].stop, m) for _ in range(buffers)]
-        elif contrast.anchors is contrast.pool:
+        else:
             kept = out  # each block's scores and numerators are written over its logits
         self.logits = Logits(contrast, kept, rows, scratch)
         self.scorer = scorer_of(weighting, prepared, self.logits, self.columns)

@@ -1,0 +1,143 @@
+"""How time and memory of a weighted loss grow with batch, width and processes: `python -m benchmarks.scaling`.
+
+The loss is lightly's `NTXentLoss`, forward and backward, on random embeddings in float32. Each measurement is of a
+process of its own, whose peak of resident memory (on a GPU: of allocated memory) before and after a step shows what the
+step adds. `docs/scaling.md` reads the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+import tempfile
+import time
+from multiprocessing.connection import Connection
+from statistics import median
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from lightly.loss import NTXentLoss
+from torch import Tensor, multiprocessing, nn
+from tqdm import tqdm
+
+from undimix_plugins import UnDiMix, Uniform, Weighting, undimix
+
+WEIGHTINGS: dict[str, Weighting | None] = {"plain": None, "`Uniform()`": Uniform(), "`UnDiMix()`": UnDiMix()}
+PLAIN_UP_TO = 8192  # where it takes some 16 matrices of views by views
+PARTS = ("batches", "widths", "processes")
+
+
+def criterion(weighting: Weighting | None, *, gather: bool = False) -> nn.Module:
+    host = NTXentLoss(gather_distributed=gather)
+    return host if weighting is None else undimix(host, weighting)
+
+
+def views(batch: int, width: int, device: str) -> list[Tensor]:
+    return [torch.randn(batch, width, device=device, requires_grad=True) for _ in range(2)]
+
+
+def seconds(loss: nn.Module, inputs: list[Tensor], repeats: int) -> float:
+    """The median time of a step, forward and backward."""
+    times = []
+    for _ in range(repeats):
+        wait(inputs[0])
+        start = time.perf_counter()
+        loss(*inputs).backward()
+        wait(inputs[0])
+        times.append(time.perf_counter() - start)
+    return median(times)
+
+
+def wait(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize()
+
+
+def peak(device: str) -> int:
+    """Bytes."""
+    if device == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(torch.cuda.max_memory_allocated(device))
+
+
+class Case(NamedTuple):
+    """What is measured: a batch of pairs, of all processes together."""
+
+    batch: int
+    width: int = 128
+    weighting: Weighting | None = None
+    processes: int = 1
+    threads: int = 1  # of each
+    device: str = "cpu"
+
+
+def step(rank: int, sent: Connection, root: str, case: Case) -> None:
+    """The first process sends the seconds that a step takes, and the MiB that the first step adds to the peak."""
+    torch.set_num_threads(case.threads)
+    if case.processes > 1:
+        dist.init_process_group("gloo", init_method=f"file://{root}/init", rank=rank, world_size=case.processes)
+    loss = criterion(case.weighting, gather=case.processes > 1)
+    inputs = views(case.batch // case.processes, case.width, case.device)
+    loss(*views(4, case.width, case.device)).backward()
+    before = peak(case.device)
+    first = seconds(loss, inputs, 1)
+    added = (peak(case.device) - before) / 2**20
+    taken = first if case.batch > PLAIN_UP_TO else seconds(loss, inputs, 5)
+    if rank == 0:
+        sent.send((taken, added))
+    if case.processes > 1:
+        dist.destroy_process_group()
+
+
+def measured(case: Case) -> str:
+    """A cell of a table; empty where the host's loss would need too much."""
+    if case.weighting is None and case.batch > PLAIN_UP_TO:
+        return ""
+    received, sent = multiprocessing.get_context("spawn").Pipe(duplex=False)
+    with tempfile.TemporaryDirectory() as root:
+        running = multiprocessing.spawn(step, (sent, root, case), nprocs=case.processes, join=False)
+        sent.close()
+        try:
+            taken, added = received.recv()
+        except EOFError:  # killed for want of memory
+            return "too much"
+        while not running.join():
+            pass
+    return f"{taken:.3g} s, {added:,.0f} MiB"
+
+
+def table(head: str, cases: dict[str, Case]) -> str:
+    lines = [f"| {head} | {' | '.join(WEIGHTINGS)} |", "|---|" + "---|" * len(WEIGHTINGS)]
+    for name, case in tqdm(cases.items(), file=sys.stderr):
+        cells = [measured(case._replace(weighting=weighting)) for weighting in WEIGHTINGS.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--only", choices=PARTS, nargs="*", default=PARTS, help="the tables to make")
+    options = parser.parse_args()
+    threads = torch.get_num_threads()
+    print(f"torch {torch.__version__}, {options.device}, {threads} threads: seconds of a step, MiB added to the peak")
+    one = Case(1024, threads=threads, device=options.device)
+    tables = {
+        "batches": (
+            "batch, width 128",
+            {f"{batch:,}": one._replace(batch=batch) for batch in (256, 1024, 4096, 8192, 16384, 32768)},
+        ),
+        "widths": ("width, batch 1,024", {f"{width:,}": one._replace(width=width) for width in (32, 128, 512, 2048)}),
+        "processes": (
+            "CPU processes of a thread each, 2,048 pairs together",
+            {str(count): Case(2048, processes=count) for count in (1, 2, 4)},
+        ),
+    }
+    for part in options.only:
+        print(f"\n{table(*tables[part])}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

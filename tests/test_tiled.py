@@ -187,6 +187,15 @@ def ring(n: int, width: int = 5, **options: Any) -> Case:
     return Case(views, views[following], views, case.temperature, itself, excluded, True, inputs, inputs.clone())
 
 
+def gathered(mine: int, all_of_them: int, width: int = 5, **options: Any) -> Case:
+    """Two views of some samples against those of all processes' samples."""
+    case = in_batch(all_of_them, width, **options)
+    own = [1 + view * all_of_them + i for view in (0, 1) for i in range(mine)]
+    other, inputs = own[mine:] + own[:mine], random_rows(2 * all_of_them, 3, seed=1)
+    rows = case.pool[own], case.pool[other], case.pool.clone()
+    return Tight(*rows, case.temperature, own, [[j] for j in other], True, inputs[own], inputs)
+
+
 def ranking(n: int, width: int = 5, *, temperature: float = 0.5) -> Case:
     """Queries against three columns of documents, of which an anchor's own are no negatives."""
     rows, inputs = random_rows(4 * n, width, seed=0), random_rows(4 * n, 3, seed=1)
@@ -290,6 +299,8 @@ CASES = {
     "rectangular-5x9": rectangular(5, 9, offset=3),
     "rectangular-7x7-raw": rectangular(7, 7, offset=0, unit=False),
     "ranking-7x21": ranking(7),
+    "gathered-10x16": gathered(5, 8),
+    "gathered-2x12-raw": gathered(1, 6, unit=False),
     "all-excluded-of-pairs": all_excluded(in_batch(4)),
     "all-excluded-of-bank": all_excluded(bank(5, 9)),
 }

@@ -498,8 +498,8 @@ class UnDiMixScores:
         elif not self.looks_up or kept is None:
             torch.sub(self.rest, inner_products(self.total[rows], self.centred, out), out=out)
         else:
-            start = (rows.start + len(pool) // 2) % len(pool)
-            above = min(len(pool) - start, len(out))  # whose positive is no further than the last row of the pool
+            start = (rows.start + len(kept) // 2) % len(kept)
+            above = min(len(kept) - start, len(out))  # whose other view is no further than the last anchor
             torch.add(logits[:above], kept[start : start + above], out=out[:above])
             torch.add(logits[above:], kept[: len(out) - above], out=out[above:])
             out.add_(self.rest)
@@ -602,12 +602,14 @@ def row_lengths(rows: Tensor) -> Tensor:
 
 
 def is_two_views(contrast: Contrast) -> bool:
-    """Whether a look is free and shows a batch of two views, each other's positives half the batch apart."""
-    excluded, n = contrast.excluded, len(contrast.pool)
+    """Whether a look is free and shows anchors in two views, half their number apart, both excluded from the pool."""
+    excluded, half = contrast.excluded, len(contrast.anchors) // 2
     assert excluded is not None
-    if not contrast.is_own_pool or excluded.shape[1] != 2 or n % 2 or not values_are_free(excluded):
+    if excluded.shape[1] != 2 or len(excluded) != 2 * half or not values_are_free(excluded):
         return False
-    return torch.equal(excluded[:, 0], excluded[:, 1].roll(n // 2))
+    if not torch.equal(excluded[:, 0], excluded[:, 1].roll(half)) or int(excluded.min()) < 0:
+        return False
+    return contrast.is_own_pool or torch.equal(contrast.anchors, contrast.pool[excluded[:, 1]])
 
 
 def all_one(lengths: Tensor) -> bool:
@@ -832,7 +834,7 @@ class MeanLoss(torch.autograd.Function):
         with Numerators.workspace(contrast) as memory:
             every, plain, by_block = slice(0, n), None, []
             out = memory.block(n, len(pool)) if fits(contrast) else None
-            if out is not None and type(weighting) is Uniform and is_two_views(contrast):
+            if out is not None and type(weighting) is Uniform and contrast.is_own_pool and is_two_views(contrast):
                 plain = plain_log_sums(contrast, centre, out)
             if plain is None:
                 work = Numerators(contrast, weighting, prepared, out, memory)

@@ -31,7 +31,8 @@ LOG2E = 1 / math.log(2)
 KEPT_BYTES = 2**29  # up to which a contrast's logits and numerators are kept
 BLOCK_BYTES = 2**22  # of a block of kept scores, so few that a cache holds them
 LONE_BLOCK_BYTES = 2**25  # of a block that is worked out whenever it is needed: more, for the products' sake
-TILE = 512  # rows and columns of what is mirrored at once
+TILE = 512  # rows and columns of what is mirrored at once on the CPU, whose caches hold few
+DEVICE_TILE = 8192  # elsewhere, where each operation has to be a large one
 LEAST_ROWS = 64  # of a block
 PADDING = 16  # between rows: a power of two apart, all entries of a column would share a few lines of the cache
 MODERATE = 2.0**64  # sums of exponentials from 1 over this to this need no reference taken off
@@ -199,11 +200,11 @@ class Logits:
         self.centre = self.pool.mean(dim=0)
         self.centred = self.pool - self.centre
         self.scaled = self.anchors * self.factor
-        if kept is not None and (self.anchors is not self.pool or len(self.pool) <= TILE):
+        if kept is not None and (self.anchors is not self.pool or len(self.pool) <= tile_size(self.pool)):
             inner_products(self.scaled, self.centred, kept)
         elif kept is not None:
             scaled, along = self.centred * self.factor, self.centred @ (self.centre * self.factor)
-            for above, columns in tile_pairs(len(self.pool)):
+            for above, columns in tile_pairs(self.pool):
                 tile = torch.mm(scaled[above], self.centred[columns].T, out=kept[above, columns])
                 if above != columns:
                     torch.add(tile.T, along[above], out=kept[columns, above])
@@ -231,17 +232,23 @@ class Logits:
         return torch.add(self.kept[:, rows].T, self.scaled_about_mean @ self.centre, out=out)
 
 
+def tile_size(rows: Tensor) -> int:
+    return TILE if rows.device.type == "cpu" else DEVICE_TILE
+
+
 def inner_products(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     """`left @ right.T`, some columns at a time, so that a cache holds what is written."""
-    for start in range(0, len(right), 2 * TILE):
-        columns = slice(start, start + 2 * TILE)
+    step = 2 * tile_size(right)
+    for start in range(0, len(right), step):
+        columns = slice(start, start + step)
         torch.mm(left, right[columns].T, out=out[:, columns])
     return out
 
 
-def tile_pairs(count: int) -> Iterator[tuple[slice, slice]]:
-    """The tiles of a square on and above its diagonal."""
-    tiles = [slice(start, min(start + TILE, count)) for start in range(0, count, TILE)]
+def tile_pairs(rows: Tensor) -> Iterator[tuple[slice, slice]]:
+    """The tiles, on and above the diagonal, of a square of the rows' products with each other."""
+    size, count = tile_size(rows), len(rows)
+    tiles = [slice(start, min(start + size, count)) for start in range(0, count, size)]
     return ((rows, columns) for place, rows in enumerate(tiles) for columns in tiles[place:])
 
 
@@ -692,7 +699,7 @@ def plain_log_sums(contrast: Contrast, centre: Tensor, out: Tensor) -> tuple[Ten
     bound = ((scaled * centred).sum(dim=1) + 2 * along).max()
     along -= bound / 2
     total = torch.zeros_like(centred[:, :1])
-    for rows, columns in tile_pairs(len(centred)):
+    for rows, columns in tile_pairs(centred):
         tile = torch.mm(scaled[rows], centred[columns].T, out=out[rows, columns])
         tile.add_(along[columns]).add_(along[rows, None]).exp2_()
         for place in (0, len(centred) // 2, -(len(centred) // 2)):
@@ -735,8 +742,9 @@ def gradients(numerators: Tensor, share: Tensor, anchors: Tensor, pool: Tensor, 
         add_gradients(numerators, share, anchors, pool, slice(0, len(anchors)), sums)
         return
     # Of one batch with itself, both at once: a product with the symmetric part, tile by tile.
-    buffer = pool.new_empty(TILE, TILE + PADDING)
-    for i, j in tile_pairs(len(pool)):
+    size = min(tile_size(pool), len(pool))
+    buffer = pool.new_empty(size, size + PADDING)
+    for i, j in tile_pairs(pool):
         tile = buffer[: i.stop - i.start, : j.stop - j.start]
         if symmetric:
             torch.add(share[i], share[j].T, out=tile).mul_(numerators[i, j])

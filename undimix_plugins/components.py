@@ -221,7 +221,8 @@ def _keys(rows: Tensor) -> Tensor:
 
 def equality_key(rows: Tensor, number: int) -> Tensor:
     """A number for each row [rows] that equal rows share; two of them (0 and 1) no others share, but for a freak."""
-    # Sums along each row, not matrix products, whose rounding depends on where a row stands.
+    # Sums along each row, not matrix products or sums across rows, whose rounding depends on where a row stands.
+    rows = rows.contiguous()
     if number == 0:
         return rows.sum(dim=1)
     return (rows * torch.arange(1, 1 + rows.shape[1], device=rows.device, dtype=rows.dtype).sin()).sum(dim=1)

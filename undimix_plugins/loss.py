@@ -84,9 +84,10 @@ def weighted_log_sum(contrast: Contrast, weighting: Weighting, prepared: Any, ro
         >>> weighted_log_sum(contrast, weighting, weighting.prepare(contrast), slice(0, 3)).shape
         torch.Size([3])
     """
-    logits = contrast.logits(rows)
-    log_weights = checked(weighting, weighting.log_weights(prepared, rows), logits)
-    return masked_log_sum_exp(logits + log_weights, contrast.is_negative(rows))
+    with full_precision(contrast.pool):
+        logits = contrast.logits(rows)
+        log_weights = checked(weighting, weighting.log_weights(prepared, rows), logits)
+        return masked_log_sum_exp(logits + log_weights, contrast.is_negative(rows))
 
 
 def _prepared(contrast: Contrast, weighting: Weighting) -> Any:
@@ -111,7 +112,7 @@ def _negatives(contrast: Contrast, weighting: Weighting, prepared: Any) -> Tenso
         return weighted_log_sum(contrast, weighting, prepared, every)
     if not tiled.weights_carry_gradient(contrast, weighting, prepared):
         return tiled.negative_log_sums(contrast, weighting, prepared)
-    if tiled.fits(contrast):
+    if tiled.fits(contrast, matrices=8):
         return weighted_log_sum(contrast, weighting, prepared, every)
     by_block = [
         checkpoint(weighted_log_sum, contrast, weighting, prepared, rows, use_reentrant=False, preserve_rng_state=False)

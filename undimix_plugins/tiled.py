@@ -43,14 +43,15 @@ Scorer = Callable[[slice, Tensor, Tensor], Tensor]
 Margin = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def fits(contrast: Contrast) -> bool:
-    """Whether logits and numerators of the whole contrast are kept."""
-    return 2 * len(contrast.anchors) * len(contrast.pool) * contrast.pool.element_size() <= KEPT_BYTES
+def fits(contrast: Contrast, matrices: int = 2) -> bool:
+    """Whether so many matrices of the whole contrast are kept: logits and numerators, or what autograd needs."""
+    return matrices * len(contrast.anchors) * len(contrast.pool) * contrast.pool.element_size() <= KEPT_BYTES
 
 
 def blocks(count: int, row_bytes: int, kept: bool) -> list[slice]:
     """Slices of `count` rows of `row_bytes` each, a block of scores at a time."""
-    step = max(LEAST_ROWS, (BLOCK_BYTES if kept else LONE_BLOCK_BYTES) // row_bytes)
+    # Beyond, not up to, the latter: more than 32 MiB is given back to the system, less may be left in pieces.
+    step = max(LEAST_ROWS, BLOCK_BYTES // row_bytes if kept else LONE_BLOCK_BYTES // row_bytes + 1)
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
@@ -66,8 +67,7 @@ def prepare(contrast: Contrast, weighting: Weighting) -> Any:
 
 def weights_carry_gradient(contrast: Contrast, weighting: Weighting, prepared: Any) -> bool:
     """Whether a loss has to follow the log-weights' own gradient."""
-    wanted = torch.is_grad_enabled() and (contrast.anchors.requires_grad or contrast.pool.requires_grad)
-    if not wanted or type(weighting) in (Uniform, UnDiMix):
+    if not torch.is_grad_enabled() or type(weighting) in (Uniform, UnDiMix):
         return False
     log_weights = weighting.log_weights(prepared, slice(0, 1))
     return isinstance(log_weights, Tensor) and log_weights.requires_grad
@@ -95,7 +95,7 @@ class Columns:
     @staticmethod
     def of(excluded: Tensor) -> Columns:
         once = excluded >= 0
-        if values_are_free(excluded) and bool(once.all()):
+        if excluded.shape[1] == 0 or (values_are_free(excluded) and bool(once.all())):
             return Columns(excluded, once, False)
         return Columns(torch.where(once, excluded, excluded.amax(dim=1, keepdim=True).clamp(min=0)), once, True)
 
@@ -109,10 +109,13 @@ class Columns:
 
     def largest_of_negatives(self, values: Tensor) -> Tensor:
         """The largest of the pool's `values` [q, m] among each anchor's negatives: [q, n], -inf for none."""
-        top, place = values.topk(min(self.index.shape[1] + 1, values.shape[1]))
         index = self.index.masked_fill(~self.once, -1) if self.padded else self.index
-        taken = (place[:, :, None, None] == index).any(dim=3)
-        return torch.where(taken, -torch.inf, top[:, :, None]).amax(dim=1)
+        tops, places = values.topk(min(index.shape[1] + 1, values.shape[1]))
+        largest = torch.full_like(values[:, :1], -torch.inf)
+        for top, place in zip(tops.T.flip(0), places.T.flip(0), strict=True):  # each [q], the largest last
+            taken = (index == place[:, None, None]).any(dim=2)
+            largest = torch.where(taken, largest, top[:, None])
+        return largest
 
 
 def write_one(block: Tensor, columns: Tensor, value: float) -> Tensor:
@@ -209,6 +212,7 @@ class Logits:
                 if above != columns:
                     torch.add(tile.T, along[above], out=kept[columns, above])
                 tile.add_(along[columns])
+            write_zero_rows(self.pool, kept)
 
     @property
     def offset(self) -> Tensor:
@@ -229,11 +233,20 @@ class Logits:
         """The logits of a block of the pool against all anchors [r, n], but for a number for each row, to `out`."""
         if self.kept is None:
             return torch.mm(self.pool[rows], self.scaled_about_mean.T, out=out)
-        return torch.add(self.kept[:, rows].T, self.scaled_about_mean @ self.centre, out=out)
+        torch.add(self.kept[:, rows].T, self.scaled_about_mean @ self.centre, out=out)
+        return write_zero_rows(self.pool[rows], out)
 
 
 def tile_size(rows: Tensor) -> int:
     return TILE if rows.device.type == "cpu" else DEVICE_TILE
+
+
+def write_zero_rows(rows: Tensor, logits: Tensor) -> Tensor:
+    """Writes the logits [r, m] of rows of zeros [r, d], which are all 0: rounding is not to choose the largest."""
+    zero = (rows == 0).all(dim=1)
+    if not values_are_free(zero) or bool(zero.any()):
+        logits.masked_fill_(zero[:, None], 0)
+    return logits
 
 
 def inner_products(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
@@ -415,13 +428,8 @@ class UnDiMixScores:
         self.count = logits.contrast.count[:, None].clamp(min=1)
         self.weight_total = self.count.clone()
         self.lengths = row_lengths(logits.pool)[:, 0]
-        scores = {
-            self.influence: weighting.influence,
-            self.similarity: weighting.similarity,
-            self.diversity: weighting.diversity,
-        }
-        self.scores = [score for score, strength in scores.items() if strength]
-        self.strengths = [strength for strength in scores.values() if strength]
+        strengths = ((score, getattr(weighting, score)) for score in ("influence", "similarity", "diversity"))
+        self.strengths: dict[str, float] = {score: strength for score, strength in strengths if strength}
         # What bounds the terms summed in a score, per column of the pool: the largest of its negatives is an anchor's.
         bounds = [self.lengths]
         if weighting.influence:
@@ -433,14 +441,15 @@ class UnDiMixScores:
         self.eps = ROUNDING * torch.finfo(root.dtype).eps * root
         self.far = self._far_rows() if weighting.influence else None
         self.bound = self._rounding(self.bounds.amax(dim=1)[:, None, None]).square()
-        strengths = self.strengths if weighting.mixing == "geometric" else [1.0] * len(self.strengths)
-        self.factor = root * root.new_tensor([LOG2E * weighting.hardness * one for one in strengths])[:, None, None]
+        by_strength = weighting.mixing == "geometric"
+        factors = [strength if by_strength else 1.0 for strength in self.strengths.values()]
+        self.factor = torch.stack([root * (LOG2E * weighting.hardness * factor) for factor in factors])
 
     def __call__(self, rows: slice, logits: Tensor, out: Tensor) -> Tensor:
         """Scores [r, m], but for what the mean of their weights [r] is above 1; `out` [r, m] is to work in."""
         scratch = [block[: len(out)] for block in self.logits.scratch]
         self.columns.write(logits, rows, 0)
-        blocks = [score(rows, logits, out) for score in self.scores]
+        blocks = [getattr(self, score)(rows, logits, out) for score in self.strengths]
         blocks, scales = self._scales(rows, blocks)
         if self.weighting.mixing == "geometric":
             torch.mul(blocks[0], scales[0], out=out)
@@ -448,15 +457,28 @@ class UnDiMixScores:
                 out.addcmul_(block, scale)
             self.weight_total[rows] = exponentials(out, self.columns, rows, scratch[0])[0]
             return torch.add(out, logits, out=scratch[0])
-        for place, (block, scale, strength) in enumerate(zip(blocks, scales, self.strengths, strict=True)):
-            scaled = torch.mul(block, scale, out=scratch[1] if block is logits else block)
-            total = exponentials(scaled, self.columns, rows)[0]
-            share = torch.where(total > 0, self.count[rows] / total, 0) * (strength / sum(self.strengths))
-            if place == 0:
-                torch.mul(scaled, share, out=out)
+        of_all = sum(self.strengths.values())
+        parts = []
+        for block, scale, strength in zip(blocks, scales, self.strengths.values(), strict=True):
+            share = self.count[rows] * (strength / of_all)
+            if self.weighting.similarity:
+                # Weights; what underflows has a logit so small that it does not count.
+                part = torch.mul(block, scale, out=scratch[1] if block is logits else block)
+                total = exponentials(part, self.columns, rows)[0]
+                parts.append(part.mul_(torch.where(total > 0, share / total, 0)))
             else:
-                out.addcmul_(scaled, share)
-        return torch.add(out.log2_(), logits, out=scratch[0])
+                part = block.mul_(scale)
+                total = exponentials(part, self.columns, rows, scratch[1])[0]
+                parts.append(part.add_((share / total).masked_fill(total == 0, 1).log2_()))
+        log_weights = parts[0]
+        for part in parts[1:]:
+            if self.weighting.similarity:
+                log_weights.add_(part)
+            else:
+                torch.logaddexp2(log_weights, part, out=log_weights)
+        if self.weighting.similarity:
+            log_weights.log2_()
+        return torch.add(log_weights, logits, out=scratch[0])
 
     def _scales(self, rows: slice, blocks: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         """The scores, 0 in the excluded columns, and what standardises them to their strength: [scores, r, 1]."""
@@ -483,7 +505,8 @@ class UnDiMixScores:
         return logits
 
     def influence(self, rows: slice, logits: Tensor, out: Tensor) -> Tensor:
-        inner_products(self.of_anchors.direction[rows], self.scaled_of_pool, out)
+        if self.far is None or values_are_free(out):
+            inner_products(self.of_anchors.direction[rows], self.scaled_of_pool, out)
         if self.far is not None:
             self._write_far(rows, out)
         if self.inputs is not None:
@@ -528,16 +551,16 @@ class UnDiMixScores:
 
     def _rounding(self, largest: Tensor) -> Tensor:
         """From the largest bounds among each anchor's negatives: the length up to which scores are rounding."""
-        terms = {self.similarity: row_lengths(self.logits.scaled) * largest[0]}
+        terms = {"similarity": row_lengths(self.logits.scaled) * largest[0]}
         if self.weighting.influence:
             direction, _, of_anchors = self.of_anchors
-            terms[self.influence] = of_anchors[:, None] * largest[1] + row_lengths(direction) * largest[2]
+            terms["influence"] = of_anchors[:, None] * largest[1] + row_lengths(direction) * largest[2]
             if self.inputs is not None:
-                terms[self.influence] *= row_lengths(self.inputs[0]) * largest[4]
+                terms["influence"] *= row_lengths(self.inputs[0]) * largest[4]
         if self.weighting.diversity:
             scale = largest[0] if self.weighting.distance == "euclidean" else self.logits.factor if self.looks_up else 1
-            terms[self.diversity] = (self.count - 1).clamp(min=1) * scale
-        return torch.stack([terms[score] for score in self.scores]) * self.eps
+            terms["diversity"] = (self.count - 1).clamp(min=1) * scale
+        return torch.stack([terms[score] for score in self.strengths]) * self.eps
 
     @cached_property
     def of_negatives(self) -> Tensor:
@@ -558,22 +581,28 @@ class UnDiMixScores:
         return far if not values_are_free(far) or bool(far.any()) else None
 
     def _write_far(self, rows: slice, out: Tensor) -> None:
-        """Writes the influence for the anchors that are far, relative to the largest of their own negatives."""
+        """Writes the influence for the anchors that are far, relative to the largest of their own negatives.
+
+        For all of the block where a look at which they are is not free.
+        """
         assert self.far is not None
-        far = self.far[rows]
-        place = far.nonzero()[:, 0] if values_are_free(far) else torch.arange(len(far), device=far.device)
-        anchors = place + rows.start
+        place: Tensor | slice = slice(0, len(out))
+        anchors: Tensor | slice = rows
+        if values_are_free(out):
+            place = self.far[rows].nonzero()[:, 0]
+            anchors = place + rows.start
         direction, log_scale, terms = self.of_pool
         columns = Columns(self.columns.index[anchors], self.columns.once[anchors], self.columns.padded)
-        scale = columns.write(log_scale.expand(len(place), -1).clone(), slice(0, len(place)), -torch.inf)
-        scale = (scale - finite(scale.amax(dim=1, keepdim=True))).exp()
         of_anchors = self.of_anchors.direction[anchors]
+        every = slice(0, len(of_anchors))
+        scale = columns.write(log_scale.expand(len(of_anchors), -1).clone(), every, -torch.inf)
+        scale = (scale - finite(scale.amax(dim=1, keepdim=True))).exp()
         out[place] = of_anchors @ direction.T * scale
         bound = self.of_anchors.terms[anchors, None] * (scale * row_lengths(direction).T).amax(dim=1, keepdim=True)
         bound += row_lengths(of_anchors) * (scale * terms).amax(dim=1, keepdim=True)
         if self.inputs is not None:
             bound *= row_lengths(self.inputs[0][anchors]) * self.of_negatives[4, anchors]
-        self.rounding[self.scores.index(self.influence), anchors] = self.eps[anchors] * bound
+        self.rounding[list(self.strengths).index("influence"), anchors] = self.eps[anchors] * bound
 
     def _prepare_diversity(self) -> None:
         contrast, pool, lengths = self.logits.contrast, self.logits.pool, self.lengths
@@ -789,13 +818,15 @@ class NegativeLogSums(torch.autograd.Function):
             work = Numerators(contrast, weighting, prepared, numerators, memory)
             for rows in work.logits.blocks:
                 work.block(rows)
-        ctx.save_for_backward(anchors, pool, numerators, work.total)
+        # The last three that a change of them, before they are used again, be an error.
+        again = contrast.positives, contrast.anchor_inputs, contrast.pool_inputs
+        ctx.save_for_backward(anchors, pool, numerators, work.total, *again)
         ctx.of_what = contrast, weighting, prepared
         return work.log_sums(slice(0, len(anchors))) + work.logits.offset / LOG2E
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        anchors, pool, numerators, total = ctx.saved_tensors
+        anchors, pool, numerators, total, *_ = ctx.saved_tensors
         contrast, weighting, prepared = ctx.of_what
         pool = pool.detach()
         anchors = pool if contrast.anchors is contrast.pool else anchors.detach()

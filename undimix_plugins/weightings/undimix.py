@@ -11,7 +11,7 @@ from torch import Tensor
 
 from undimix_plugins.checks import check_choice, check_number
 from undimix_plugins.components import TaskGradients, diversity, task_gradients
-from undimix_plugins.contrast import Contrast
+from undimix_plugins.contrast import Contrast, full_precision
 from undimix_plugins.weightings.weighting import Weighting, mean_one
 
 # A deviation below this many eps of the terms that made a score is rounding: coincident rows must weigh the same.
@@ -127,13 +127,14 @@ class UnDiMix(Weighting):
         self.check(contrast)
         if not self.influence:
             return Prepared(contrast, None, None)
-        of_anchors, of_pool = task_gradients(
-            contrast.anchors,
-            contrast.pool,
-            contrast.temperature,
-            contrast.itself,
-            None if contrast.positives_in_pool else contrast.positives,
-        )
+        with full_precision(contrast.pool):
+            of_anchors, of_pool = task_gradients(
+                contrast.anchors,
+                contrast.pool,
+                contrast.temperature,
+                contrast.itself,
+                None if contrast.positives_in_pool else contrast.positives,
+            )
         return Prepared(contrast, of_anchors, of_pool)
 
     @torch.no_grad()
@@ -141,15 +142,16 @@ class UnDiMix(Weighting):
         """`log w` [r, m], without gradient."""
         contrast = prepared.contrast
         negative = contrast.is_negative(rows)
-        scores = [
-            (strength, standardise(*score(prepared, rows, negative), negative))
-            for strength, score in (
-                (self.similarity, self._similarity),
-                (self.influence, self._influence),
-                (self.diversity, self._diversity),
-            )
-            if strength
-        ]
+        with full_precision(contrast.pool):
+            scores = [
+                (strength, standardise(*score(prepared, rows, negative), negative))
+                for strength, score in (
+                    (self.similarity, self._similarity),
+                    (self.influence, self._influence),
+                    (self.diversity, self._diversity),
+                )
+                if strength
+            ]
         if self.mixing == "geometric":
             mixed = torch.stack([strength * score for strength, score in scores]).sum(dim=0)
             return mean_one(self.hardness * mixed, negative)

@@ -43,6 +43,8 @@ class Weighting:
     def log_weights(self, prepared: Any, rows: slice) -> Tensor:
         """Log-weights of the whole pool for a block of anchors.
 
+        It may be asked for the same block again, in the backward pass, and has to return the same.
+
         Args:
             prepared: What `prepare` returned.
             rows: The block of anchors, r of them.

@@ -35,6 +35,7 @@ TILE = 512  # rows and columns of what is mirrored at once on the CPU, whose cac
 DEVICE_TILE = 8192  # elsewhere, where each operation has to be a large one
 LEAST_ROWS = 64  # of a block
 PADDING = 16  # between rows: a power of two apart, all entries of a column would share a few lines of the cache
+CONCENTRATED = 0.25  # the length of the mean of rows of length 1 from which sums over them are taken in float64
 MODERATE = 2.0**64  # sums of exponentials from 1 over this to this need no reference taken off
 
 # (rows, their logits, out) gives the scores of a block of anchors [r, m], logits plus log-weights; `out` is to work in.
@@ -526,7 +527,7 @@ class UnDiMixScores:
         elif excluded.shape[1] == 0:
             out.copy_(self.rest.expand_as(out))
         elif not self.looks_up or kept is None:
-            torch.sub(self.rest, inner_products(self.total[rows], self.centred, out), out=out)
+            torch.add(self.rest, inner_products(self.excluded[rows], self.centred, out), out=out)
         else:
             start = (rows.start + len(kept) // 2) % len(kept)
             above = min(len(kept) - start, len(out))  # whose other view is no further than the last anchor
@@ -614,21 +615,28 @@ class UnDiMixScores:
             return
         of_length_one = values_are_free(lengths) and all_one(lengths)
         unit = pool if of_length_one else pool / lengths.masked_fill(lengths == 0, 1)[:, None]
-        total = unit.sum(dim=0)
-        self.centred = self.logits.centred if of_length_one else unit - total / len(unit)
-        # A sum over concentrated rows shows that rounding left their lengths off 1: mended to first order.
-        precise = unit.dtype if unit.device.type == "mps" else torch.float64  # which that has not
-        short = 1 - torch.linalg.vector_norm(unit, dim=1, dtype=precise)
-        own = -short.to(unit.dtype) * (unit @ total) - (lengths == 0).to(unit.dtype)  # less 1 for all
-        # From <sum of the anchor's negatives, v_j>; for two views of rows of length 1, less the two excluded logits.
+        self.centred = self.logits.centred if of_length_one else unit - unit.mean(dim=0)
+        # The distance to all of the pool but itself, plus what an anchor's excluded rows are similar.
+        self.rest = -(self.centred @ unit.sum(dim=0)) - (lengths == 0).to(unit.dtype)
+        if not values_are_free(unit) or bool(unit.mean(dim=0).norm() > CONCENTRATED):
+            self.rest = precise_distances(unit).to(unit.dtype)
+        # For two views of rows of length 1, these are the excluded logits.
         self.looks_up = of_length_one and self.logits.kept is not None and is_two_views(contrast)
         if self.looks_up:
-            self.rest = (own - self.centred @ total) * self.logits.factor
-        elif contrast.excluded.shape[1] == 0:  # the same for every anchor
-            self.rest = own - self.centred @ total
+            self.rest *= self.logits.factor
         else:
-            self.rest = own
-            self.total = total - sum_of_rows(unit, contrast.excluded)
+            self.excluded = sum_of_rows(unit, contrast.excluded)
+
+
+def precise_distances(unit: Tensor) -> Tensor:
+    """The distances of rows of length 1 to all others [m], less the same for all.
+
+    In float64: of concentrated rows it is so little of the terms' sum that rounding would show, even in their lengths.
+    """
+    rows = unit if unit.device.type == "mps" else unit.double()  # which has none
+    lengths = row_lengths(rows)
+    rows = rows / lengths.masked_fill(lengths == 0, 1)
+    return -((rows - rows.mean(dim=0)) @ rows.sum(dim=0)) - (lengths[:, 0] == 0).to(rows.dtype)
 
 
 def row_lengths(rows: Tensor) -> Tensor:

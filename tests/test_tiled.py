@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -28,6 +30,7 @@ from undimix_plugins import (
     tiled,
     weighted_log_sum,
 )
+from undimix_plugins import loss as loss_module
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 SIZES_AS_THEY_ARE = {
@@ -60,7 +63,7 @@ def small(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
 
 
 def tiled_log_weights(contrast: Contrast, weighting: Weighting) -> Tensor:
-    """The log-weights [n, m] that the fast path works with: its scores less the logits. The only look inside."""
+    """The log-weights [n, m] that the fast path works with: its scores less the logits."""
     n, m = len(contrast.anchors), len(contrast.pool)
     parts = []
     with torch.no_grad(), tiled.Numerators.workspace(contrast) as memory:
@@ -175,6 +178,14 @@ class Apart(Case):
         return Contrast(*rows, None, self.temperature, itself=itself, positives_in_pool=False, **inputs)
 
 
+class Bare(Case):
+    """As a memory bank comes: nothing of it is said to be excluded, or an anchor itself."""
+
+    def contrast(self) -> Contrast:
+        inputs = {"anchor_inputs": self.anchor_inputs, "pool_inputs": self.pool_inputs}
+        return Contrast(self.anchors, self.positives, self.pool, None, self.temperature, **inputs)
+
+
 def pairs(count: int, width: int = 5, **options: Any) -> Case:
     return Tight(*in_batch(count, width, **options))
 
@@ -212,6 +223,13 @@ def all_excluded(case: Case) -> Case:
     """Nothing is left to the second anchor."""
     everything = list(range(len(case.pool)))
     return case._replace(excluded=[everything if i == 1 else row for i, row in enumerate(case.excluded)])
+
+
+def with_zeros(case: Case, *columns: int) -> Case:
+    """Rows of the pool all 0, to which every candidate is alike: the first is their label."""
+    pool = case.pool.clone()
+    pool[list(columns)] = 0
+    return of_pool(case, pool) if case.anchors is case.pool else case._replace(pool=pool)
 
 
 def to(case: Case, dtype: torch.dtype) -> Case:
@@ -296,6 +314,9 @@ CASES = {
     "bank-3x8": bank(3, 8, temperature=0.1),
     "bank-9x4-raw": bank(9, 4, unit=False),
     "bank-1x1": bank(1, 1),
+    "bank-bare-5x9": Bare(*bank(5, 9)),
+    "bank-4x9-one-of-zeros": with_zeros(bank(4, 9), 2),
+    "pairs-14-two-of-zeros": with_zeros(pairs(7), 3, 9),
     "rectangular-5x9": rectangular(5, 9, offset=3),
     "rectangular-7x7-raw": rectangular(7, 7, offset=0, unit=False),
     "ranking-7x21": ranking(7),
@@ -362,6 +383,100 @@ def test_where_a_look_costs(name: str, weighting: Weighting, monkeypatch: pytest
     """As on a device whose values cannot be read without waiting for it: nothing is decided by them."""
     monkeypatch.setattr(tiled, "values_are_free", lambda tensor: False)
     assert_equals_dense(CASES[name], weighting)
+
+
+class Waits(TorchDispatchMode):
+    """Collects operations at which a device's host would wait for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            isinstance(index, Tensor) and index.dtype == torch.bool for index in args[1]
+        )
+        if by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "lift_fresh"):
+            self.seen.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+@each(*OURS, "hcl", "hcl-debiased")
+@pytest.mark.parametrize("name", ["pairs-14", "bank-9x4-raw", "rectangular-5x9"])
+def test_a_device_is_not_waited_for(name: str, weighting: Weighting, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (tiled, loss_module):
+        monkeypatch.setattr(module, "values_are_free", lambda tensor: False)
+    made, inputs = leaves(CASES[name])
+    contrast = made.contrast()
+    with Waits() as waits:
+        torch.autograd.grad(info_nce(contrast, weighting), inputs)
+        torch.autograd.grad(total(log_sums(contrast, weighting)), inputs, allow_unused=True)
+    assert not waits.seen
+
+
+@each("uniform", "undimix", "linear", "hcl", "harder-half")
+def test_nothing_outlives_the_call(weighting: Weighting) -> None:
+    """No cycle that keeps a batch, and all that its graph holds, until somebody collects cycles."""
+    contrast = leaves(CASES["pairs-14"])[0].contrast()
+    alive = weakref.ref(contrast)
+    gc.disable()
+    try:
+        value = info_nce(contrast, weighting)
+        value.backward()
+        del contrast, value
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+class Learnt(Weighting):
+    """A user's own, with a parameter."""
+
+    def __init__(self) -> None:
+        self.steepness = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+
+    def log_weights(self, contrast: Contrast, rows: slice) -> Tensor:
+        return self.steepness * contrast.logits(rows)
+
+
+def test_a_weighting_learns_from_frozen_embeddings() -> None:
+    contrast, weighting = CASES["pairs-14"].contrast(), Learnt()
+    got = torch.autograd.grad(info_nce(contrast, weighting), weighting.steepness)
+    want = torch.autograd.grad(dense_info_nce(contrast, weighting), weighting.steepness)
+    torch.testing.assert_close(got, want)
+
+
+@once
+def test_a_real_batch_of_concentrated_rows(small: dict[str, Any]) -> None:
+    """2000 views whose cosines are .99: float32 keeps its digits, where the plain reference loses them."""
+    case = to(spread(pairs(1000, 128, temperature=0.1), together=True, seed=0), torch.float32)
+    with sizes(**SIZES_AS_THEY_ARE):
+        for weighting in (Uniform(), UnDiMix(), UnDiMix(mixing="linear")):
+            want = outcome(precise(case), weighting, dense_info_nce)
+            rounded = Outcome(*([part.float() for part in parts] for parts in want))
+            assert_same(outcome(case, weighting, info_nce), rounded)
+
+
+@pytest.mark.parametrize("temperature", [0.0205, 0.0214, 0.0225])
+def test_negatives_that_are_all_far(temperature: float) -> None:
+    """On the far side: beside the bound of all pairs, their exponentials are 0, or have lost their digits."""
+    near = normalize(random_rows(1, 6, seed=0) + 0.02 * random_rows(8, 6, seed=1), dim=1)
+    pool = torch.cat([near[:2], -near[2:4], near[4:6], -near[6:]])
+    case = to(of_pool(pairs(4, 6, temperature=temperature), pool), torch.float32)
+    case = case._replace(excluded=[[(i + 4) % 8] for i in range(8)])
+    want = outcome(precise(case), Uniform(), dense_decoupled)
+    assert_same(outcome(case, Uniform(), decoupled), Outcome(*([part.float() for part in parts] for parts in want)))
+
+
+@pytest.mark.parametrize("strengths", [(0, 1, 0), (0, 0, 1), (0, 0.5, 0.5)], ids=str)
+def test_linear_weights_that_underflow(strengths: tuple[float, float, float]) -> None:
+    """A large logit counts however small its weight. (Rounding alone is 1e-4 here, in the dense reference too.)"""
+    case = to(spread(pairs(40, 16, temperature=0.005), together=False, seed=3), torch.float32)
+    weighting = UnDiMix(*strengths, hardness=40.0, mixing="linear")
+    want, got = outcome(precise(case), weighting, dense_info_nce), outcome(case, weighting, info_nce)
+    scale = want.gradients[0].abs().max().item()
+    torch.testing.assert_close(got.gradients[0].double(), want.gradients[0], rtol=0, atol=1e-3 * scale)
 
 
 def spread(case: Case, *, together: bool, seed: int) -> Case:
@@ -432,7 +547,10 @@ def test_duplicates(weighting: Weighting, dtype: torch.dtype) -> None:
     """Copies of a label are left out of its task, as in the reference; coincident rows stay finite."""
     pool = random_rows(12, 6, seed=3)
     pool[[4, 7, 9]] = pool[1].clone()
-    assert_equals_dense(to(of_pool(pairs(6, 6, temperature=0.1), pool), dtype), weighting, info_nce)
+    case = to(of_pool(pairs(6, 6, temperature=0.1), pool), dtype)
+    assert_equals_dense(case, weighting, info_nce)
+    by_columns = info_nce(of_pool(case, case.pool.T.contiguous().T).contrast(), weighting)
+    torch.testing.assert_close(by_columns, info_nce(case.contrast(), weighting))
     same = to(of_pool(pairs(6, 6, temperature=0.01), pool[:1].expand(12, -1).clone()), dtype)
     loss, gradients = outcome(same, weighting, info_nce)
     assert all(part.isfinite().all() for part in (*loss, *gradients))
@@ -518,6 +636,11 @@ def test_autocast(loss: Loss, weighting: Weighting) -> None:
         value = total(loss(made.contrast(), weighting))
     for got in (inside.gradients, torch.autograd.grad(value, inputs)):
         assert all(map(torch.equal, got, want.gradients))
+    reference = outcome(case, weighting, DENSE[loss])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = weighted_log_sum(made.contrast(), weighting, weighting.prepare(made.contrast()), slice(0, 14))
+    if loss is log_sums:
+        assert torch.equal(plain, reference.values[1])
 
 
 @each("uniform", "undimix", "hcl")

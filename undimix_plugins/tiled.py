@@ -801,7 +801,10 @@ class Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad: Tensor) -> Any:
-        raise RuntimeError("the weighted losses can be differentiated once; this is their gradient's gradient")
+        raise RuntimeError(
+            "the weighted losses can be differentiated once; this is their gradient's gradient. "
+            "For that, `weighted_log_sum` is the plain reference"
+        )
 
 
 def once(gradients: Iterable[Tensor | None], contrast: Contrast) -> tuple[Tensor | None, ...]:

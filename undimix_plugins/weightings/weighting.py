@@ -97,7 +97,7 @@ def checked(weighting: Weighting, log_weights: object, logits: Tensor) -> Tensor
         came = list(log_weights.shape) if isinstance(log_weights, Tensor) else type(log_weights).__name__
         raise ValueError(
             f"log-weights of {type(weighting).__name__}: expected shape {list(logits.shape)} "
-            f"(anchors, pool), got {came}"
+            f"(anchors of the block `rows`, pool), got {came}"
         )
     if not log_weights.is_floating_point():
         raise ValueError(f"log-weights of {type(weighting).__name__}: expected floating point, got {log_weights.dtype}")

@@ -207,12 +207,7 @@ class Logits:
         if kept is not None and (self.anchors is not self.pool or len(self.pool) <= tile_size(self.pool)):
             inner_products(self.scaled, self.centred, kept)
         elif kept is not None:
-            scaled, along = self.centred * self.factor, self.centred @ (self.centre * self.factor)
-            for above, columns in tile_pairs(self.pool):
-                tile = torch.mm(scaled[above], self.centred[columns].T, out=kept[above, columns])
-                if above != columns:
-                    torch.add(tile.T, along[above], out=kept[columns, above])
-                tile.add_(along[columns])
+            own_products(self.centred * self.factor, self.centred, kept, self.centred @ (self.centre * self.factor))
             write_zero_rows(self.pool, kept)
 
     @property
@@ -257,6 +252,18 @@ def inner_products(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
         columns = slice(start, start + step)
         torch.mm(left, right[columns].T, out=out[:, columns])
     return out
+
+
+def own_products(scaled: Tensor, rows: Tensor, out: Tensor, along: Tensor | None = None) -> None:
+    """`scaled @ rows.T`, of rows and a multiple of them, by half and mirrored; `along` [rows] is added to each row."""
+    for above, columns in tile_pairs(rows):
+        tile = torch.mm(scaled[above], rows[columns].T, out=out[above, columns])
+        if above != columns and along is None:
+            out[columns, above] = tile.T
+        elif above != columns and along is not None:
+            torch.add(tile.T, along[above], out=out[columns, above])
+        if along is not None:
+            tile.add_(along[columns])
 
 
 def tile_pairs(rows: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -423,12 +430,15 @@ class UnDiMixScores:
     What standardising and softmaxes undo is left as it comes: a number of an anchor's own added to all of a score.
     """
 
-    def __init__(self, weighting: UnDiMix, logits: Logits, columns: Columns) -> None:
+    def __init__(self, weighting: UnDiMix, logits: Logits, columns: Columns, out: Tensor | None) -> None:
+        """`out` [n, m] is where numerators will be written, or None; blocks of it are given to work in."""
         weighting.check(logits.contrast)
         self.weighting, self.logits, self.columns = weighting, logits, columns
         self.count = logits.contrast.count[:, None].clamp(min=1)
         self.weight_total = self.count.clone()
         self.lengths = row_lengths(logits.pool)[:, 0]
+        # Of one batch with itself, products of gradients are symmetric too, and wait where numerators will be.
+        self.products = out if logits.contrast.is_own_pool and logits.contrast.positives_in_pool else None
         strengths = ((score, getattr(weighting, score)) for score in ("influence", "similarity", "diversity"))
         self.strengths: dict[str, float] = {score: strength for score, strength in strengths if strength}
         # What bounds the terms summed in a score, per column of the pool: the largest of its negatives is an anchor's.
@@ -506,7 +516,9 @@ class UnDiMixScores:
         return logits
 
     def influence(self, rows: slice, logits: Tensor, out: Tensor) -> Tensor:
-        if self.far is None or values_are_free(out):
+        if self.products is not None:
+            torch.mul(self.products[rows], self.scale_of_pool, out=out)
+        elif self.far is None or values_are_free(out):
             inner_products(self.of_anchors.direction[rows], self.scaled_of_pool, out)
         if self.far is not None:
             self._write_far(rows, out)
@@ -540,9 +552,11 @@ class UnDiMixScores:
         self.of_anchors, self.of_pool = all_task_gradients(self.logits, self.lengths.max())
         direction, log_scale, terms = self.of_pool
         self.largest_scale = finite(log_scale.max())
-        scale = (log_scale - self.largest_scale).exp()
-        self.scaled_of_pool = direction * scale[:, None]
-        bounds = [row_lengths(self.scaled_of_pool)[:, 0], scale * terms, log_scale]
+        self.scale_of_pool = (log_scale - self.largest_scale).exp()
+        self.scaled_of_pool = direction * self.scale_of_pool[:, None]
+        bounds = [row_lengths(self.scaled_of_pool)[:, 0], self.scale_of_pool * terms, log_scale]
+        if self.products is not None:
+            own_products(direction, direction, self.products)
         contrast, self.inputs = self.logits.contrast, None
         if self.weighting.gradient == "weight" and contrast.anchor_inputs is not None:
             assert contrast.pool_inputs is not None
@@ -661,12 +675,12 @@ def all_one(lengths: Tensor) -> bool:
     return bool(((lengths - 1).abs() <= ROUNDING * torch.finfo(lengths.dtype).eps).all())
 
 
-def scorer_of(weighting: Weighting, prepared: Any, logits: Logits, columns: Columns) -> Scorer:
+def scorer_of(weighting: Weighting, prepared: Any, logits: Logits, columns: Columns, out: Tensor | None) -> Scorer:
     """What gives a weighting's scores: lean ones for our own weightings, else what `log_weights` says."""
     if type(weighting) is Uniform:
         return lambda rows, block, out: block
     if type(weighting) is UnDiMix:
-        return UnDiMixScores(weighting, logits, columns)
+        return UnDiMixScores(weighting, logits, columns, out)
 
     def with_log_weights(rows: slice, block: Tensor, out: Tensor) -> Tensor:
         return torch.add(block, checked(weighting, weighting.log_weights(prepared, rows), block), alpha=LOG2E, out=out)
@@ -698,7 +712,7 @@ class Numerators:
         else:
             kept = out  # each block's scores and numerators are written over its logits
         self.logits = Logits(contrast, kept, rows, scratch)
-        self.scorer = scorer_of(weighting, prepared, self.logits, self.columns)
+        self.scorer = scorer_of(weighting, prepared, self.logits, self.columns, out)
         self.top = contrast.pool.new_empty(n, 1)
         self.total = contrast.pool.new_empty(n, 1)
 

@@ -11,7 +11,6 @@ import argparse
 import resource
 import sys
 import tempfile
-import time
 from multiprocessing.connection import Connection
 from statistics import median
 from typing import NamedTuple
@@ -20,6 +19,7 @@ import torch
 import torch.distributed as dist
 from lightly.loss import NTXentLoss
 from torch import Tensor, multiprocessing, nn
+from torch.utils.benchmark import timer
 from tqdm import tqdm
 
 from undimix_plugins import UnDiMix, Uniform, Weighting, undimix
@@ -42,17 +42,10 @@ def seconds(loss: nn.Module, inputs: list[Tensor], repeats: int) -> float:
     """The median time of a step, forward and backward."""
     times = []
     for _ in range(repeats):
-        wait(inputs[0])
-        start = time.perf_counter()
+        start = timer()  # which waits for the device
         loss(*inputs).backward()
-        wait(inputs[0])
-        times.append(time.perf_counter() - start)
+        times.append(timer() - start)
     return median(times)
-
-
-def wait(tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize()
 
 
 def peak(device: str) -> int:

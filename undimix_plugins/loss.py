@@ -110,7 +110,7 @@ def _negatives(contrast: Contrast, weighting: Weighting, prepared: Any) -> Tenso
     every = slice(0, len(contrast.anchors))
     if torch.compiler.is_compiling():
         return weighted_log_sum(contrast, weighting, prepared, every)
-    if not tiled.weights_carry_gradient(contrast, weighting, prepared):
+    if not tiled.weights_carry_gradient(weighting, prepared):
         return tiled.negative_log_sums(contrast, weighting, prepared)
     if tiled.fits(contrast, matrices=8):
         return weighted_log_sum(contrast, weighting, prepared, every)
@@ -129,7 +129,7 @@ def _mean(contrast: Contrast, weighting: Weighting, loss: tiled.Margin) -> Tenso
         if (
             torch.compiler.is_compiling()
             or type(weighting).combine is not Weighting.combine
-            or tiled.weights_carry_gradient(contrast, weighting, prepared)
+            or tiled.weights_carry_gradient(weighting, prepared)
         ):
             positives, negatives = _log_sums(contrast, weighting, prepared)
             return loss(negatives - positives)[0].mean()

@@ -66,7 +66,7 @@ def prepare(contrast: Contrast, weighting: Weighting) -> Any:
     return None if type(weighting) in (Uniform, UnDiMix) else weighting.prepare(contrast)
 
 
-def weights_carry_gradient(contrast: Contrast, weighting: Weighting, prepared: Any) -> bool:
+def weights_carry_gradient(weighting: Weighting, prepared: Any) -> bool:
     """Whether a loss has to follow the log-weights' own gradient."""
     if not torch.is_grad_enabled() or type(weighting) in (Uniform, UnDiMix):
         return False
@@ -131,9 +131,7 @@ def finite(values: Tensor) -> Tensor:
 
 
 def are_moderate(totals: Tensor) -> bool:
-    """Whether a look is free and shows sums of exponentials that are far from overflow and underflow."""
-    if not values_are_free(totals):
-        return False
+    """Whether sums of exponentials are far from overflow and underflow; a look at them has to be free."""
     least, most = map(float, totals.aminmax())
     return least > 1 / MODERATE and most < MODERATE
 
@@ -225,11 +223,15 @@ class Logits:
     def scaled_about_mean(self) -> Tensor:
         return self.scaled - self.scaled.mean(dim=0)
 
+    @cached_property
+    def offset_about_mean(self) -> Tensor:
+        return self.scaled_about_mean @ self.centre
+
     def transposed(self, rows: slice, out: Tensor) -> Tensor:
         """The logits of a block of the pool against all anchors [r, n], but for a number for each row, to `out`."""
         if self.kept is None:
             return torch.mm(self.pool[rows], self.scaled_about_mean.T, out=out)
-        torch.add(self.kept[:, rows].T, self.scaled_about_mean @ self.centre, out=out)
+        torch.add(self.kept[:, rows].T, self.offset_about_mean, out=out)
         return write_zero_rows(self.pool[rows], out)
 
 
@@ -383,10 +385,14 @@ def groups(rows: Tensor) -> Tensor | None:
     return torch.zeros_like(order).scatter(0, order, torch.cat([new.new_zeros(1), new]).cumsum(0))
 
 
+def has_same_tasks(contrast: Contrast) -> bool:
+    """Whether a row's task is the same as an anchor and as a candidate: of one batch with itself."""
+    return contrast.is_own_pool and bool(contrast.positives_in_pool)
+
+
 def all_task_gradients(logits: Logits, longest: Tensor) -> tuple[TaskGradients, TaskGradients]:
     """The gradients of the anchors' tasks and of the pool's; `longest` is the length of the longest in the pool."""
     contrast, anchors, pool = logits.contrast, logits.anchors, logits.pool
-    one_batch = contrast.is_own_pool and contrast.positives_in_pool  # a row's task is the same on either side
     itself = torch.arange(len(pool), device=pool.device) if contrast.is_own_pool else contrast.itself
     further = logits_of_further = None
     if not contrast.positives_in_pool:
@@ -405,7 +411,7 @@ def all_task_gradients(logits: Logits, longest: Tensor) -> tuple[TaskGradients, 
         beside = None if logits_of_further is None else logits_of_further[rows]
         parts.append(candidates.task_gradients(block, rows, logits.scratch[0][:count], beside))
     of_anchors = together(parts)
-    if one_batch:
+    if has_same_tasks(contrast):
         return of_anchors, of_anchors
     candidates, parts = Candidates(anchors, anchors - anchors.mean(dim=0), row_lengths(anchors).max()), []
     of_pool = blocks(len(pool), len(anchors) * pool.element_size(), logits.kept is not None)
@@ -438,7 +444,7 @@ class UnDiMixScores:
         self.weight_total = self.count.clone()
         self.lengths = row_lengths(logits.pool)[:, 0]
         # Of one batch with itself, products of gradients are symmetric too, and wait where numerators will be.
-        self.products = out if logits.contrast.is_own_pool and logits.contrast.positives_in_pool else None
+        self.products = out if has_same_tasks(logits.contrast) else None
         strengths = ((score, getattr(weighting, score)) for score in ("influence", "similarity", "diversity"))
         self.strengths: dict[str, float] = {score: strength for score, strength in strengths if strength}
         # What bounds the terms summed in a score, per column of the pool: the largest of its negatives is an anchor's.
@@ -629,16 +635,18 @@ class UnDiMixScores:
             return
         of_length_one = values_are_free(lengths) and all_one(lengths)
         unit = pool if of_length_one else pool / lengths.masked_fill(lengths == 0, 1)[:, None]
-        self.centred = self.logits.centred if of_length_one else unit - unit.mean(dim=0)
+        total = unit.sum(dim=0)
+        self.centred = self.logits.centred if of_length_one else unit - total / len(unit)
         # The distance to all of the pool but itself, plus what an anchor's excluded rows are similar.
-        self.rest = -(self.centred @ unit.sum(dim=0)) - (lengths == 0).to(unit.dtype)
-        if not values_are_free(unit) or bool(unit.mean(dim=0).norm() > CONCENTRATED):
+        if values_are_free(unit) and bool(total.norm() <= CONCENTRATED * len(unit)):
+            self.rest = -(self.centred @ total) - (lengths == 0).to(unit.dtype)
+        else:
             self.rest = precise_distances(unit).to(unit.dtype)
         # For two views of rows of length 1, these are the excluded logits.
         self.looks_up = of_length_one and self.logits.kept is not None and is_two_views(contrast)
         if self.looks_up:
             self.rest *= self.logits.factor
-        else:
+        elif contrast.excluded.shape[1] > 0:
             self.excluded = sum_of_rows(unit, contrast.excluded)
 
 

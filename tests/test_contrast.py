@@ -57,7 +57,7 @@ BAD = {
     "temperature-true": ("temperature", True, r"expected a finite number above 0, got True"),
     "temperature-text": ("temperature", "0.5", r"expected a finite number above 0, got '0\.5'"),
     "temperature-none": ("temperature", None, r"expected a finite number above 0, got None"),
-    "temperature-tensor": ("temperature", torch.tensor(0.5), r"expected a finite number above 0, got tensor\(0\.5"),
+    "temperature-tensor": ("temperature", torch.tensor([0.5, 1]), r"expected one floating-point number, got .* \[2\]"),
     "excluded-rank": ("excluded", torch.tensor([0, 1, 2]), r"expected shape \[3, k\], got \[3\]"),
     "excluded-rows": ("excluded", torch.tensor([[0], [1]]), r"expected shape \[3, k\], got \[2, 1\]"),
     "excluded-float": ("excluded", torch.zeros(3, 1), r"expected integer columns of the pool, got torch\.float32"),

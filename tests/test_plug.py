@@ -72,7 +72,7 @@ def test_refuses_what_is_no_weighting(toolkit: ModuleType) -> None:
         undimix(loss, HCL)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"^weighting: expected an instance of Weighting .*, got 'hcl'$"):
         undimix(loss, "hcl")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"^options: expected none beside a weighting, got hardness$"):
+    with pytest.raises(TypeError, match=r"^options: expected none of UnDiMix beside a weighting, got hardness$"):
         undimix(loss, HCL(), hardness=2.0)
     with pytest.raises(TypeError, match="hardnes"):
         undimix(loss, hardnes=2.0)

@@ -5,8 +5,9 @@ embeddings -> a Contrast -> a Weighting -> log-weights -> weighted log-sum over 
 
 from undimix_plugins.checks import check_embeddings
 from undimix_plugins.components import anchor_similarity, diversity, influence
-from undimix_plugins.contrast import Contrast, as_full_precision, in_batch_negatives, two_views
-from undimix_plugins.loss import LogSums, decoupled, info_nce, log_sums, weighted_log_sum
+from undimix_plugins.contrast import Contrast, as_full_precision, in_batch_negatives, same_label, two_views
+from undimix_plugins.last_layer import LastLayer
+from undimix_plugins.loss import LogSums, decoupled, info_nce, log_sums, mean_loss, weighted_log_sum
 from undimix_plugins.plug import WeightedLoss, require, reweight, undimix
 from undimix_plugins.weightings.hcl import HCL
 from undimix_plugins.weightings.undimix import UnDiMix
@@ -21,6 +22,7 @@ from undimix_plugins.weightings.weighting import (
 __all__ = [
     "HCL",
     "Contrast",
+    "LastLayer",
     "LogSums",
     "UnDiMix",
     "Uniform",
@@ -37,9 +39,11 @@ __all__ = [
     "influence",
     "info_nce",
     "log_sums",
+    "mean_loss",
     "mean_one",
     "require",
     "reweight",
+    "same_label",
     "two_views",
     "undimix",
     "weighted_log_sum",

@@ -19,7 +19,7 @@ from undimix_plugins.checks import (
     check_number,
     check_same_length,
 )
-from undimix_plugins.contrast import distinct, full_precision
+from undimix_plugins.contrast import full_precision, is_not_among
 
 ROWS_AT_ONCE = 1024  # whose logits or distances to all are held
 
@@ -133,11 +133,16 @@ class TaskGradients(NamedTuple):
         """The gradients themselves, delta [rows, d]."""
         return self.log_scale.exp()[:, None] * self.direction / temperature
 
+    def along_sphere(self, rows: Tensor) -> TaskGradients:
+        """The same through the normalisation that made the rows [rows, d], but for their lengths before it."""
+        along = self.direction - rows * (rows * self.direction).sum(dim=1, keepdim=True)
+        return self._replace(direction=along)
+
 
 def task_gradients(
     anchors: Tensor,
     pool: Tensor,
-    temperature: float,
+    temperature: float | Tensor,
     itself: Tensor | None,
     positives: Tensor | None,
 ) -> tuple[TaskGradients, TaskGradients]:
@@ -175,7 +180,7 @@ def _gradients(
     candidates: Tensor,
     positives: Tensor | None,
     rows: Tensor,
-    temperature: float,
+    temperature: float | Tensor,
 ) -> TaskGradients:
     """`logits` [rows, candidates] of the shared candidates, -inf for the row itself; `positives` a further one each."""
     # Differences of candidates are all that counts: taken about the mean, they keep their digits when concentrated.
@@ -260,35 +265,29 @@ def diversity(pool: Tensor, excluded: Tensor, *, distance: str = "cosine") -> Te
     check_choice("distance", distance, ("cosine", "euclidean"))
     check_columns("excluded", excluded, shape=(None, None), pool=pool)
     with full_precision(pool):
-        return _mean_distances(pool, excluded.long(), distance)
+        return mean_distances(pool, is_not_among(excluded, len(pool)), distance)
 
 
-def _mean_distances(pool: Tensor, excluded: Tensor, distance: str) -> Tensor:
-    excluded = distinct(excluded)
-    count = len(pool) - (excluded >= 0).sum(dim=1, keepdim=True)
-    others = (count - 1).clamp(min=1).to(pool.dtype)
+def mean_distances(pool: Tensor, negative: Tensor, distance: str) -> Tensor:
+    """`diversity`, given which columns are an anchor's negatives, bool [n, m]."""
+    among = negative.to(pool.dtype)
+    count = among.sum(dim=1, keepdim=True)
+    others = (count - 1).clamp(min=1)
     if distance == "cosine":
         unit = torch.nn.functional.normalize(pool, dim=1)
         # About their mean, rows keep their digits when concentrated: <z_j, sum> = <x_j, sum> + <mean, sum>, and the
         # last is the same for every j. A row's own distance to itself, which is left out, is 1 less its squared length.
         mean = unit.mean(dim=0)
-        total = unit.sum(dim=0) - sum_of_rows(unit, excluded)
+        total = among @ unit
         own = unit.square().sum(dim=1)
         mean_distance = (others - total @ mean[:, None]) / others - (total @ (unit - mean).T - own) / others
     else:
-        blocks = torch.split(pool, ROWS_AT_ONCE)
-        mean_distance = torch.cat([euclidean_distances(block, pool).sum(dim=1) for block in blocks])
-        mean_distance = mean_distance.expand(len(excluded), len(pool))
-        for column in excluded.T:
-            to_excluded = euclidean_distances(pool[column.clamp(min=0)], pool)
-            mean_distance = mean_distance - to_excluded.masked_fill(column[:, None] < 0, 0)
+        blocks = zip(torch.split(pool, ROWS_AT_ONCE), torch.split(among, ROWS_AT_ONCE, dim=1), strict=True)
+        mean_distance = torch.zeros_like(among)
+        for rows, weight in blocks:
+            mean_distance = mean_distance + weight @ euclidean_distances(rows, pool)
         mean_distance = mean_distance / others
     return torch.where(count > 1, mean_distance, torch.zeros_like(mean_distance))
-
-
-def sum_of_rows(rows: Tensor, columns: Tensor) -> Tensor:
-    """The sum of `rows[columns]` per row of `columns`; -1 picks nothing (a row of zeros put last)."""
-    return torch.cat([rows, torch.zeros_like(rows[:1])])[columns].sum(dim=1)
 
 
 def euclidean_distances(left: Tensor, right: Tensor) -> Tensor:

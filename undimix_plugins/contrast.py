@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from undimix_plugins.checks import check_columns, check_embeddings, check_inputs, check_number, check_same_length
+from undimix_plugins.checks import (
+    check_columns,
+    check_embeddings,
+    check_inputs,
+    check_number,
+    check_same_length,
+    values_are_free,
+)
+
+MARKED_AT_ONCE = 2**22  # pairs of anchors and candidates whose marks are counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,11 +31,14 @@ class Contrast:
 
     Attributes:
         anchors: Embeddings [n, d], floating point.
-        positives: Each anchor's positive [n, d].
+        positives: Each anchor's positive [n, d]; or, where the pool holds them, their columns [n, p], integers padded
+            with -1: several, one or none. They are no negatives then, all stand in the denominator, and what is read
+            here is their mean [n, d].
         pool: The candidates [m, d]: the batch's views, a memory bank, all documents.
         excluded: Columns of the pool that are no negatives for an anchor [n, k], integers, padded with -1: itself,
             its positive, duplicates, known false negatives. None excludes nothing. A column may stand twice.
-        temperature: What similarities are divided by, a finite number above 0.
+        temperature: What similarities are divided by, a finite number above 0, or a tensor of one (a parameter that is
+            learned, a number that another device holds), which gets its gradient.
         itself: The anchors' own columns in the pool [n], -1 where there is none; None for no anchor at all, except
             where `anchors` and `pool` are the same tensor object: then anchor i is row i. An anchor is never its own
             negative, so these need not stand in `excluded`.
@@ -31,6 +46,14 @@ class Contrast:
             whether `anchors` and `pool` are the same tensor object. A memory bank holds none.
         anchor_inputs: Inputs of the last layer [n, h], whose outputs the anchors are; `gradient="weight"` needs them.
         pool_inputs: Likewise for the pool [m, h].
+        normalized: Whether anchors and pool are the last layer's outputs brought to length 1, and its inputs divided by
+            those outputs' lengths: gradients at its weight then go through that too.
+        verdicts: Further columns that are no negatives, too many or too scattered to be listed (a guide model's, rows
+            of the same class, duplicates): a function from a block of r anchors to marks, bool [r, m]. It is asked
+            for a block several times, and has to say the same. None marks nothing.
+        anchor_weights: How much each anchor's loss counts in the mean over all [n], constants
+            of at least 0; None for 1 each.
+        positive_columns: The positives' columns [n, p], where `positives` gave those; else None.
 
     Raises:
         ValueError: For tensors that are no matrices, that are empty, or whose widths, lengths, dtypes or devices
@@ -50,26 +73,54 @@ class Contrast:
     positives: Tensor
     pool: Tensor
     excluded: Tensor | None
-    temperature: float
+    temperature: float | Tensor
     itself: Tensor | None = None
     positives_in_pool: bool | None = None
     anchor_inputs: Tensor | None = None
     pool_inputs: Tensor | None = None
+    normalized: bool = False
+    verdicts: Callable[[slice], Tensor] | None = None
+    anchor_weights: Tensor | None = None
+    positive_columns: Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        check_embeddings(anchors=self.anchors, positives=self.positives, pool=self.pool)
-        check_same_length(anchors=self.anchors, positives=self.positives)
-        self._set("temperature", check_number("temperature", self.temperature, above=0))
+        by_column = isinstance(self.positives, Tensor) and not self.positives.is_floating_point()
+        rows = {"anchors": self.anchors, "positives": self.positives, "pool": self.pool}
+        check_embeddings(**{name: of for name, of in rows.items() if name != "positives" or not by_column})
         check_inputs(self.anchors, self.pool, self.anchor_inputs, self.pool_inputs)
-
         one_batch = self.anchors is self.pool
+        n, device = len(self.anchors), self.anchors.device
+        if isinstance(self.temperature, Tensor):
+            self._set("temperature", checked_temperature(self.temperature))
+        else:
+            self._set("temperature", check_number("temperature", self.temperature, above=0))
+
+        pool = as_full_precision(self.pool)
+        self._set("anchors", pool if one_batch else as_full_precision(self.anchors))
+        self._set("pool", pool)
+        if by_column:
+            check_columns("positives", self.positives, shape=(n, None), pool=pool)
+            self._set("positive_columns", distinct(self.positives.long()))
+            self._set("positives", self._mean_positives())
+            self._set("positives_in_pool", True)
+        else:
+            check_same_length(anchors=self.anchors, positives=self.positives)
+            self._set("positives", as_full_precision(self.positives))
         if self.positives_in_pool is None:
             self._set("positives_in_pool", one_batch)
-        n, device = len(self.anchors), self.anchors.device
+        if self.anchor_inputs is not None and self.pool_inputs is not None:
+            self._set("anchor_inputs", self.anchor_inputs.to(pool.dtype))
+            self._set("pool_inputs", self.pool_inputs.to(pool.dtype))
+        if self.anchor_weights is not None:
+            self._set("anchor_weights", checked_anchor_weights(self.anchor_weights, self.anchors))
+
         excluded = torch.empty(n, 0, dtype=torch.long, device=device)
         if self.excluded is not None:
             check_columns("excluded", self.excluded, shape=(n, None), pool=self.pool)
-            excluded = distinct(self.excluded.long())
+            excluded = self.excluded.long()
+        if self.positive_columns is not None:
+            excluded = torch.cat([excluded, self.positive_columns], dim=1)
+        excluded = distinct(excluded)
         itself = None
         if self.itself is not None:
             check_columns("itself", self.itself, shape=(n,), pool=self.pool)
@@ -79,52 +130,83 @@ class Contrast:
         if itself is not None:
             excluded = torch.cat([excluded.masked_fill(excluded == itself, -1), itself], dim=1)
         self._set("excluded", excluded)
-
-        pool = as_full_precision(self.pool)
-        self._set("anchors", pool if one_batch else as_full_precision(self.anchors))
-        self._set("positives", as_full_precision(self.positives))
-        self._set("pool", pool)
-        if self.anchor_inputs is not None and self.pool_inputs is not None:
-            self._set("anchor_inputs", self.anchor_inputs.to(pool.dtype))
-            self._set("pool_inputs", self.pool_inputs.to(pool.dtype))
+        self._let_gradients_through_the_temperature()
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen for everybody else
 
+    def _mean_positives(self) -> Tensor:
+        assert self.positive_columns is not None
+        count = (self.positive_columns >= 0).sum(dim=1, keepdim=True).clamp(min=1)
+        return sum_of_rows(self.pool, self.positive_columns) / count
+
+    def _let_gradients_through_the_temperature(self) -> None:
+        """Logits are bilinear in the rows, so that a factor of 1 on these carries the temperature's whole gradient."""
+        if not isinstance(self.temperature, Tensor) or not self.temperature.requires_grad:
+            return
+        one = self.held_temperature / self.temperature
+        if self.anchors is self.pool:
+            one = one.sqrt()  # on either side
+            self._set("pool", self.pool * one)
+            self._set("anchors", self.pool)
+            self._set("positives", self.positives * one)
+        else:
+            self._set("anchors", self.anchors * one)
+
+    @property
+    def held_temperature(self) -> float | Tensor:
+        """The temperature as a constant, which its gradient passes by, through the rows."""
+        return self.temperature.detach() if isinstance(self.temperature, Tensor) else self.temperature
+
     def logits(self, rows: slice) -> Tensor:
         """Similarities over the temperature of a block of r anchors to the whole pool: [r, m]."""
         with full_precision(self.pool):
-            return self.anchors[rows] @ self.pool.T / self.temperature
+            return self.anchors[rows] @ self.pool.T / self.held_temperature
+
+    def positive_logits(self) -> Tensor:
+        """The positives' similarities over the temperature [n], the mean of several, 0 for none."""
+        return (self.anchors * self.positives).sum(dim=1) / self.held_temperature
 
     def is_negative(self, rows: slice) -> Tensor:
         """Which columns of the pool are negatives for a block of anchors: bool [r, m]."""
         assert self.excluded is not None
-        m = len(self.pool)
-        excluded = self.excluded[rows]
-        # Padding goes to a column of its own, which is cut off again: no mask has to be read.
-        columns = torch.where(excluded < 0, m, excluded)
-        marks = torch.ones(len(columns), m + 1, dtype=torch.bool, device=columns.device)
-        return marks.scatter(1, columns, False)[:, :m]
+        negative = is_not_among(self.excluded[rows], len(self.pool))
+        return negative if self.verdicts is None else negative & ~self.marked(rows)
+
+    def marked(self, rows: slice) -> Tensor:
+        """The verdicts on a block of anchors, bool [r, m]; a ValueError for marks that are none."""
+        assert self.verdicts is not None
+        marks = self.verdicts(rows)
+        shape = [len(self.anchors[rows]), len(self.pool)]
+        if not isinstance(marks, Tensor) or list(marks.shape) != shape or marks.dtype != torch.bool:
+            came = f"{marks.dtype} {list(marks.shape)}" if isinstance(marks, Tensor) else type(marks).__name__
+            raise ValueError(f"verdicts: expected bool {shape} (anchors of the block, pool), got {came}")
+        return marks
 
     @property
     def is_own_pool(self) -> bool:
         """Whether the anchors are the pool, anchor i its row i."""
         return self.anchors is self.pool and self.itself is None
 
-    @property
+    @cached_property
     def count(self) -> Tensor:
         """How many negatives each anchor has: [n], in the embeddings' dtype."""
         assert self.excluded is not None
-        return (len(self.pool) - (self.excluded >= 0).sum(dim=1)).to(self.pool.dtype)
+        if self.verdicts is None:
+            return (len(self.pool) - (self.excluded >= 0).sum(dim=1)).to(self.pool.dtype)
+        step = max(1, MARKED_AT_ONCE // len(self.pool))
+        blocks = (slice(start, start + step) for start in range(0, len(self.anchors), step))
+        return torch.cat([self.is_negative(rows).sum(dim=1) for rows in blocks]).to(self.pool.dtype)
 
 
-def in_batch_negatives(anchors: Tensor, positives: Tensor, temperature: float) -> Contrast:
+def in_batch_negatives(anchors: Tensor, positives: Tensor, temperature: float | Tensor, **further: Any) -> Contrast:
     """The contrast of every anchor against all positives, those of the others being its negatives.
 
     Args:
         anchors: Embeddings [n, d].
         positives: Each anchor's positive [n, d], the pool of all.
-        temperature: What similarities are divided by, a finite number above 0.
+        temperature: What similarities are divided by, as `Contrast` has it.
+        further: Of `Contrast`: `verdicts`, `anchor_weights`, the last layer's inputs.
 
     Returns:
         A Contrast of n anchors with a pool of n, which holds no anchor.
@@ -138,25 +220,27 @@ def in_batch_negatives(anchors: Tensor, positives: Tensor, temperature: float) -
         (torch.Size([4, 8]), 3.0)
     """
     own = torch.arange(len(anchors), device=anchors.device)
-    return Contrast(anchors, positives, positives, own[:, None], temperature, positives_in_pool=True)
+    return Contrast(anchors, positives, positives, own[:, None], temperature, positives_in_pool=True, **further)
 
 
 def two_views(
     first: Tensor,
     second: Tensor,
-    temperature: float,
+    temperature: float | Tensor,
     *,
     gathered: tuple[Tensor, Tensor] | None = None,
     offset: int = 0,
+    **further: Any,
 ) -> Contrast:
     """The contrast of SimCLR: every view against all views of the other samples.
 
     Args:
         first: A view of each sample [n, d].
         second: The other view of each sample [n, d].
-        temperature: What similarities are divided by, a finite number above 0.
+        temperature: What similarities are divided by, as `Contrast` has it.
         gathered: The two views of all processes' samples, each [N, d]; None for one process.
         offset: The place of this process's first sample among the gathered ones.
+        further: Of `Contrast`: `verdicts`, `anchor_weights`, the last layer's inputs.
 
     Returns:
         A Contrast of 2n anchors (first views, then second) with a pool of 2N (likewise).
@@ -190,7 +274,35 @@ def two_views(
         temperature=temperature,
         itself=None if gathered is None else torch.cat([own, other]),
         positives_in_pool=True,
+        **further,
     )
+
+
+def same_label(of_anchors: Tensor, of_pool: Tensor) -> Callable[[slice], Tensor]:
+    """Verdicts for a `Contrast`: a candidate with an anchor's label is no negative of it.
+
+    Args:
+        of_anchors: A label for each anchor [n]: a class, or a key that a text or an image has alone.
+        of_pool: A label for each candidate [m].
+
+    Returns:
+        A function from a block of r anchors to marks, bool [r, m].
+
+    Raises:
+        ValueError: For labels that are no vectors, or on different devices.
+
+    Examples:
+        >>> labels = torch.tensor([0, 1, 0])
+        >>> same_label(labels, labels)(slice(0, 1))
+        tensor([[ True, False,  True]])
+    """
+    for name, labels in (("of_anchors", of_anchors), ("of_pool", of_pool)):
+        if not isinstance(labels, Tensor) or labels.dim() != 1:
+            came = list(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+            raise ValueError(f"{name}: expected a label for each row, of shape [rows], got {came}")
+    if of_anchors.device != of_pool.device:
+        raise ValueError(f"of_pool: expected device {of_anchors.device}, as of_anchors has, got {of_pool.device}")
+    return lambda rows: of_anchors[rows, None] == of_pool
 
 
 def as_full_precision(rows: Tensor) -> Tensor:
@@ -204,6 +316,44 @@ def as_full_precision(rows: Tensor) -> Tensor:
 def full_precision(like: Tensor) -> torch.autocast:
     """A context in which autocast leaves matrix products alone: logits over a small temperature need all digits."""
     return torch.autocast(like.device.type, enabled=False)
+
+
+def checked_temperature(temperature: Tensor) -> Tensor:
+    """One number as a scalar, not in half precision; a ValueError for another, or (on the CPU) not above 0."""
+    if temperature.numel() != 1 or not temperature.is_floating_point():
+        raise ValueError(
+            f"temperature: expected one floating-point number, got {temperature.dtype} {list(temperature.shape)}"
+        )
+    if values_are_free(temperature):
+        check_number("temperature", float(temperature.detach()), above=0)
+    return as_full_precision(temperature.reshape(()))
+
+
+def checked_anchor_weights(weights: Tensor, anchors: Tensor) -> Tensor:
+    """Weights [n] in the anchors' dtype; a ValueError for another shape, or (on the CPU) below 0 or not finite."""
+    if not isinstance(weights, Tensor) or weights.shape != anchors.shape[:1]:
+        came = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+        raise ValueError(f"anchor_weights: expected a tensor of shape [{len(anchors)}], got {came}")
+    if weights.device != anchors.device:
+        raise ValueError(f"anchor_weights: expected device {anchors.device}, as anchors has, got {weights.device}")
+    if values_are_free(weights) and not bool(((weights >= 0) & weights.isfinite()).all()):
+        raise ValueError(
+            f"anchor_weights: expected finite numbers of at least 0, got {weights.min():g} to {weights.max():g}"
+        )
+    return weights.detach().to(anchors.dtype)
+
+
+def is_not_among(columns: Tensor, width: int) -> Tensor:
+    """Which of so many columns a row of `columns` [n, k], padded with -1, does not name: bool [n, width]."""
+    # Padding goes to a column of its own, which is cut off again: no mask has to be read.
+    columns = torch.where(columns < 0, width, columns)
+    marks = torch.ones(len(columns), width + 1, dtype=torch.bool, device=columns.device)
+    return marks.scatter(1, columns, False)[:, :width]
+
+
+def sum_of_rows(rows: Tensor, columns: Tensor) -> Tensor:
+    """The sum of `rows[columns]` per row of `columns`; -1 picks nothing (a row of zeros put last)."""
+    return torch.cat([rows, torch.zeros_like(rows[:1])])[columns].sum(dim=1)
 
 
 def distinct(columns: Tensor) -> Tensor:

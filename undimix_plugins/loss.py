@@ -18,7 +18,7 @@ class LogSums(NamedTuple):
     """The terms of an anchor's loss, in logarithms, with gradient.
 
     Attributes:
-        positives: The positives' logits [n].
+        positives: The positives' logits [n]; of several, the log of the sum of their exponentials, -inf for none.
         negatives: The log of the weighted sum of the negatives' exponentials [n]; -inf for an anchor without any.
 
     Examples:
@@ -36,7 +36,8 @@ def log_sums(contrast: Contrast, weighting: Weighting) -> LogSums:
 
         pos_i = s_i+ / t,   neg_i = log sum over j of w_ij exp(s_ij / t),
 
-    with neg_i as the weighting combines it with pos_i and the number of negatives (debiasing).
+    with several positives pos_i = log sum over p of exp(s_ip / t), and neg_i as the weighting combines it with pos_i
+    (less the log of their number) and the number of negatives (debiasing).
 
     Args:
         contrast: What is compared.
@@ -96,13 +97,26 @@ def _prepared(contrast: Contrast, weighting: Weighting) -> Any:
 
 
 def _log_sums(contrast: Contrast, weighting: Weighting, prepared: Any) -> LogSums:
-    positives = (contrast.anchors * contrast.positives).sum(dim=1) / contrast.temperature
+    positives, number = _positives(contrast)
     negatives = _negatives(contrast, weighting, prepared)
     none = negatives.isneginf()
-    combined = weighting.combine(contrast, positives, negatives.masked_fill(none, 0), contrast.count.clamp(min=1))
+    combined = weighting.combine(
+        contrast, positives - number.log(), negatives.masked_fill(none, 0), contrast.count.clamp(min=1)
+    )
     if not values_are_free(contrast.pool):
         positives = positives + _not_a_number_if_not_finite(contrast)
     return LogSums(positives, combined.masked_fill(none, -torch.inf))
+
+
+def _positives(contrast: Contrast) -> tuple[Tensor, Tensor]:
+    """The log of the sum of the positives' exponentials [n], and how many there are [n], at least 1."""
+    if contrast.positive_columns is None:
+        logits = contrast.positive_logits()
+        return logits, torch.ones_like(logits)
+    columns = contrast.positive_columns
+    logits = (contrast.anchors[:, None] * contrast.pool[columns.clamp(min=0)]).sum(dim=2) / contrast.held_temperature
+    of_positive = columns >= 0
+    return masked_log_sum_exp(logits, of_positive), of_positive.sum(dim=1).clamp(min=1).to(logits.dtype)
 
 
 def _negatives(contrast: Contrast, weighting: Weighting, prepared: Any) -> Tensor:
@@ -121,20 +135,50 @@ def _negatives(contrast: Contrast, weighting: Weighting, prepared: Any) -> Tenso
     return torch.cat(by_block)
 
 
-def _mean(contrast: Contrast, weighting: Weighting, loss: tiled.Margin) -> Tensor:
-    """The mean over the anchors of a loss of `neg - pos`."""
+def mean_loss(contrast: Contrast, weighting: Weighting, loss: tiled.Margin) -> Tensor:
+    """The mean over the anchors of a loss that is a function of their margins, `neg - pos` as `log_sums` has them.
+
+    With several positives, a loss adds what their log-sum is above the mean of their logits: `info_nce` is then the
+    mean over the positives of each one's negative log-probability. An anchor without positives adds 0.
+
+    Args:
+        contrast: What is compared; its `anchor_weights` weight the anchors' losses, whose number is not weighted.
+        weighting: How much each negative counts.
+        loss: From margins [r], -inf for an anchor without negatives, to losses [r] and their derivatives [r]: those
+            that autograd takes of the losses, of which a part may be detached.
+
+    Returns:
+        A scalar, in the embeddings' dtype (float32 for half precision, also under autocast).
+
+    Raises:
+        ValueError: As `info_nce` does.
+        TypeError: Likewise.
+
+    Examples:
+        >>> contrast = two_views(torch.randn(8, 16), torch.randn(8, 16), temperature=0.5)
+        >>> loss = mean_loss(contrast, UnDiMix(), lambda margin: (margin.relu(), (margin > 0).to(margin.dtype)))
+    """
     _check(contrast, weighting)
     with full_precision(contrast.pool):
         prepared = _prepared(contrast, weighting)
         if (
             torch.compiler.is_compiling()
+            or contrast.positive_columns is not None
             or type(weighting).combine is not Weighting.combine
             or tiled.weights_carry_gradient(weighting, prepared)
         ):
             positives, negatives = _log_sums(contrast, weighting, prepared)
-            return loss(negatives - positives)[0].mean()
+            return _mean_of_margins(contrast, positives, negatives, loss)
         mean = tiled.mean_loss(contrast, weighting, prepared, loss)
         return mean if values_are_free(mean) else mean + _not_a_number_if_not_finite(contrast)
+
+
+def _mean_of_margins(contrast: Contrast, positives: Tensor, negatives: Tensor, loss: tiled.Margin) -> Tensor:
+    none = positives.isneginf()
+    losses = loss(negatives - positives.masked_fill(none, 0))[0]
+    if contrast.positive_columns is not None:
+        losses = (losses + positives - contrast.positive_logits()).masked_fill(none, 0)
+    return (losses if contrast.anchor_weights is None else losses * contrast.anchor_weights).mean()
 
 
 def _check(contrast: Contrast, weighting: Weighting) -> None:
@@ -175,7 +219,7 @@ def info_nce(contrast: Contrast, weighting: Weighting) -> Tensor:
         >>> contrast = two_views(torch.randn(8, 16), torch.randn(8, 16), temperature=0.5)
         >>> loss = info_nce(contrast, UnDiMix())
     """
-    return _mean(contrast, weighting, _softplus)
+    return mean_loss(contrast, weighting, _softplus)
 
 
 def decoupled(contrast: Contrast, weighting: Weighting) -> Tensor:
@@ -201,7 +245,7 @@ def decoupled(contrast: Contrast, weighting: Weighting) -> Tensor:
     Examples:
         >>> loss = decoupled(two_views(torch.randn(8, 16), torch.randn(8, 16), temperature=0.5), UnDiMix())
     """
-    return _mean(contrast, weighting, _identity)
+    return mean_loss(contrast, weighting, _identity)
 
 
 def _softplus(margin: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,9 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar, TypeVar, cast
 
-from torch import nn
+from torch import Tensor, nn
 
+from undimix_plugins.last_layer import LastLayer, inputs_over_lengths
 from undimix_plugins.weightings.undimix import UnDiMix
 from undimix_plugins.weightings.weighting import Uniform, Weighting, check_weighting
 
@@ -23,7 +24,9 @@ GROUP = "undimix_plugins.adapters"
 Loss = TypeVar("Loss")
 
 
-def undimix(loss: Loss, weighting: Weighting | None = None, **options: Any) -> Loss:
+def undimix(
+    loss: Loss, weighting: Weighting | None = None, *, last_layer: nn.Linear | None = None, **options: Any
+) -> Loss:
     """A drop-in for a toolkit's loss, of the same class, with its negatives weighted.
 
     The result is a new object that shares the loss's model, memory bank and buffers; the loss itself is left as it was.
@@ -33,14 +36,18 @@ def undimix(loss: Loss, weighting: Weighting | None = None, **options: Any) -> L
     Args:
         loss: A loss object of a toolkit that has an adapter.
         weighting: How much each negative counts. Defaults to `UnDiMix(**options)`.
-        options: Of `UnDiMix`, instead of a weighting.
+        last_layer: The Linear whose outputs the loss is given, for `UnDiMix(gradient="weight")`, which is then the
+            default. Its inputs are remembered by a forward hook.
+        options: Of `UnDiMix`, instead of a weighting; and settings that the loss takes beside a weighting, such as
+            `exclude_duplicates=True` of sentence-transformers' losses.
 
     Returns:
         A loss with the same call, settings and class (`isinstance` holds).
 
     Raises:
         TypeError: For what is no loss, a loss without negatives or one not supported yet (the error lists those of its
-            toolkit that are), a toolkit without an adapter, something else than a `Weighting`, or options beside one.
+            toolkit that are), a toolkit without an adapter, something else than a `Weighting`, options of `UnDiMix`
+            beside one, options that neither it nor the loss has, or a last layer that is no Linear.
         ValueError: For options that `UnDiMix` refuses, or settings of the loss that rule a weighting out.
 
     Examples:
@@ -53,17 +60,20 @@ def undimix(loss: Loss, weighting: Weighting | None = None, **options: Any) -> L
     if loss is None or isinstance(loss, type):
         came = "None" if loss is None else f"the class {loss.__name__}"
         raise TypeError(f"loss: expected a loss object such as NTXentLoss(), got {came}")
-    if weighting is not None and options:
-        raise TypeError(f"options: expected none beside a weighting, got {', '.join(options)}")
-    if options:
-        known = [field.name for field in fields(UnDiMix)]
-        unknown = ", ".join(name for name in options if name not in known)
-        if unknown:
-            raise TypeError(f"options: expected {', '.join(known)}, got {unknown}")
-        weighting = UnDiMix(**options)
+    known = [field.name for field in fields(UnDiMix)]
+    settings = {name: value for name, value in options.items() if name not in known}
+    ours = {name: value for name, value in options.items() if name in known}
+    if weighting is not None and ours:
+        raise TypeError(f"options: expected none of UnDiMix beside a weighting, got {', '.join(ours)}")
+    if last_layer is not None:
+        settings["last_layer"] = last_layer
+        if weighting is None:
+            ours.setdefault("gradient", "weight")
+    if ours:
+        weighting = UnDiMix(**ours)
     if weighting is not None:
         check_weighting(weighting)
-    return cast(Loss, _adapter(loss).load()(loss, weighting))
+    return cast(Loss, _adapter(loss).load()(loss, weighting, **settings))
 
 
 def _adapter(loss: object) -> EntryPoint:
@@ -84,6 +94,8 @@ class WeightedLoss(nn.Module):
 
     Attributes:
         weighting: How much each negative counts.
+        last_layer: What remembers the inputs of the layer whose outputs the loss is given; None without such a layer.
+        settings: What `undimix()` can set beside the weighting, each an attribute of the class, and its default.
         replaces: The host's methods that work out the loss, which the class has its own of.
 
     Examples:
@@ -100,6 +112,8 @@ class WeightedLoss(nn.Module):
     """
 
     weighting: Weighting
+    last_layer: LastLayer | None = None
+    settings: ClassVar[Mapping[str, Any]] = {}
     replaces: ClassVar[tuple[str, ...]] = ("forward",)
 
     def weigh(self, weighting: Weighting | None) -> None:
@@ -108,13 +122,53 @@ class WeightedLoss(nn.Module):
         check_weighting(weighting)
         self.weighting = weighting
 
+    def set_options(self, **settings: Any) -> None:
+        """Sets what the class takes beside the weighting; a TypeError for what it does not."""
+        if "last_layer" in settings:
+            layer = settings.pop("last_layer")
+            self.last_layer = None if layer is None else LastLayer(layer)
+            if self.last_layer is not None and getattr(self.weighting, "gradient", "weight") != "weight":
+                raise TypeError(
+                    f"last_layer: expected a weighting with gradient='weight', which uses it, got {self.weighting}"
+                )
+        unknown = ", ".join(name for name in settings if name not in self.settings)
+        if unknown:
+            known = ", ".join([*(field.name for field in fields(UnDiMix)), *self.settings])
+            raise TypeError(f"options: expected {known} for {type(self).__name__}, got {unknown}")
+        for name, value in settings.items():
+            setattr(self, name, value)
+
+    def inputs_of(self, *embeddings: Tensor, normalized: bool = True) -> list[Tensor] | None:
+        """The last layer's inputs behind embeddings, as a `Contrast` takes them; None where no layer is remembered.
+
+        Args:
+            embeddings: As the loss got them, each [rows, width].
+            normalized: Whether the loss brings them to length 1.
+
+        Returns:
+            For each its inputs [rows, h], without gradient.
+
+        Raises:
+            ValueError: Where the embeddings are not the layer's outputs.
+        """
+        if self.last_layer is None:
+            return None
+        inputs = self.last_layer.inputs_of(*embeddings)
+        return [inputs_over_lengths(*pair, normalized) for pair in zip(inputs, embeddings, strict=True)]
+
     def extra_repr(self) -> str:
-        """The weighting, beside what the host shows."""
-        return ", ".join(filter(None, [super().extra_repr(), f"weighting={self.weighting}"]))
+        """The weighting, beside what the host shows, and settings other than their defaults."""
+        others = [
+            f"{name}={getattr(self, name)!r}" for name in self.settings if getattr(self, name) != self.settings[name]
+        ]
+        return ", ".join(filter(None, [super().extra_repr(), f"weighting={self.weighting}", *others]))
 
 
 def reweight(
-    loss: nn.Module, weighting: Weighting | None, classes: Mapping[type[nn.Module], type[WeightedLoss]]
+    loss: nn.Module,
+    weighting: Weighting | None,
+    classes: Mapping[type[nn.Module], type[WeightedLoss]],
+    **settings: Any,
 ) -> nn.Module:
     """What an adapter does: gives a host's loss object our class for its class, and the weighting.
 
@@ -122,10 +176,11 @@ def reweight(
         loss: The host's loss object; it is not changed.
         weighting: How much each negative counts; None for `UnDiMix()`.
         classes: The host's losses that are supported, each with our subclass of it.
+        settings: What the class takes beside the weighting.
 
     Returns:
-        `loss` itself where it is weighted already, other than by `Uniform()`, and `weighting` is None; otherwise a new
-        object.
+        `loss` itself where it is weighted already, other than by `Uniform()`, and nothing is to be set; otherwise a
+        new object.
 
     Raises:
         TypeError: For a loss that is none of these, or that works out its loss by code of its own.
@@ -135,7 +190,9 @@ def reweight(
     """
     if isinstance(loss, WeightedLoss):
         if weighting is None and loss.weighting != Uniform():
-            return loss
+            if not settings:
+                return loss
+            weighting = loss.weighting
         weighted: type[nn.Module] = type(loss)
     else:
         weighted = _weighted_class(loss, classes)
@@ -144,7 +201,10 @@ def reweight(
     tables = set(vars(nn.Module()))
     new.__dict__.update({k: v.copy() if k in tables and hasattr(v, "copy") else v for k, v in vars(loss).items()})
     new.__dict__["_compiled_call_impl"] = None  # a compiled host's would still call the host
+    for name, default in cast(WeightedLoss, new).settings.items():
+        new.__dict__.setdefault(name, default)
     cast(WeightedLoss, new).weigh(weighting)
+    cast(WeightedLoss, new).set_options(**settings)
     return new
 
 

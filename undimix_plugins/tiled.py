@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from undimix_plugins.checks import values_are_free
-from undimix_plugins.components import TaskGradients, equality_key, euclidean_distances, sum_of_rows
-from undimix_plugins.contrast import Contrast, full_precision
+from undimix_plugins.components import TaskGradients, equality_key, euclidean_distances
+from undimix_plugins.contrast import Contrast, full_precision, sum_of_rows
 from undimix_plugins.weightings.undimix import ROUNDING, UnDiMix
 from undimix_plugins.weightings.weighting import Uniform, Weighting, checked
 
@@ -92,24 +92,36 @@ class Columns:
     index: Tensor  # [n, k]
     once: Tensor  # bool [n, k]: no padding
     padded: bool  # False where a look is free and shows no padding
+    verdicts: LastMarks | None = None
 
     @staticmethod
-    def of(excluded: Tensor) -> Columns:
-        once = excluded >= 0
+    def of(contrast: Contrast) -> Columns:
+        excluded = contrast.excluded
+        assert excluded is not None
+        once, verdicts = excluded >= 0, None if contrast.verdicts is None else LastMarks(contrast)
         if excluded.shape[1] == 0 or (values_are_free(excluded) and bool(once.all())):
-            return Columns(excluded, once, False)
-        return Columns(torch.where(once, excluded, excluded.amax(dim=1, keepdim=True).clamp(min=0)), once, True)
+            return Columns(excluded, once, False, verdicts)
+        index = torch.where(once, excluded, excluded.amax(dim=1, keepdim=True).clamp(min=0))
+        return Columns(index, once, True, verdicts)
 
     def write(self, block: Tensor, rows: slice, value: float) -> Tensor:
         """Writes `value` into the excluded columns of a block of scores [r, m], and returns it."""
+        if self.verdicts is not None:
+            block.masked_fill_(self.verdicts(rows), value)
         if not self.padded:
             return block.scatter_(1, self.index[rows], value)
         # Padding writes what another excluded column of the anchor gets, or what is there.
         has_any = self.once[rows].any(dim=1, keepdim=True)
         return block.scatter_(1, self.index[rows], torch.where(has_any, value, block.gather(1, self.index[rows])))
 
+    def marks(self, rows: slice, width: int) -> Tensor:
+        """Which of so many columns are excluded, for a block of anchors: 1 or 0 [r, width]."""
+        return self.write(self.index.new_zeros(len(self.index[rows]), width, dtype=torch.float), rows, 1)
+
     def largest_of_negatives(self, values: Tensor) -> Tensor:
         """The largest of the pool's `values` [q, m] among each anchor's negatives: [q, n], -inf for none."""
+        if self.verdicts is not None:
+            return torch.cat([self._largest_unmarked(values, rows) for rows in self.verdicts.blocks], dim=1)
         index = self.index.masked_fill(~self.once, -1) if self.padded else self.index
         tops, places = values.topk(min(index.shape[1] + 1, values.shape[1]))
         largest = torch.full_like(values[:, :1], -torch.inf)
@@ -117,6 +129,23 @@ class Columns:
             taken = (index == place[:, None, None]).any(dim=2)
             largest = torch.where(taken, largest, top[:, None])
         return largest
+
+    def _largest_unmarked(self, values: Tensor, rows: slice) -> Tensor:
+        count = len(self.index[rows])
+        return torch.stack([self.write(of.repeat(count, 1), rows, -torch.inf).amax(dim=1) for of in values])
+
+
+class LastMarks:
+    """A contrast's verdicts; those on the last block are kept, since a block asks for them several times."""
+
+    def __init__(self, contrast: Contrast) -> None:
+        self.contrast, self.blocks = contrast, blocks_of(contrast)
+        self.last: tuple[slice, Tensor] | None = None
+
+    def __call__(self, rows: slice) -> Tensor:
+        if self.last is None or self.last[0] != rows:
+            self.last = rows, self.contrast.marked(rows)
+        return self.last[1]
 
 
 def write_one(block: Tensor, columns: Tensor, value: float) -> Tensor:
@@ -198,7 +227,7 @@ class Logits:
         self.contrast, self.kept, self.blocks, self.scratch = contrast, kept, rows, scratch
         self.pool = contrast.pool.detach()
         self.anchors = self.pool if contrast.anchors is contrast.pool else contrast.anchors.detach()
-        self.factor = LOG2E / contrast.temperature
+        self.factor = LOG2E / contrast.held_temperature
         self.centre = self.pool.mean(dim=0)
         self.centred = self.pool - self.centre
         self.scaled = self.anchors * self.factor
@@ -537,11 +566,17 @@ class UnDiMixScores:
         excluded, pool, kept = self.logits.contrast.excluded, self.logits.pool, self.logits.kept
         assert excluded is not None
         out = self.logits.scratch[0][: len(out)]
-        if self.weighting.distance == "euclidean":
+        dense = self.columns.verdicts is not None
+        if self.weighting.distance == "euclidean" and dense:
+            self._add_euclidean_distances(1 - self.columns.marks(rows, len(pool)).to(pool.dtype), out.zero_())
+        elif self.weighting.distance == "euclidean":
             out.copy_(self.rest.expand_as(out))
             for column in excluded[rows].T:
                 to_excluded = euclidean_distances(pool[column.clamp(min=0)], pool)
                 out.sub_(to_excluded.masked_fill_(column[:, None] < 0, 0))
+        elif dense:
+            total = self.columns.marks(rows, len(pool)).to(pool.dtype) @ self.unit
+            torch.add(self.rest, inner_products(total, self.centred, out), out=out)
         elif excluded.shape[1] == 0:
             out.copy_(self.rest.expand_as(out))
         elif not self.looks_up or kept is None:
@@ -554,8 +589,18 @@ class UnDiMixScores:
             out.add_(self.rest)
         return self.columns.write(out, rows, 0)
 
+    def _add_euclidean_distances(self, weights: Tensor, out: Tensor) -> None:
+        """Adds each row's weighted sum [r, m] of the distances to all of the pool."""
+        pool = self.logits.pool
+        for block in blocks(len(pool), len(pool) * pool.element_size(), True):
+            out.addmm_(weights[:, block], euclidean_distances(pool[block], pool))
+
     def _prepare_influence(self) -> list[Tensor]:
         self.of_anchors, self.of_pool = all_task_gradients(self.logits, self.lengths.max())
+        if self.weighting.gradient == "weight" and self.logits.contrast.normalized:
+            self.of_pool = self.of_pool.along_sphere(self.logits.pool)
+            same = has_same_tasks(self.logits.contrast)
+            self.of_anchors = self.of_pool if same else self.of_anchors.along_sphere(self.logits.anchors)
         direction, log_scale, terms = self.of_pool
         self.largest_scale = finite(log_scale.max())
         self.scale_of_pool = (log_scale - self.largest_scale).exp()
@@ -580,7 +625,8 @@ class UnDiMixScores:
                 terms["influence"] *= row_lengths(self.inputs[0]) * largest[4]
         if self.weighting.diversity:
             scale = largest[0] if self.weighting.distance == "euclidean" else self.logits.factor if self.looks_up else 1
-            terms["diversity"] = (self.count - 1).clamp(min=1) * scale
+            summed = self.count - 1 if self.columns.verdicts is None else torch.full_like(self.count, len(self.lengths))
+            terms["diversity"] = summed.clamp(min=1) * scale
         return torch.stack([terms[score] for score in self.strengths]) * self.eps
 
     @cached_property
@@ -617,6 +663,8 @@ class UnDiMixScores:
         of_anchors = self.of_anchors.direction[anchors]
         every = slice(0, len(of_anchors))
         scale = columns.write(log_scale.expand(len(of_anchors), -1).clone(), every, -torch.inf)
+        if self.columns.verdicts is not None:
+            scale.masked_fill_(self.columns.verdicts(rows)[place], -torch.inf)
         scale = (scale - finite(scale.amax(dim=1, keepdim=True))).exp()
         out[place] = of_anchors @ direction.T * scale
         bound = self.of_anchors.terms[anchors, None] * (scale * row_lengths(direction).T).amax(dim=1, keepdim=True)
@@ -630,6 +678,8 @@ class UnDiMixScores:
         assert contrast.excluded is not None
         self.looks_up = False
         if self.weighting.distance == "euclidean":
+            if contrast.verdicts is not None:
+                return
             rows = blocks(len(pool), len(pool) * pool.element_size(), True)
             self.rest = torch.cat([euclidean_distances(pool[block], pool).sum(dim=1) for block in rows])
             return
@@ -646,6 +696,8 @@ class UnDiMixScores:
         self.looks_up = of_length_one and self.logits.kept is not None and is_two_views(contrast)
         if self.looks_up:
             self.rest *= self.logits.factor
+        elif contrast.verdicts is not None:
+            self.unit = unit
         elif contrast.excluded.shape[1] > 0:
             self.excluded = sum_of_rows(unit, contrast.excluded)
 
@@ -671,7 +723,9 @@ def is_two_views(contrast: Contrast) -> bool:
     """Whether a look is free and shows anchors in two views, half their number apart, both excluded from the pool."""
     excluded, half = contrast.excluded, len(contrast.anchors) // 2
     assert excluded is not None
-    if excluded.shape[1] != 2 or len(excluded) != 2 * half or not values_are_free(excluded):
+    if contrast.verdicts is not None or excluded.shape[1] != 2 or len(excluded) != 2 * half:
+        return False
+    if not values_are_free(excluded):
         return False
     if not torch.equal(excluded[:, 0], excluded[:, 1].roll(half)) or int(excluded.min()) < 0:
         return False
@@ -709,7 +763,7 @@ class Numerators:
         assert contrast.excluded is not None
         n, m = len(contrast.anchors), len(contrast.pool)
         rows = blocks_of(contrast)
-        self.columns = Columns.of(contrast.excluded)
+        self.columns = Columns.of(contrast)
         self.whole = out is not None
         self.out = work.block(rows[0].stop, m) if out is None else out
         kept, scratch = None, []
@@ -752,7 +806,7 @@ def plain_log_sums(contrast: Contrast, centre: Tensor, out: Tensor) -> tuple[Ten
     Of two views the numerators are symmetric while all are relative to the same bound; None where that is too high.
     The log-sums lack the logits' offset, as `Numerators.log_sums` do.
     """
-    factor, centred = LOG2E / contrast.temperature, contrast.pool.detach() - centre
+    factor, centred = LOG2E / contrast.held_temperature, contrast.pool.detach() - centre
     scaled = centred * factor
     along = scaled @ centre
     bound = ((scaled * centred).sum(dim=1) + 2 * along).max()
@@ -864,7 +918,7 @@ class NegativeLogSums(torch.autograd.Function):
         pool = pool.detach()
         anchors = pool if contrast.anchors is contrast.pool else anchors.detach()
         sums = zero_sums(anchors, pool, ctx.needs_input_grad[:2])
-        share = torch.where(total > 0, grad.detach()[:, None] / (total * contrast.temperature), 0)
+        share = torch.where(total > 0, grad.detach()[:, None] / (total * contrast.held_temperature), 0)
         with full_precision(pool):
             if numerators is not None:
                 gradients(numerators, share, anchors, pool, sums, symmetric=False)
@@ -895,12 +949,14 @@ class MeanLoss(torch.autograd.Function):
         pool = pool.detach()
         anchors = pool if contrast.anchors is contrast.pool else anchors.detach()
         of_anchors, of_pool = sums = zero_sums(anchors, pool, (needed[0], needed[2]))
-        n, centre = len(anchors), pool.mean(dim=0)
-        positive_logits = (anchors * (positives - centre)).sum(dim=1) / contrast.temperature
+        n, centre, weights = len(anchors), pool.mean(dim=0), contrast.anchor_weights
+        positive_logits = (anchors * (positives - centre)).sum(dim=1) / contrast.held_temperature
 
         def finish(total: Tensor, log_sums: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
             losses, slope = loss(log_sums - positive_logits[rows])
-            slope = slope[:, None] / (n * contrast.temperature)
+            if weights is not None:
+                losses, slope = losses * weights[rows], slope * weights[rows]
+            slope = slope[:, None] / (n * contrast.held_temperature)
             return losses, slope, torch.where(total > 0, slope / total, 0)
 
         with Numerators.workspace(contrast) as memory:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from lightly.loss.ntx_ent_loss import NTXentLoss as HostNTXentLoss
@@ -101,6 +102,6 @@ class NTXentLoss(WeightedLoss, HostNTXentLoss):
         return info_nce(contrast, self.weighting)
 
 
-def weighted(loss: nn.Module, weighting: Weighting | None) -> nn.Module:
+def weighted(loss: nn.Module, weighting: Weighting | None, **settings: Any) -> nn.Module:
     """lightly's adapter for `undimix()`."""
-    return reweight(loss, weighting, {HostNTXentLoss: NTXentLoss})
+    return reweight(loss, weighting, {HostNTXentLoss: NTXentLoss}, **settings)

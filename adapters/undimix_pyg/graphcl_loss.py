@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -62,6 +64,6 @@ class GraphCLLoss(WeightedLoss):
         return f"temperature={self.temperature}, {super().extra_repr()}"
 
 
-def weighted(loss: nn.Module, weighting: Weighting | None) -> nn.Module:
+def weighted(loss: nn.Module, weighting: Weighting | None, **settings: Any) -> nn.Module:
     """The adapter of `undimix()` for this package's own losses."""
-    return reweight(loss, weighting, {GraphCLLoss: GraphCLLoss})
+    return reweight(loss, weighting, {GraphCLLoss: GraphCLLoss}, **settings)

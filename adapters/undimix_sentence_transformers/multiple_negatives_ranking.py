@@ -200,6 +200,6 @@ class MultipleNegativesRankingLoss(WeightedLoss, host.MultipleNegativesRankingLo
         return super().citation.rstrip("\n") + "\n" + self.weighting.citation.lstrip("\n")
 
 
-def weighted(loss: nn.Module, weighting: Weighting | None) -> nn.Module:
+def weighted(loss: nn.Module, weighting: Weighting | None, **settings: Any) -> nn.Module:
     """sentence-transformers' adapter for `undimix()`."""
-    return reweight(loss, weighting, {host.MultipleNegativesRankingLoss: MultipleNegativesRankingLoss})
+    return reweight(loss, weighting, {host.MultipleNegativesRankingLoss: MultipleNegativesRankingLoss}, **settings)

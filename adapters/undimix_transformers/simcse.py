@@ -176,6 +176,6 @@ def _undone_by_trainer() -> int:
     return 1
 
 
-def weighted(loss: nn.Module, weighting: Weighting | None) -> nn.Module:
+def weighted(loss: nn.Module, weighting: Weighting | None, **settings: Any) -> nn.Module:
     """The adapter of `undimix()` for this package's own losses."""
-    return reweight(loss, weighting, {SimCSELoss: SimCSELoss})
+    return reweight(loss, weighting, {SimCSELoss: SimCSELoss}, **settings)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from undimix_plugins.checks import check_choice, check_number
-from undimix_plugins.components import TaskGradients, diversity, task_gradients
+from undimix_plugins.components import TaskGradients, mean_distances, task_gradients
 from undimix_plugins.contrast import Contrast, full_precision
 from undimix_plugins.weightings.weighting import Weighting, mean_one
 
@@ -118,7 +118,7 @@ class UnDiMix(Weighting):
         if self.gradient == "weight" and self.influence and contrast.anchor_inputs is None:
             raise ValueError(
                 "gradient='weight' needs the last layer's inputs: expected a Contrast with anchor_inputs and "
-                "pool_inputs, got None; without them use gradient='embedding'"
+                "pool_inputs, got None; pass undimix(loss, last_layer=linear), or use gradient='embedding'"
             )
 
     @torch.no_grad()
@@ -131,10 +131,12 @@ class UnDiMix(Weighting):
             of_anchors, of_pool = task_gradients(
                 contrast.anchors,
                 contrast.pool,
-                contrast.temperature,
+                contrast.held_temperature,
                 contrast.itself,
                 None if contrast.positives_in_pool else contrast.positives,
             )
+            if self.gradient == "weight" and contrast.normalized:
+                of_anchors, of_pool = of_anchors.along_sphere(contrast.anchors), of_pool.along_sphere(contrast.pool)
         return Prepared(contrast, of_anchors, of_pool)
 
     @torch.no_grad()
@@ -193,8 +195,7 @@ class UnDiMix(Weighting):
 
     def _diversity(self, prepared: Prepared, rows: slice, negative: Tensor) -> tuple[Tensor, Tensor]:
         contrast = prepared.contrast
-        assert contrast.excluded is not None
-        scores = diversity(contrast.pool, contrast.excluded[rows], distance=self.distance)
+        scores = mean_distances(contrast.pool, negative, self.distance)
         lengths = contrast.pool.norm(dim=1)
         error = torch.ones_like(lengths) if self.distance == "cosine" else lengths
         return scores, _largest(error, negative)

@@ -1,0 +1,127 @@
+"""The inputs of the layer whose outputs a loss compares, for gradients at that layer's weight."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from undimix_plugins.checks import values_are_free
+from undimix_plugins.contrast import as_full_precision
+
+
+class LastLayer:
+    """Remembers what a Linear was given and gave, until a loss asks for what lies behind its embeddings.
+
+    Only the latest calls are kept, as many rows as twice the largest batch that was asked for; none under
+    `torch.inference_mode()`. Once nobody holds the object, its hook does nothing.
+
+    Args:
+        layer: The Linear whose outputs the embeddings are, before they are normalised.
+
+    Raises:
+        TypeError: For what is no `nn.Linear`.
+
+    Examples:
+        >>> layer = torch.nn.Linear(4, 2)
+        >>> last = LastLayer(layer)
+        >>> inputs = torch.randn(3, 4)
+        >>> torch.equal(last.inputs_of(layer(inputs))[0], inputs)
+        True
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        if not isinstance(layer, nn.Linear):
+            raise TypeError(
+                "last_layer: expected the nn.Linear whose outputs are the embeddings, got "
+                f"{type(layer).__name__}; with another layer last, only gradient='embedding' is defined"
+            )
+        self.layer = layer
+        self.calls: list[tuple[Tensor, Tensor]] = []  # of inputs and outputs, the latest last
+        self.most: int | None = None  # rows that are kept
+        layer.register_forward_hook(_Hook(self))
+
+    def record(self, inputs: Tensor, outputs: Tensor) -> None:
+        """Remembers a call of the layer."""
+        if torch.is_inference_mode_enabled():
+            return
+        self.calls.append((inputs.detach().flatten(0, -2), outputs.detach().flatten(0, -2)))
+        while self.most is not None and len(self.calls) > 1:
+            if sum(len(given) for given, _ in self.calls[1:]) < self.most:
+                break
+            del self.calls[0]
+
+    def inputs_of(self, *embeddings: Tensor) -> list[Tensor]:
+        """The layer's inputs behind embeddings, which are its outputs of the latest calls.
+
+        Args:
+            embeddings: One or more tensors [rows, width]; as they came from the layer, or in another precision, or
+                merged or cut across calls, then all of them in the order of the calls.
+
+        Returns:
+            For each its inputs [rows, h], without gradient.
+
+        Raises:
+            ValueError: Where the latest calls did not give as many rows of that width, or (on the CPU) other values.
+        """
+        calls, self.calls = self.calls, []
+        rows = sum(map(len, embeddings))
+        self.most = max(self.most or 0, 2 * rows)
+        by_place = {(outputs.data_ptr(), outputs.shape): given for given, outputs in calls}
+        places = [(rows.data_ptr(), rows.shape) for rows in embeddings]
+        if all(place in by_place for place in places):
+            return [by_place[place] for place in places]
+        count, start = 0, len(calls)
+        while count < rows and start > 0:
+            start -= 1
+            count += len(calls[start][0])
+        expected = "last_layer: expected the loss to be given this Linear's outputs as they are"
+        if count != rows or any(outputs.shape[1] != embeddings[0].shape[1] for _, outputs in calls[start:]):
+            came = ", ".join(str(list(outputs.shape)) for _, outputs in calls) or "none"
+            shapes = ", ".join(str(list(part.shape)) for part in embeddings)
+            raise ValueError(f"{expected}, got embeddings {shapes} where its latest outputs were {came}")
+        given = torch.cat([inputs for inputs, _ in calls[start:]])
+        if values_are_free(given):
+            outputs = torch.cat([outputs for _, outputs in calls[start:]])
+            together = torch.cat([part.detach() for part in embeddings])
+            if not torch.equal(outputs.to(together.dtype), together):
+                raise ValueError(f"{expected}, got other values: is there a layer after it, or a normalisation?")
+        return list(torch.split(given, list(map(len, embeddings))))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is remembered, which belongs to one step."""
+        return {**vars(self), "calls": []}
+
+
+class _Hook:
+    """Calls `record` of a LastLayer as long as there is one."""
+
+    def __init__(self, last_layer: LastLayer) -> None:
+        self.last_layer = weakref.ref(last_layer)
+
+    def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
+        last_layer = self.last_layer()
+        if last_layer is not None:
+            last_layer.record(inputs[0], outputs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        last_layer = self.last_layer()
+        return (_Hook, (last_layer,)) if last_layer is not None else (_Nothing, ())
+
+
+class _Nothing:
+    """What a hook becomes in a copy, once nobody holds its LastLayer."""
+
+    def __call__(self, *args: Any) -> None:
+        return None
+
+
+def inputs_over_lengths(inputs: Tensor, embeddings: Tensor, normalized: bool) -> Tensor:
+    """The last layer's inputs [rows, h] as a `Contrast` takes them: over the lengths of what is normalised."""
+    inputs = as_full_precision(inputs)
+    if not normalized:
+        return inputs
+    lengths: Tensor = torch.linalg.vector_norm(as_full_precision(embeddings.detach()), dim=1, keepdim=True)
+    return inputs / lengths.masked_fill(lengths == 0, 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -188,7 +187,7 @@ class Contrast:
         """Whether the anchors are the pool, anchor i its row i."""
         return self.anchors is self.pool and self.itself is None
 
-    @cached_property
+    @property
     def count(self) -> Tensor:
         """How many negatives each anchor has: [n], in the embeddings' dtype."""
         assert self.excluded is not None

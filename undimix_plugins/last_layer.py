@@ -47,7 +47,7 @@ class LastLayer:
         """Remembers a call of the layer."""
         if torch.is_inference_mode_enabled():
             return
-        self.calls.append((inputs.detach().flatten(0, -2), outputs.detach().flatten(0, -2)))
+        self.calls.append((rows_of(inputs), rows_of(outputs)))
         while self.most is not None and len(self.calls) > 1:
             if sum(len(given) for given, _ in self.calls[1:]) < self.most:
                 break
@@ -93,6 +93,11 @@ class LastLayer:
     def __getstate__(self) -> dict[str, Any]:
         """Without what is remembered, which belongs to one step."""
         return {**vars(self), "calls": []}
+
+
+def rows_of(features: Tensor) -> Tensor:
+    """Features of any rank as rows [rows, width], without gradient."""
+    return features.detach().reshape(-1, features.shape[-1])
 
 
 class _Hook:

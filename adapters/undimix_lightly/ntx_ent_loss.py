@@ -5,23 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
+from lightly.loss.directclr_loss import DirectCLRLoss as HostDirectCLRLoss
 from lightly.loss.ntx_ent_loss import NTXentLoss as HostNTXentLoss
-from lightly.utils import dist
-from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch import Tensor
 
-from undimix_plugins import (
-    Contrast,
-    WeightedLoss,
-    Weighting,
-    as_full_precision,
-    check_embeddings,
-    info_nce,
-    reweight,
-    two_views,
-)
-from undimix_plugins.checks import check_number, check_same_length
+from undimix_lightly.views import checked_views, contrast_of_views
+from undimix_plugins import Contrast, WeightedLoss, Weighting, info_nce
+from undimix_plugins.checks import check_number
 
 
 class NTXentLoss(WeightedLoss, HostNTXentLoss):
@@ -66,42 +56,79 @@ class NTXentLoss(WeightedLoss, HostNTXentLoss):
         check_number("temperature", self.temperature, above=0)
         super().weigh(weighting)
 
-    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+    def set_options(self, **settings: Any) -> None:
+        """Sets what the class takes beside the weighting; a ValueError for a last layer beside a memory bank."""
+        if settings.get("last_layer") is not None and self.memory_bank.size[0]:
+            raise ValueError(
+                "last_layer: expected none beside a memory bank, which keeps embeddings and no inputs of a layer; use "
+                "gradient='embedding'"
+            )
+        super().set_options(**settings)
+
+    def forward(self, out0: Tensor, out1: Tensor, labels: Tensor | None = None) -> Tensor:
         """The weighted loss of two views.
 
         Args:
             out0: Projections of the first views [batch, width], floating point.
             out1: Projections of the second views, or of the momentum encoder [batch, width].
+            labels: A class for each sample [batch], integers; samples of one class are then no negatives of each
+                other. Not with a memory bank, which keeps none.
 
         Returns:
             A scalar in the projections' dtype (float32 for half precision). 0 for a batch of one pair.
 
         Raises:
             ValueError: For projections that are no matrices, are empty or do not match each other or the memory bank,
-                or (on the CPU) are not finite; the memory bank is left as it was. On other devices, non-finite
-                projections give a loss of NaN.
+                or (on the CPU) are not finite; the memory bank is left as it was. For labels that do not match, or
+                beside a memory bank; on every process, for batches to gather that differ in size. On other devices,
+                non-finite projections give a loss of NaN.
         """
-        check_embeddings(out0=out0, out1=out1)
-        check_same_length(out0=out0, out1=out1)
-        # In half precision a row of zeros, or a tiny one, would be divided by 0.
-        out0, out1 = as_full_precision(out0), as_full_precision(out1)
         bank = self.memory_bank
+        if not bank.size[0]:
+            contrast = contrast_of_views(
+                self, out0, out1, self.temperature, gather=self.gather_distributed, labels=labels
+            )
+            return info_nce(contrast, self.weighting)
+        if labels is not None:
+            raise ValueError("labels: expected none beside a memory bank, whose entries have none, got some")
+        first, second = checked_views(out0, out1, labels)
         width = bank.bank.shape[-1]
-        if bank.size[0] and width != out0.shape[1]:
+        if width != first.shape[1]:
             raise ValueError(f"out0: expected width {width}, as the memory bank has, got shape {list(out0.shape)}")
-        out0, out1 = normalize(out0, dim=1), normalize(out1, dim=1)
-        out1, negatives = bank.forward(out1, update=out0.requires_grad)
-        if negatives is not None:
-            contrast = Contrast(out0, out1, negatives.T.to(out0), None, self.temperature)
-        elif self.gather_distributed and dist.world_size() > 1:
-            gathered = (torch.cat(dist.gather(out0)), torch.cat(dist.gather(out1)))
-            offset = dist.rank() * len(out0)
-            contrast = two_views(out0, out1, self.temperature, gathered=gathered, offset=offset)
-        else:
-            contrast = two_views(out0, out1, self.temperature)
-        return info_nce(contrast, self.weighting)
+        second, negatives = bank.forward(second, update=first.requires_grad)
+        assert negatives is not None
+        return info_nce(Contrast(first, second, negatives.T.to(first), None, self.temperature), self.weighting)
 
 
-def weighted(loss: nn.Module, weighting: Weighting | None, **settings: Any) -> nn.Module:
-    """lightly's adapter for `undimix()`."""
-    return reweight(loss, weighting, {HostNTXentLoss: NTXentLoss}, **settings)
+class DirectCLRLoss(HostDirectCLRLoss, NTXentLoss):  # type: ignore[misc]  # of the two, lightly's has fewer arguments
+    """lightly's `DirectCLRLoss` with its negatives weighted: `NTXentLoss` on an encoding's first values.
+
+    Args:
+        loss_dim: How many of an encoding's values are compared.
+        temperature: What cosines are divided by, a finite number above 0.
+        memory_bank_size: (entries, width) of the memory bank; 0 for in-batch negatives.
+        gather_distributed: Whether to use the negatives of all processes.
+        weighting: How much each negative counts; defaults to `UnDiMix()`.
+
+    Raises:
+        ValueError: As `NTXentLoss` does.
+        TypeError: Likewise.
+
+    References:
+        Jing et al.: Understanding Dimensional Collapse in Contrastive Self-supervised Learning, arXiv 2110.09348;
+        arXiv 2206.01197 (UnDiMix, section 3).
+
+    Examples:
+        >>> loss = DirectCLRLoss(loss_dim=16)(torch.randn(8, 32), torch.randn(8, 32))
+    """
+
+    def __init__(
+        self,
+        loss_dim: int = 64,
+        temperature: float = 0.5,
+        memory_bank_size: int | Sequence[int] = 0,
+        gather_distributed: bool = False,
+        weighting: Weighting | None = None,
+    ) -> None:
+        super().__init__(loss_dim, temperature, memory_bank_size, gather_distributed)
+        self.weigh(weighting)

@@ -1,0 +1,232 @@
+"""lightly's DetCon losses with their negatives weighted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightly.loss.detcon_loss import DetConBLoss as HostDetConBLoss
+from lightly.loss.detcon_loss import DetConSLoss as HostDetConSLoss
+from lightly.utils import dist
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from undimix_plugins import (
+    Contrast,
+    WeightedLoss,
+    Weighting,
+    as_full_precision,
+    check_embeddings,
+    check_equal_batches,
+    gather_constants,
+    info_nce,
+)
+from undimix_plugins.checks import check_number
+
+
+class DetConSLoss(WeightedLoss, HostDetConSLoss):
+    """lightly's `DetConSLoss` with its negatives weighted.
+
+    An anchor is a region r of an image in one view, its positives P_r the regions of the same mask of that image in the
+    other view: several, one or none. For each view,
+
+        loss_r = v_r / |P_r| * sum over p in P_r of -log( exp(s_rp / t) / Z_r ),
+        Z_r = sum over p in P_r of exp(s_rp / t) + sum over j of w_rj exp(s_rj / t),
+
+    cosines s, temperature t, v_r 1 over the number of regions of its mask in its view, or 0 without positives. The
+    negatives are all other regions of all images in both views, but those of the same mask, image and view. Weights w
+    have mean 1 for `UnDiMix` and are all 1 for `Uniform`, which is lightly's own loss: the mean over all regions of a
+    view, added up for both.
+
+    Args:
+        temperature: What cosines are divided by, a finite number above 0.
+        gather_distributed: Whether to use the negatives of all processes.
+        weighting: How much each negative counts; defaults to `UnDiMix()`.
+
+    Raises:
+        ValueError: For a temperature that is no finite number above 0, and what lightly's class refuses.
+        TypeError: For a weighting that is no `Weighting`.
+
+    References:
+        Henaff et al.: Efficient Visual Pretraining with Contrastive Detection, arXiv 2103.10957, section 3;
+        arXiv 2206.01197 (UnDiMix, section 3).
+
+    Examples:
+        >>> criterion = DetConSLoss(gather_distributed=False)
+        >>> masks = torch.randint(3, (2, 4, 5))
+        >>> loss = criterion(torch.randn(4, 5, 16), torch.randn(4, 5, 16), *masks)
+    """
+
+    def __init__(
+        self, temperature: float = 0.1, gather_distributed: bool = True, weighting: Weighting | None = None
+    ) -> None:
+        super().__init__(temperature, gather_distributed)
+        self.weigh(weighting)
+
+    def weigh(self, weighting: Weighting | None) -> None:
+        """Sets the weighting; a ValueError for a temperature that no weighting can work with."""
+        check_number("temperature", self.detconbloss.temperature, above=0)
+        super().weigh(weighting)
+
+    def forward(self, view0: Tensor, view1: Tensor, mask_view0: Tensor, mask_view1: Tensor) -> Tensor:
+        """The weighted loss of two views of a batch of images, each of a number of regions.
+
+        Args:
+            view0: Mask-pooled projections of the first views [batch, regions, width], floating point.
+            view1: Mask-pooled projections of the second views [batch, regions, width].
+            mask_view0: The mask of each region in the first views [batch, regions], integers.
+            mask_view1: The mask of each region in the second views [batch, regions].
+
+        Returns:
+            A scalar in the projections' dtype (float32 for half precision).
+
+        Raises:
+            ValueError: For projections or masks that do not match each other, or (on the CPU) are not finite; on every
+                process, for batches to gather that differ in size. On other devices, non-finite projections give a
+                loss of NaN.
+        """
+        inputs = self.inputs_of(*(view.flatten(0, -2) for view in (view0, view1)))
+        host: HostDetConBLoss = self.detconbloss
+        views, masks = (view0, view1), (mask_view0, mask_view1)
+        return _detcon(views, views, masks, host, self.weighting, inputs)
+
+
+class DetConBLoss(WeightedLoss, HostDetConBLoss):
+    """lightly's `DetConBLoss` with its negatives weighted.
+
+    As `DetConSLoss`, but that anchors are BYOL's predictions, and positives and negatives its targets.
+
+    Args:
+        temperature: What cosines are divided by, a finite number above 0.
+        gather_distributed: Whether to use the negatives of all processes.
+        weighting: How much each negative counts; defaults to `UnDiMix()`.
+
+    Raises:
+        ValueError: For a temperature that is no finite number above 0, and what lightly's class refuses.
+        TypeError: For a weighting that is no `Weighting`.
+
+    References:
+        Henaff et al.: Efficient Visual Pretraining with Contrastive Detection, arXiv 2103.10957, section 3;
+        arXiv 2206.01197 (UnDiMix, section 3).
+
+    Examples:
+        >>> criterion = DetConBLoss(gather_distributed=False)
+        >>> predictions, targets = torch.randn(2, 2, 4, 5, 16)
+        >>> loss = criterion(*predictions, *targets, *torch.randint(3, (2, 4, 5)))
+    """
+
+    def __init__(
+        self, temperature: float = 0.1, gather_distributed: bool = True, weighting: Weighting | None = None
+    ) -> None:
+        super().__init__(temperature, gather_distributed)
+        self.weigh(weighting)
+
+    def weigh(self, weighting: Weighting | None) -> None:
+        """Sets the weighting; a ValueError for a temperature that no weighting can work with."""
+        check_number("temperature", self.temperature, above=0)
+        super().weigh(weighting)
+
+    def set_options(self, **settings: Any) -> None:
+        """Sets what the class takes beside the weighting; a ValueError for a last layer, of which there are two."""
+        if settings.get("last_layer") is not None:
+            raise ValueError(
+                "last_layer: expected none with DetConBLoss, whose anchors and candidates come from two layers, the "
+                "predictor's and the target projector's; use gradient='embedding'"
+            )
+        super().set_options(**settings)
+
+    def forward(
+        self,
+        pred_view0: Tensor,
+        pred_view1: Tensor,
+        target_view0: Tensor,
+        target_view1: Tensor,
+        mask_view0: Tensor,
+        mask_view1: Tensor,
+    ) -> Tensor:
+        """The weighted loss of two views of a batch of images, each of a number of regions.
+
+        Args:
+            pred_view0: Mask-pooled predictions of the first views [batch, regions, width], floating point.
+            pred_view1: Mask-pooled predictions of the second views [batch, regions, width].
+            target_view0: Mask-pooled targets of the first views [batch, regions, width].
+            target_view1: Mask-pooled targets of the second views [batch, regions, width].
+            mask_view0: The mask of each region in the first views [batch, regions], integers.
+            mask_view1: The mask of each region in the second views [batch, regions].
+
+        Returns:
+            A scalar in the projections' dtype (float32 for half precision).
+
+        Raises:
+            ValueError: As `DetConSLoss.forward`.
+        """
+        predictions, targets = (pred_view0, pred_view1), (target_view0, target_view1)
+        return _detcon(predictions, targets, (mask_view0, mask_view1), self, self.weighting, None)
+
+
+Pair = tuple[Tensor, Tensor]
+
+
+def _detcon(
+    predictions: Pair,
+    targets: Pair,
+    masks: Pair,
+    host: HostDetConBLoss,
+    weighting: Weighting,
+    inputs: list[Tensor] | None,
+) -> Tensor:
+    """The loss of either view's predictions against both views' targets; one tensor is a pair's own on both sides."""
+    _check(predictions, targets, masks)
+    b, m, _ = predictions[0].shape
+    one_branch = predictions is targets
+
+    def rows(views: Tensor) -> Tensor:
+        return normalize(as_full_precision(views.flatten(0, 1)), dim=1)
+
+    anchors = [rows(view) for view in predictions]
+    pools = anchors if one_branch else [rows(view) for view in targets]
+    first = 0  # where this process's regions stand in a view's pool
+    if host.gather_distributed and dist.world_size() > 1:
+        check_equal_batches("view0" if one_branch else "pred_view0", b)
+        pools = [torch.cat(dist.gather(view)) for view in pools]
+        first = dist.rank() * b * m
+    own = torch.arange(first, first + b * m, device=anchors[0].device)
+    own_image = own.view(b, 1, m)
+    losses = []
+    for view, other in ((0, 1), (1, 0)):
+        total = len(pools[other])
+        same_there = masks[view][:, :, None] == masks[other][:, None, :]
+        same_here = masks[view][:, :, None] == masks[view][:, None, :]
+        behind: dict[str, Any] = {}
+        if inputs is not None:
+            gathered = inputs if total == b * m else [gather_constants(part) for part in inputs]
+            pool_inputs = torch.cat([gathered[other], gathered[view]])
+            behind = {"anchor_inputs": inputs[view], "pool_inputs": pool_inputs, "normalized": True}
+        contrast = Contrast(
+            anchors[view],
+            torch.where(same_there, own_image, -1).flatten(0, 1),
+            torch.cat([pools[other], pools[view]]),
+            torch.where(same_here, total + own_image, -1).flatten(0, 1),
+            host.temperature,
+            itself=total + own if one_branch else None,
+            anchor_weights=same_there.any(dim=2).flatten().to(anchors[0]) / same_here.sum(dim=2).flatten(),
+            **behind,
+        )
+        losses.append(info_nce(contrast, weighting))
+    return losses[0] + losses[1]
+
+
+def _check(predictions: Pair, targets: Pair, masks: Pair) -> None:
+    names = ("view0", "view1") if predictions is targets else ("pred_view0", "pred_view1")
+    named = dict(zip(names, predictions, strict=True))
+    if predictions is not targets:
+        named |= dict(zip(("target_view0", "target_view1"), targets, strict=True))
+    shape = list(predictions[0].shape)
+    for name, views in named.items():
+        if views.dim() != 3 or list(views.shape) != shape:
+            expected = f"{shape}, as {names[0]} has" if len(shape) == 3 else "[batch, regions, width]"
+            raise ValueError(f"{name}: expected shape {expected}, got {list(views.shape)}")
+    check_embeddings(**{name: views.flatten(0, 1) for name, views in named.items()})
+    for name, mask in zip(("mask_view0", "mask_view1"), masks, strict=True):
+        if list(mask.shape) != shape[:2] or mask.is_floating_point() or mask.is_complex():
+            raise ValueError(f"{name}: expected integers of shape {shape[:2]}, got {mask.dtype} {list(mask.shape)}")

@@ -1,0 +1,75 @@
+"""The contrast of two views of a batch that lightly's in-batch losses share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightly.utils import dist
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from undimix_plugins import (
+    Contrast,
+    WeightedLoss,
+    as_full_precision,
+    check_embeddings,
+    check_equal_batches,
+    gather_constants,
+    same_label,
+    two_views,
+)
+from undimix_plugins.checks import check_same_length
+
+
+def checked_views(out0: Tensor, out1: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Two views' projections [batch, width] at length 1, in full precision; a ValueError for bad ones, or labels."""
+    check_embeddings(out0=out0, out1=out1)
+    check_same_length(out0=out0, out1=out1)
+    if labels is not None and (not isinstance(labels, Tensor) or labels.shape != out0.shape[:1]):
+        came = list(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(f"labels: expected one for each sample, of shape [{len(out0)}], got {came}")
+    # In half precision a row of zeros, or a tiny one, would be divided by 0.
+    return normalize(as_full_precision(out0), dim=1), normalize(as_full_precision(out1), dim=1)
+
+
+def contrast_of_views(
+    criterion: WeightedLoss,
+    out0: Tensor,
+    out1: Tensor,
+    temperature: float | Tensor,
+    *,
+    gather: bool = False,
+    labels: Tensor | None = None,
+) -> Contrast:
+    """Every view against all views of the other samples, of all processes' with `gather`.
+
+    Args:
+        criterion: Whose last layer is asked for its inputs.
+        out0: Projections of the first views as they came [batch, width].
+        out1: Projections of the second views [batch, width].
+        temperature: What cosines are divided by.
+        gather: Whether to use the views of all processes.
+        labels: A class for each sample [batch]; views of a sample's own class are none of its negatives.
+
+    Returns:
+        A Contrast of 2 * batch anchors, first views then second.
+
+    Raises:
+        ValueError: For projections or labels that do not fit, or batches of different sizes to gather.
+    """
+    first, second = checked_views(out0, out1, labels)
+    inputs = criterion.inputs_of(out0, out1)
+    gathered, offset = None, 0
+    further: dict[str, Any] = {}
+    of_pool = [part for part in (labels, *(inputs or [])) if part is not None]
+    if gather and dist.world_size() > 1:
+        check_equal_batches("out0", len(first))
+        gathered = torch.cat(dist.gather(first)), torch.cat(dist.gather(second))
+        offset, of_pool = dist.rank() * len(first), [gather_constants(part) for part in of_pool]
+    if labels is not None:
+        further["verdicts"] = same_label(labels.repeat(2), of_pool[0].repeat(2))
+    if inputs is not None:
+        further["anchor_inputs"], further["pool_inputs"] = torch.cat(inputs), torch.cat(of_pool[-2:])
+        further["normalized"] = True
+    return two_views(first, second, temperature, gathered=gathered, offset=offset, **further)

@@ -4,9 +4,23 @@ from undimix_plugins import require
 
 require("sentence_transformers", extra="sentence-transformers")
 
+from undimix_sentence_transformers.adapter import weighted  # noqa: E402
+from undimix_sentence_transformers.gist_embed import CachedGISTEmbedLoss, GISTEmbedLoss  # noqa: E402
 from undimix_sentence_transformers.multiple_negatives_ranking import (  # noqa: E402
+    CachedMultipleNegativesRankingLoss,
+    CachedMultipleNegativesSymmetricRankingLoss,
     MultipleNegativesRankingLoss,
-    weighted,
+    MultipleNegativesSymmetricRankingLoss,
+    SparseMultipleNegativesRankingLoss,
 )
 
-__all__ = ["MultipleNegativesRankingLoss", "weighted"]
+__all__ = [
+    "CachedGISTEmbedLoss",
+    "CachedMultipleNegativesRankingLoss",
+    "CachedMultipleNegativesSymmetricRankingLoss",
+    "GISTEmbedLoss",
+    "MultipleNegativesRankingLoss",
+    "MultipleNegativesSymmetricRankingLoss",
+    "SparseMultipleNegativesRankingLoss",
+    "weighted",
+]

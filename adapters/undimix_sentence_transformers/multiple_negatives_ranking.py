@@ -1,13 +1,14 @@
-"""sentence-transformers' MultipleNegativesRankingLoss with its negatives weighted."""
+"""sentence-transformers' MultipleNegativesRankingLoss, and what is made of it, with their negatives weighted."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, cast
 
 import torch
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import SentenceTransformer, SparseEncoder
 from sentence_transformers.sentence_transformer import losses as host
+from sentence_transformers.sparse_encoder import losses as sparse
 from sentence_transformers.util import (
     all_gather_with_grad,
     cos_sim,
@@ -19,27 +20,96 @@ from torch import Tensor, nn
 
 from undimix_plugins import (
     Contrast,
+    LastLayer,
     Uniform,
     WeightedLoss,
     Weighting,
     as_full_precision,
     check_embeddings,
+    check_equal_batches,
+    gather_constants,
     info_nce,
     log_sums,
     reweight,
 )
 from undimix_plugins.checks import check_number, check_same_length
+from undimix_sentence_transformers.exclusions import Known, text_keys
 
 Direction = Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
+PartitionMode = Literal["joint", "per_direction"]
+HardnessMode = Literal["in_batch_negatives", "hard_negatives", "all_negatives"]
+Features = dict[str, Any]
 
 
-class MultipleNegativesRankingLoss(WeightedLoss, host.MultipleNegativesRankingLoss):
+class RankingLoss(WeightedLoss):
+    """What the weighted ranking losses share: exclusions, and what a model's card says."""
+
+    settings: ClassVar[Mapping[str, Any]] = {"exclude_duplicates": False, "exclude_same_class": False}
+    exclude_duplicates: bool = False
+    exclude_same_class: bool = False
+
+    def known(self, features: Sequence[Features], labels: Tensor | None) -> Known:
+        """What the batch says of its texts, as far as the settings ask; before the model changes the features."""
+        keys = [text_keys(column) for column in features] if self.exclude_duplicates else []
+        if not self.exclude_same_class:
+            return Known(keys)
+        if not isinstance(labels, Tensor) or labels.dim() != 1:
+            came = list(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+            raise ValueError(
+                f"exclude_same_class: expected a class for each sample, from the dataset's column 'label', got {came}"
+            )
+        return Known(keys, labels)
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The host's settings and the weighting, for the model card."""
+        chosen = {name: getattr(self, name) for name in self.settings if getattr(self, name) != self.settings[name]}
+        return {**super().get_config_dict(), "weighting": repr(self.weighting), **chosen}  # type: ignore[misc]
+
+    @property
+    def citation(self) -> str:
+        """BibTeX of the host's loss and of the weighting, for the model card."""
+        of_host = str(getattr(super(), "citation", ""))  # CachedGISTEmbedLoss has none
+        return of_host.rstrip("\n") + "\n" + self.weighting.citation.lstrip("\n")
+
+
+def joint_loss(contrasts: Sequence[Contrast], weighting: Weighting) -> Tensor:
+    """The mean over the anchors of one softmax over all contrasts, whose first holds the positive that counts.
+
+    A positive stands in it once for each pool that holds it, as in the host.
+    """
+    if len(contrasts) == 1 and contrasts[0].positives_in_pool:
+        return info_nce(contrasts[0], weighting)
+    terms = [log_sums(contrast, weighting) for contrast in contrasts]
+    positive = terms[0].positives
+    parts = [negatives for _, negatives in terms]
+    parts += [positive for contrast in contrasts if contrast.positives_in_pool]
+    return (torch.stack(parts).logsumexp(dim=0) - positive).mean()
+
+
+def checked_columns(embeddings: Sequence[Tensor], gather: bool) -> list[Tensor]:
+    """Columns of embeddings in full precision; a ValueError for fewer than two, or bad ones."""
+    if len(embeddings) < 2:
+        raise ValueError(f"embeddings: expected at least 2 columns, got {len(embeddings)}")
+    embeddings = [column.to_dense() if column.is_sparse else column for column in embeddings]
+    named = {f"embeddings[{column}]": rows for column, rows in enumerate(embeddings)}
+    check_embeddings(**named)
+    check_same_length(**named)
+    if gather:
+        check_equal_batches("embeddings", len(embeddings[0]))
+    return [as_full_precision(column) for column in embeddings]
+
+
+class MultipleNegativesRankingLoss(RankingLoss, host.MultipleNegativesRankingLoss):
     """sentence-transformers' `MultipleNegativesRankingLoss` with its in-batch and hard negatives weighted.
 
         loss_i = -log( exp(s_i+ * scale) / (c * exp(s_i+ * scale) + sum over j of w_ij exp(s_ij * scale)) ),
 
     the positive counted c times, as often as the host counts it, and the weights w normalised in each direction on
     their own: mean 1 over an anchor's negatives for `UnDiMix`, all 1 for `Uniform`, which is the host's own loss.
+
+    `undimix(loss, exclude_duplicates=True)` leaves out what is no negative by the batch's own word: a candidate that is
+    the anchor's or its positive's text over again, or is paired with it. `exclude_same_class=True` leaves out queries
+    and positives of samples with the anchor's label, where the dataset has a column "label".
 
     Args:
         model: The SentenceTransformer to train.
@@ -59,7 +129,7 @@ class MultipleNegativesRankingLoss(WeightedLoss, host.MultipleNegativesRankingLo
         TypeError: For a weighting that is no `Weighting`.
 
     Inputs:
-        (anchor, positive) pairs, or tuples with any number of hard negatives; no labels.
+        (anchor, positive) pairs, or tuples with any number of hard negatives; no labels, but for `exclude_same_class`.
 
     References:
         arXiv 1807.03748 (InfoNCE), 2308.03281 (all directions), 2206.01197 (UnDiMix, section 3).
@@ -73,6 +143,7 @@ class MultipleNegativesRankingLoss(WeightedLoss, host.MultipleNegativesRankingLo
     """
 
     replaces: ClassVar[tuple[str, ...]] = ("forward", "compute_loss_from_embeddings")
+    of_batch = Known()  # what is known of the batch whose loss is worked out
 
     def __init__(
         self,
@@ -81,8 +152,8 @@ class MultipleNegativesRankingLoss(WeightedLoss, host.MultipleNegativesRankingLo
         similarity_fct: Callable[[Tensor, Tensor], Tensor] = cos_sim,
         gather_across_devices: bool = False,
         directions: tuple[Direction, ...] = ("query_to_doc",),
-        partition_mode: Literal["joint", "per_direction"] = "joint",
-        hardness_mode: Literal["in_batch_negatives", "hard_negatives", "all_negatives"] | None = None,
+        partition_mode: PartitionMode = "joint",
+        hardness_mode: HardnessMode | None = None,
         hardness_strength: float = 0.0,
         weighting: Weighting | None = None,
     ) -> None:
@@ -109,11 +180,20 @@ class MultipleNegativesRankingLoss(WeightedLoss, host.MultipleNegativesRankingLo
             )
         self._compares_cosines()
 
+    def set_options(self, **settings: Any) -> None:
+        """Sets what the class takes beside the weighting; a ValueError for any beside `hardness_mode`."""
+        super().set_options(**settings)
+        if self.hardness_mode is not None and any(settings.values()):
+            raise ValueError(
+                f"hardness_mode: expected None beside {', '.join(settings)}, got {self.hardness_mode!r}, which leaves "
+                "the loss to the host"
+            )
+
     def _compares_cosines(self) -> bool:
         """Whether similarities are cosines or plain inner products; a ValueError for anything else."""
         function: Any = self.similarity_fct
         owner = getattr(function, "__self__", None)
-        if isinstance(owner, SentenceTransformer):
+        if isinstance(owner, (SentenceTransformer, SparseEncoder)):
             # `model.similarity` is a bound method that looks up the model's similarity function by name.
             function = {"cosine": cos_sim, "dot": dot_score}.get(str(owner.similarity_fn_name))
         if function is cos_sim or function is dot_score:
@@ -122,6 +202,27 @@ class MultipleNegativesRankingLoss(WeightedLoss, host.MultipleNegativesRankingLo
             "similarity_fct: expected cos_sim or dot_score of sentence_transformers.util, or a model.similarity "
             f"that is one of them, got {self.similarity_fct!r}; weights need inner products of embeddings"
         )
+
+    def forward(self, sentence_features: Iterable[Features], labels: Tensor | None) -> Tensor:
+        """The weighted loss of a batch of tokenised columns.
+
+        Args:
+            sentence_features: What the model is given of each column: anchors, positives, hard negatives.
+            labels: The samples' classes [batch] where `exclude_same_class` is set; not used else.
+
+        Returns:
+            A scalar in the embeddings' dtype (float32 for half precision).
+
+        Raises:
+            ValueError: As `compute_loss_from_embeddings`; for settings that ask for what the batch does not have.
+        """
+        features = list(sentence_features)
+        with_known = self.known(features, labels)
+        self.of_batch = with_known
+        try:
+            return super().forward(features, labels)  # type: ignore[arg-type]  # labels may be None
+        finally:
+            del self.of_batch
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None) -> Tensor:
         """The weighted loss of a batch of embedded columns.
@@ -135,71 +236,347 @@ class MultipleNegativesRankingLoss(WeightedLoss, host.MultipleNegativesRankingLo
 
         Raises:
             ValueError: For fewer than two columns, columns that are no matrices, are empty or do not match each other,
-                or (on the CPU) are not finite. On other devices, non-finite embeddings give a loss of NaN.
+                or (on the CPU) are not finite; on every device, for batches to gather that differ in size. On other
+                devices, non-finite embeddings give a loss of NaN.
         """
         if self.hardness_mode is not None:
             return super().compute_loss_from_embeddings(embeddings, labels)  # type: ignore[arg-type]  # unused there
-        if len(embeddings) < 2:
-            raise ValueError(f"embeddings: expected at least 2 columns, got {len(embeddings)}")
-        named = {f"embeddings[{column}]": rows for column, rows in enumerate(embeddings)}
-        check_embeddings(**named)
-        check_same_length(**named)
-        columns = [as_full_precision(column) for column in embeddings]
-        if self._compares_cosines():
+        columns = checked_columns(embeddings, self.gather_across_devices)
+        cosines = self._compares_cosines()
+        inputs = self.inputs_of(*embeddings, normalized=cosines)
+        if cosines:
             columns = [normalize_embeddings(column) for column in columns]
+        contrasts = self._contrasts(columns, inputs, cosines)
+        if self.partition_mode == "joint":
+            return joint_loss(contrasts, self.weighting)
+        return torch.stack([info_nce(contrast, self.weighting) for contrast in contrasts]).mean()
 
-        queries, *docs = columns
-        batch_size, offset = len(queries), 0
-        local_queries, local_docs = queries, docs[0]
-        if self.gather_across_devices:
-            # Gradients flow back to the other devices' embeddings: this device compares its own anchors with all.
-            queries, *docs = (all_gather_with_grad(column) for column in columns)
-            offset = get_rank() * batch_size
-
-        own = torch.arange(offset, offset + batch_size, device=queries.device)
-        contrasts = self._contrasts(local_queries, local_docs, queries, docs, own)
-        if self.partition_mode != "joint" or (len(contrasts) == 1 and contrasts[0].positives_in_pool):
-            return torch.stack([info_nce(contrast, self.weighting) for contrast in contrasts]).mean()
-        terms = [log_sums(contrast, self.weighting) for contrast in contrasts]
-        positive = terms[0].positives
-        # The host's softmax is over all directions: a positive stands in it once for each pool that holds it.
-        parts = [negatives for _, negatives in terms]
-        parts += [positive for contrast in contrasts if contrast.positives_in_pool]
-        log_z = torch.stack(parts).logsumexp(dim=0)
-        return (log_z - positive).mean()
-
-    def _contrasts(
-        self, local_queries: Tensor, local_docs: Tensor, queries: Tensor, docs: list[Tensor], own: Tensor
-    ) -> list[Contrast]:
-        """A contrast per direction. `own` [batch] is where this device's rows stand among `queries` and `docs[0]`."""
+    def _contrasts(self, columns: list[Tensor], inputs: list[Tensor] | None, cosines: bool) -> list[Contrast]:
+        """A contrast per direction, of this device's anchors with all devices' candidates where these are gathered."""
+        local_queries, local_docs = columns[:2]
+        everywhere = self.gather_across_devices
+        # Gradients flow back to the other devices' embeddings.
+        queries, *docs = (all_gather_with_grad(column) for column in columns) if everywhere else columns
+        batch_size = len(local_queries)
+        own = torch.arange(batch_size, device=queries.device) + (get_rank() * batch_size if everywhere else 0)
         all_docs = torch.cat(docs)
         # A query's own documents, a column each of the concatenated ones: its positive, then its hard negatives.
         own_docs = torch.stack([own + column * len(queries) for column in range(len(docs))], dim=1)
+        behind: dict[str, tuple[Tensor | None, Tensor | None]] = {"query": (None, None), "doc": (None, None)}
+        if inputs is not None:
+            of_all = [gather_constants(part) if everywhere else part for part in inputs]
+            behind = {"query": (inputs[0], of_all[0]), "doc": (inputs[1], torch.cat(of_all[1:]))}
         compared: dict[str, tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]] = {
             "query_to_doc": (local_queries, local_docs, all_docs, own[:, None], None),
             "query_to_query": (local_queries, local_docs, queries, None, own),
             "doc_to_query": (local_docs, local_queries, queries, own[:, None], None),
             "doc_to_doc": (local_docs, local_queries, all_docs, own_docs, own),
         }
-        # A pool of the anchors' own kind holds the anchors themselves, one of the other kind their positives.
-        return [
-            Contrast(
-                anchors, positives, pool, excluded, 1 / self.scale, itself=itself, positives_in_pool=itself is None
+        contrasts = []
+        for direction, (anchors, positives, pool, excluded, itself) in compared.items():
+            if direction not in self.directions:
+                continue
+            of_anchors, of_pool = direction.split("_to_")
+            contrasts.append(
+                Contrast(
+                    anchors,
+                    positives,
+                    pool,
+                    excluded,
+                    1 / self.scale,
+                    itself=itself,
+                    # A pool of the anchors' own kind holds them themselves, one of the other kind their positives.
+                    positives_in_pool=itself is None,
+                    anchor_inputs=behind[of_anchors][0],
+                    pool_inputs=behind[of_pool][1],
+                    normalized=cosines,
+                    verdicts=self.of_batch.verdicts(len(pool), hard=of_pool == "doc", everywhere=everywhere),
+                )
             )
-            for direction, (anchors, positives, pool, excluded, itself) in compared.items()
-            if direction in self.directions
-        ]
+        return contrasts
 
-    def get_config_dict(self) -> dict[str, Any]:
-        """The host's settings and the weighting, for the model card."""
-        return {**super().get_config_dict(), "weighting": repr(self.weighting)}
+
+class MultipleNegativesSymmetricRankingLoss(MultipleNegativesRankingLoss, host.MultipleNegativesSymmetricRankingLoss):
+    """sentence-transformers' `MultipleNegativesSymmetricRankingLoss` with its negatives weighted.
+
+    The host's name for `MultipleNegativesRankingLoss` with `directions=("query_to_doc", "doc_to_query")` and
+    `partition_mode="per_direction"`.
+
+    Args:
+        model: The SentenceTransformer to train.
+        scale: What similarities are multiplied by, `1 / temperature`; a finite number above 0.
+        similarity_fct: As `MultipleNegativesRankingLoss` has it.
+        gather_across_devices: Whether to use the candidates of all devices.
+        weighting: How much each negative counts; defaults to `UnDiMix()`.
+
+    Raises:
+        ValueError: As `MultipleNegativesRankingLoss` does.
+        TypeError: Likewise.
+
+    Examples:
+        >>> from sentence_transformers import SentenceTransformer
+        >>> from sentence_transformers.sentence_transformer.modules import BoW
+        >>> loss = MultipleNegativesSymmetricRankingLoss(SentenceTransformer(modules=[BoW(vocab=["a", "b"])]))
+        >>> value = loss.compute_loss_from_embeddings([torch.randn(4, 8), torch.randn(4, 8)], None)
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        scale: float = 20.0,
+        similarity_fct: Callable[[Tensor, Tensor], Tensor] = cos_sim,
+        gather_across_devices: bool = False,
+        weighting: Weighting | None = None,
+    ) -> None:
+        host.MultipleNegativesSymmetricRankingLoss.__init__(self, model, scale, similarity_fct, gather_across_devices)
+        self.weigh(weighting)
+
+
+class SparseMultipleNegativesRankingLoss(MultipleNegativesRankingLoss, sparse.SparseMultipleNegativesRankingLoss):
+    """sentence-transformers' `SparseMultipleNegativesRankingLoss` with its negatives weighted.
+
+    For use inside `SpladeLoss` or `CSRLoss`, as the host's; else as `MultipleNegativesRankingLoss`. Those pass
+    embeddings alone, so that there are no texts to tell duplicates by.
+
+    Args:
+        model: The SparseEncoder to train.
+        scale: What similarities are multiplied by, `1 / temperature`; a finite number above 0.
+        similarity_fct: As `MultipleNegativesRankingLoss` has it.
+        gather_across_devices: Whether to use the candidates of all devices.
+        directions: As the host has it; one contrast each.
+        partition_mode: As the host has it.
+        hardness_mode: The host's own weighting of negatives; with `weighting=Uniform()` alone.
+        hardness_strength: Of `hardness_mode`.
+        weighting: How much each negative counts; defaults to `UnDiMix()`.
+
+    Raises:
+        ValueError: As `MultipleNegativesRankingLoss` does.
+        TypeError: Likewise.
+
+    Examples:
+        >>> from sentence_transformers import SparseEncoder
+        >>> from sentence_transformers.sparse_encoder.losses import SpladeLoss
+        >>> def spladed(model: SparseEncoder) -> SpladeLoss:
+        ...     return SpladeLoss(model, SparseMultipleNegativesRankingLoss(model), document_regularizer_weight=3e-5)
+    """
+
+    settings: ClassVar[Mapping[str, Any]] = {}
+
+    def __init__(
+        self,
+        model: SparseEncoder,
+        scale: float = 1.0,
+        similarity_fct: Callable[[Tensor, Tensor], Tensor] = dot_score,
+        gather_across_devices: bool = False,
+        directions: tuple[Direction, ...] = ("query_to_doc",),
+        partition_mode: PartitionMode = "joint",
+        hardness_mode: HardnessMode | None = None,
+        hardness_strength: float = 0.0,
+        weighting: Weighting | None = None,
+    ) -> None:
+        super().__init__(
+            model,  # type: ignore[arg-type]  # as the host's own does
+            scale,
+            similarity_fct,
+            gather_across_devices,
+            directions,
+            partition_mode,
+            hardness_mode,
+            hardness_strength,
+            weighting,
+        )
+
+    def forward(self, sentence_features: Iterable[Features], labels: Tensor | None) -> Tensor:
+        """Refused, as by the host: an AttributeError that names `SpladeLoss` and `CSRLoss`."""
+        return sparse.SparseMultipleNegativesRankingLoss.forward(self, sentence_features, labels)  # type: ignore[arg-type]
+
+
+class CachedMultipleNegativesRankingLoss(RankingLoss, host.CachedMultipleNegativesRankingLoss):
+    """sentence-transformers' `CachedMultipleNegativesRankingLoss` with its negatives weighted.
+
+    The loss of `MultipleNegativesRankingLoss` on batches too large for the model at once: embeddings are made twice,
+    in mini-batches, and their gradients are cached between (GradCache). The loss itself is worked out for the whole
+    batch, since weights are normalised over all of an anchor's negatives; its memory grows with the batch, no faster.
+
+    Args:
+        model: The SentenceTransformer to train.
+        scale: What similarities are multiplied by, `1 / temperature`; a finite number above 0.
+        similarity_fct: As `MultipleNegativesRankingLoss` has it.
+        mini_batch_size: How many texts the model embeds at once.
+        mini_batch_num_tokens: How many tokens at once, instead; None for `mini_batch_size`.
+        gather_across_devices: Whether to use the candidates of all devices.
+        directions: As the host has it; one contrast each.
+        partition_mode: As the host has it.
+        show_progress_bar: Whether to show one for the mini-batches.
+        hardness_mode: The host's own weighting of negatives; with `weighting=Uniform()` alone.
+        hardness_strength: Of `hardness_mode`.
+        weighting: How much each negative counts; defaults to `UnDiMix()`.
+
+    Raises:
+        ValueError: As `MultipleNegativesRankingLoss` does, and what the host refuses.
+        TypeError: Likewise.
+
+    References:
+        Gao et al.: Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup, arXiv 2101.06983;
+        arXiv 2206.01197 (UnDiMix, section 3).
+
+    Examples:
+        >>> from sentence_transformers import SentenceTransformer
+        >>> from sentence_transformers.sentence_transformer.modules import BoW
+        >>> loss = CachedMultipleNegativesRankingLoss(SentenceTransformer(modules=[BoW(vocab=["a", "b"])]))
+        >>> value = loss.calculate_loss([[torch.randn(2, 8), torch.randn(2, 8)], [torch.randn(4, 8)]])
+    """
+
+    replaces: ClassVar[tuple[str, ...]] = ("forward", "calculate_loss", "forward_cached")
+    # The host's own way to keep what the wrapped loss needs there alone.
+    _delegated_to_wrapped_loss = (  # type: ignore[assignment]  # a longer tuple
+        *host.CachedMultipleNegativesRankingLoss._delegated_to_wrapped_loss,
+        "weighting",
+        "last_layer",
+    )
+    loss: MultipleNegativesRankingLoss
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        scale: float = 20.0,
+        similarity_fct: Callable[[Tensor, Tensor], Tensor] = cos_sim,
+        mini_batch_size: int = 32,
+        mini_batch_num_tokens: int | None = None,
+        gather_across_devices: bool = False,
+        directions: tuple[Direction, ...] = ("query_to_doc",),
+        partition_mode: PartitionMode = "joint",
+        show_progress_bar: bool = False,
+        hardness_mode: HardnessMode | None = None,
+        hardness_strength: float = 0.0,
+        weighting: Weighting | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            scale,
+            similarity_fct,
+            mini_batch_size,
+            mini_batch_num_tokens,
+            gather_across_devices,
+            directions,
+            partition_mode,
+            show_progress_bar,
+            hardness_mode,
+            hardness_strength,
+        )
+        self.weigh(weighting)
 
     @property
-    def citation(self) -> str:
-        """BibTeX of the host's loss and of the weighting, for the model card."""
-        return super().citation.rstrip("\n") + "\n" + self.weighting.citation.lstrip("\n")
+    def weighting(self) -> Weighting:  # type: ignore[override]  # settable, by the host's `__setattr__`
+        """How much each negative counts."""
+        return self.loss.weighting
+
+    @property
+    def last_layer(self) -> LastLayer | None:  # type: ignore[override]  # likewise
+        """What remembers the inputs of the layer whose outputs the loss is given."""
+        return self.loss.last_layer
+
+    def weigh(self, weighting: Weighting | None) -> None:
+        """Sets the weighting; a ValueError for settings that do not go with it."""
+        classes: dict[type[nn.Module], type[WeightedLoss]] = {
+            host.MultipleNegativesRankingLoss: MultipleNegativesRankingLoss
+        }
+        self.loss = cast(MultipleNegativesRankingLoss, reweight(self.loss, weighting, classes))
+
+    def forward(self, sentence_features: Iterable[Features], labels: Tensor | None) -> Tensor:
+        """The weighted loss of a batch of tokenised columns, whose backward pass embeds them again.
+
+        Args:
+            sentence_features: What the model is given of each column: anchors, positives, hard negatives.
+            labels: The samples' classes [batch] where `exclude_same_class` is set; not used else.
+
+        Returns:
+            A scalar in the embeddings' dtype (float32 for half precision).
+
+        Raises:
+            ValueError: As `MultipleNegativesRankingLoss.forward`.
+        """
+        features = list(sentence_features)
+        self.loss.of_batch = self.known(features, labels)
+        try:
+            return super().forward(features, labels)  # type: ignore[arg-type]  # labels may be None
+        finally:
+            del self.loss.of_batch
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+    ) -> Tensor:
+        """The weighted loss of the whole batch.
+
+        Args:
+            reps: The embeddings of each column, in mini-batches [rows, width].
+            labels: Not used, as in the host.
+            with_backward: Whether to take gradients at once, and return the loss without.
+
+        Returns:
+            A scalar in the embeddings' dtype (float32 for half precision).
+
+        Raises:
+            ValueError: As `MultipleNegativesRankingLoss.compute_loss_from_embeddings`.
+        """
+        if self.hardness_mode is not None:
+            return super().calculate_loss(reps, labels, with_backward=with_backward)
+        loss = self.loss.compute_loss_from_embeddings([torch.cat(column) for column in reps], labels)
+        if with_backward:
+            torch.autograd.backward(loss)
+        return loss.detach() if with_backward else loss
 
 
-def weighted(loss: nn.Module, weighting: Weighting | None, **settings: Any) -> nn.Module:
-    """sentence-transformers' adapter for `undimix()`."""
-    return reweight(loss, weighting, {host.MultipleNegativesRankingLoss: MultipleNegativesRankingLoss}, **settings)
+class CachedMultipleNegativesSymmetricRankingLoss(
+    CachedMultipleNegativesRankingLoss, host.CachedMultipleNegativesSymmetricRankingLoss
+):
+    """sentence-transformers' `CachedMultipleNegativesSymmetricRankingLoss` with its negatives weighted.
+
+    The host's name for `CachedMultipleNegativesRankingLoss` with `directions=("query_to_doc", "doc_to_query")` and
+    `partition_mode="per_direction"`.
+
+    Args:
+        model: The SentenceTransformer to train.
+        scale: What similarities are multiplied by, `1 / temperature`; a finite number above 0.
+        similarity_fct: As `MultipleNegativesRankingLoss` has it.
+        mini_batch_size: How many texts the model embeds at once.
+        mini_batch_num_tokens: How many tokens at once, instead; None for `mini_batch_size`.
+        gather_across_devices: Whether to use the candidates of all devices.
+        show_progress_bar: Whether to show one for the mini-batches.
+        weighting: How much each negative counts; defaults to `UnDiMix()`.
+
+    Raises:
+        ValueError: As `CachedMultipleNegativesRankingLoss` does.
+        TypeError: Likewise.
+
+    Examples:
+        >>> from sentence_transformers import SentenceTransformer
+        >>> from sentence_transformers.sentence_transformer.modules import BoW
+        >>> loss = CachedMultipleNegativesSymmetricRankingLoss(SentenceTransformer(modules=[BoW(vocab=["a", "b"])]))
+        >>> value = loss.calculate_loss([[torch.randn(4, 8)], [torch.randn(4, 8)]])
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        scale: float = 20.0,
+        similarity_fct: Callable[[Tensor, Tensor], Tensor] = cos_sim,
+        mini_batch_size: int = 32,
+        mini_batch_num_tokens: int | None = None,
+        gather_across_devices: bool = False,
+        show_progress_bar: bool = False,
+        weighting: Weighting | None = None,
+    ) -> None:
+        host.CachedMultipleNegativesRankingLoss.__init__(
+            self,
+            model,
+            scale,
+            similarity_fct,
+            mini_batch_size,
+            mini_batch_num_tokens,
+            gather_across_devices,
+            ("query_to_doc", "doc_to_query"),
+            "per_direction",
+            show_progress_bar,
+        )
+        self.weigh(weighting)

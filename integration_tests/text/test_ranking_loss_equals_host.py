@@ -112,14 +112,6 @@ def test_refused(model: SentenceTransformer) -> None:
             undimix(losses.MultipleNegativesRankingLoss(model, similarity_fct=function))
     with pytest.raises(ValueError, match="scale: expected a finite number above 0, got inf"):
         undimix(losses.MultipleNegativesRankingLoss(model, scale=float("inf")))
-    with pytest.raises(
-        TypeError, match=r"CoSENTLoss .*supported: sentence_transformers's MultipleNegativesRankingLoss"
-    ):
-        undimix(losses.CoSENTLoss(model))
-    other = SentenceTransformer(modules=[BoW(vocab=["a", "b"])])  # which the wrapper changes
-    wrapper = losses.MatryoshkaLoss(other, losses.MultipleNegativesRankingLoss(other), matryoshka_dims=[2, 1])
-    with pytest.raises(TypeError, match=r"Weight the loss inside it: MatryoshkaLoss\(\.\.\., undimix\(loss\)"):
-        undimix(wrapper)
 
 
 def test_bad_embeddings(model: SentenceTransformer) -> None:

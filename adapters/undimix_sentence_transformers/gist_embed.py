@@ -1,0 +1,317 @@
+"""sentence-transformers' losses with a guide model, with the negatives that it leaves weighted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.losses.merged_forward import embed_columns
+from sentence_transformers.sentence_transformer import losses as host
+from sentence_transformers.util import all_gather_with_grad, batch_to_device, get_rank, normalize_embeddings
+from torch import Tensor
+
+from undimix_plugins import Contrast, Weighting, gather_constants
+from undimix_plugins.checks import check_number
+from undimix_sentence_transformers.exclusions import Known
+from undimix_sentence_transformers.multiple_negatives_ranking import (
+    Features,
+    RankingLoss,
+    checked_columns,
+    joint_loss,
+)
+
+MarginStrategy = Literal["absolute", "relative"]
+Verdicts = Callable[[slice], Tensor]
+
+
+class GuidedLoss(RankingLoss):
+    """What both losses with a guide share: from embeddings, the model's and the guide's, to the weighted loss."""
+
+    temperature: float
+    margin_strategy: MarginStrategy
+    margin: float
+    contrast_anchors: bool
+    contrast_positives: bool
+    gather_across_devices: bool
+    of_batch = Known()  # what is known of the batch whose loss is worked out
+
+    def weigh(self, weighting: Weighting | None) -> None:
+        """Sets the weighting; a ValueError for a temperature that no weighting can work with."""
+        check_number("temperature", self.temperature, above=0)
+        super().weigh(weighting)
+
+    def loss_of(self, embeddings: Sequence[Tensor], of_guide: Sequence[Tensor]) -> Tensor:
+        """The weighted loss of embedded columns, the model's and the guide's, each [batch, width]."""
+        columns = checked_columns(embeddings, self.gather_across_devices)
+        inputs = self.inputs_of(*embeddings)
+        columns = [normalize_embeddings(column) for column in columns]
+        guide = [normalize_embeddings(column.float()) for column in of_guide]
+        return joint_loss(self._contrasts(columns, guide, inputs), self.weighting)
+
+    def _contrasts(self, columns: list[Tensor], guide: list[Tensor], inputs: list[Tensor] | None) -> list[Contrast]:
+        anchors, positives = columns[:2]
+        everywhere = self.gather_across_devices
+        all_docs = [all_gather_with_grad(column) for column in columns[1:]] if everywhere else columns[1:]
+        guide_docs = [gather_constants(column) if everywhere else column for column in guide[1:]]
+        own = torch.arange(len(anchors), device=anchors.device) + (get_rank() * len(anchors) if everywhere else 0)
+        threshold = (guide[0] * guide[1]).sum(dim=1)
+        threshold = threshold - self.margin * (threshold.abs() if self.margin_strategy == "relative" else 1)
+        behind_docs: list[Tensor] | None = None
+        if inputs is not None:
+            behind_docs = [gather_constants(part) if everywhere else part for part in inputs[1:]]
+
+        def verdicts(of_anchors: Tensor, of_pool: Tensor, *, hard: bool, everywhere: bool) -> Verdicts:
+            known = self.of_batch.verdicts(len(of_pool), hard=hard, everywhere=everywhere)
+
+            def is_no_negative(rows: slice) -> Tensor:
+                likely = of_anchors[rows] @ of_pool.T > threshold[rows, None]
+                return likely if known is None else likely | known(rows)
+
+            return is_no_negative
+
+        def contrast(
+            rows: Tensor, partners: Tensor, pool: Tensor, itself: Tensor | None, marks: Verdicts, behind: Any
+        ) -> Contrast:
+            excluded = own[:, None] if itself is None else None
+            return Contrast(
+                rows,
+                partners,
+                pool,
+                excluded,
+                self.temperature,
+                itself=itself,
+                positives_in_pool=itself is None,
+                anchor_inputs=behind[0],
+                pool_inputs=behind[1],
+                normalized=True,
+                verdicts=marks,
+            )
+
+        pool, of_pool = torch.cat(all_docs), torch.cat(guide_docs)
+        behind = (None, None) if inputs is None or behind_docs is None else (inputs[0], torch.cat(behind_docs))
+        marks = verdicts(guide[0], of_pool, hard=True, everywhere=everywhere)
+        contrasts = [contrast(anchors, positives, pool, None, marks, behind)]
+        if self.contrast_anchors:
+            # The host compares a device's anchors with those of that device alone.
+            here = torch.arange(len(anchors), device=anchors.device)
+            behind = (None, None) if inputs is None else (inputs[0], inputs[0])
+            marks = verdicts(guide[0], guide[0], hard=False, everywhere=False)
+            contrasts.append(contrast(anchors, positives, anchors, here, marks, behind))
+        if self.contrast_positives:
+            behind = (None, None) if inputs is None or behind_docs is None else (inputs[1], behind_docs[0])
+            marks = verdicts(guide[1], guide_docs[0], hard=False, everywhere=everywhere)
+            contrasts.append(contrast(positives, anchors, all_docs[0], own, marks, behind))
+        return contrasts
+
+
+class GISTEmbedLoss(GuidedLoss, host.GISTEmbedLoss):
+    """sentence-transformers' `GISTEmbedLoss` with the negatives that its guide leaves weighted.
+
+        loss_i = -log( exp(s_i+ / t) / (exp(s_i+ / t) + sum over c of sum over j in N_ic of w_cij exp(s_cij / t)) ),
+
+    cosines s, temperature t, c over the contrasts: anchor to documents, anchor to anchors, positive to positives. N_ic
+    are the candidates that the guide does not rate above the anchor's own pair (less the margin), without the anchor
+    or positive itself. Weights w are normalised in each contrast on their own: mean 1 over N_ic for `UnDiMix`, all 1
+    for `Uniform`, which is the host's own loss.
+
+    (The one difference: where the guide rates the pair as high as a text with itself, the host counts an anchor among
+    its own negatives.)
+
+    Args:
+        model: The SentenceTransformer to train.
+        guide: The SentenceTransformer that judges which candidates are no negatives.
+        temperature: What cosines are divided by, a finite number above 0.
+        margin_strategy: "absolute" or "relative", as the host has it.
+        margin: How far below its pair's rating the guide's threshold is.
+        contrast_anchors: Whether to contrast anchors with anchors.
+        contrast_positives: Whether to contrast positives with positives.
+        gather_across_devices: Whether to use the documents of all devices.
+        weighting: How much each negative counts; defaults to `UnDiMix()`.
+
+    Raises:
+        ValueError: For a temperature that is no finite number above 0, and what the host refuses.
+        TypeError: For a weighting that is no `Weighting`.
+
+    Inputs:
+        (anchor, positive) pairs or (anchor, positive, negative) triplets.
+
+    References:
+        Solatorio: GISTEmbed, arXiv 2402.16829; arXiv 2206.01197 (UnDiMix, section 3).
+
+    Examples:
+        >>> from sentence_transformers import SentenceTransformer
+        >>> def guided(model: SentenceTransformer, guide: SentenceTransformer) -> GISTEmbedLoss:
+        ...     return GISTEmbedLoss(model, guide, temperature=0.05, weighting=UnDiMix(hardness=2.0))
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        guide: SentenceTransformer,
+        temperature: float = 0.01,
+        margin_strategy: MarginStrategy = "absolute",
+        margin: float = 0.0,
+        contrast_anchors: bool = True,
+        contrast_positives: bool = True,
+        gather_across_devices: bool = False,
+        weighting: Weighting | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            guide,
+            temperature,
+            margin_strategy,
+            margin,
+            contrast_anchors,
+            contrast_positives,
+            gather_across_devices,
+        )
+        self.weigh(weighting)
+
+    def forward(self, sentence_features: Iterable[Features], labels: Tensor | None) -> Tensor:
+        """The weighted loss of a batch of tokenised columns.
+
+        Args:
+            sentence_features: What the model is given of each column: anchors, positives, and hard negatives or none.
+            labels: The samples' classes [batch] where `exclude_same_class` is set; not used else.
+
+        Returns:
+            A scalar in the embeddings' dtype (float32 for half precision).
+
+        Raises:
+            ValueError: For other than 2 or 3 columns, or (on the CPU) embeddings that are not finite; on every device,
+                for batches to gather that differ in size. On other devices, non-finite embeddings give a loss of NaN.
+        """
+        features = list(sentence_features)
+        if len(features) not in (2, 3):
+            raise ValueError(f"sentence_features: expected 2 or 3 columns, got {len(features)}")
+        self.of_batch = self.known(features, labels)
+        try:
+            for_guide = [dict(column) for column in features]  # before the model writes into them
+            embeddings = embed_columns(self.model, features)
+            with torch.no_grad():
+                of_guide = embed_columns(self.guide, [self._for_guide(column) for column in for_guide])
+            return self.loss_of(embeddings, of_guide)
+        finally:
+            del self.of_batch
+
+    def _for_guide(self, features: dict[str, Any]) -> dict[str, Any]:
+        """A column as the guide is given it: the same tokens, or others of its own."""
+        if not self.must_retokenize:
+            return features
+        tokens = features["input_ids"]
+        if "cu_seq_lens_q" in features:
+            tokens = list(torch.tensor_split(tokens[0], features["cu_seq_lens_q"][1:-1].cpu()))
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return batch_to_device(self.guide.preprocess(texts), self.guide.device)
+
+
+class CachedGISTEmbedLoss(GuidedLoss, host.CachedGISTEmbedLoss):
+    """sentence-transformers' `CachedGISTEmbedLoss` with the negatives that its guide leaves weighted.
+
+    The loss of `GISTEmbedLoss`, with any number of columns of hard negatives, on batches too large for the model at
+    once: embeddings are made twice, in mini-batches, and their gradients are cached between (GradCache). The loss is
+    worked out for the whole batch; its memory grows with the batch, no faster.
+
+    Args:
+        model: The SentenceTransformer to train.
+        guide: The SentenceTransformer that judges which candidates are no negatives.
+        temperature: What cosines are divided by, a finite number above 0.
+        mini_batch_size: How many texts the models embed at once.
+        mini_batch_num_tokens: How many tokens at once, instead; None for `mini_batch_size`.
+        show_progress_bar: Whether to show one for the mini-batches.
+        margin_strategy: "absolute" or "relative", as the host has it.
+        margin: How far below its pair's rating the guide's threshold is.
+        contrast_anchors: Whether to contrast anchors with anchors.
+        contrast_positives: Whether to contrast positives with positives.
+        gather_across_devices: Whether to use the documents of all devices.
+        weighting: How much each negative counts; defaults to `UnDiMix()`.
+
+    Raises:
+        ValueError: For a temperature that is no finite number above 0, and what the host refuses.
+        TypeError: For a weighting that is no `Weighting`.
+
+    References:
+        Solatorio: GISTEmbed, arXiv 2402.16829; Gao et al., arXiv 2101.06983 (GradCache); arXiv 2206.01197 (UnDiMix,
+        section 3).
+
+    Examples:
+        >>> from sentence_transformers import SentenceTransformer
+        >>> def guided(model: SentenceTransformer, guide: SentenceTransformer) -> CachedGISTEmbedLoss:
+        ...     return CachedGISTEmbedLoss(model, guide, mini_batch_size=64)
+    """
+
+    replaces: ClassVar[tuple[str, ...]] = ("forward", "calculate_loss")
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        guide: SentenceTransformer,
+        temperature: float = 0.01,
+        mini_batch_size: int = 32,
+        mini_batch_num_tokens: int | None = None,
+        show_progress_bar: bool = False,
+        margin_strategy: MarginStrategy = "absolute",
+        margin: float = 0.0,
+        contrast_anchors: bool = True,
+        contrast_positives: bool = True,
+        gather_across_devices: bool = False,
+        weighting: Weighting | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            guide,
+            temperature,
+            mini_batch_size,
+            mini_batch_num_tokens,
+            show_progress_bar,
+            margin_strategy,
+            margin,
+            contrast_anchors,
+            contrast_positives,
+            gather_across_devices,
+        )
+        self.weigh(weighting)
+
+    def forward(self, sentence_features: Iterable[Features], labels: Tensor | None) -> Tensor:
+        """The weighted loss of a batch of tokenised columns, whose backward pass embeds them again.
+
+        Args:
+            sentence_features: What the model is given of each column: anchors, positives, hard negatives.
+            labels: The samples' classes [batch] where `exclude_same_class` is set; not used else.
+
+        Returns:
+            A scalar in the embeddings' dtype (float32 for half precision).
+
+        Raises:
+            ValueError: As `GISTEmbedLoss.forward`, but for the number of columns, of which there are at least 2.
+        """
+        features = list(sentence_features)
+        self.of_batch = self.known(features, labels)
+        try:
+            return super().forward(features, labels)  # type: ignore[arg-type]  # labels may be None
+        finally:
+            del self.of_batch
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], reps_guided: list[list[Tensor]], *, with_backward: bool = False
+    ) -> Tensor:
+        """The weighted loss of the whole batch.
+
+        Args:
+            reps: The embeddings of each column, in mini-batches [rows, width].
+            reps_guided: Those of the guide, likewise.
+            with_backward: Whether to take gradients at once, and return the loss without.
+
+        Returns:
+            A scalar in the embeddings' dtype (float32 for half precision).
+
+        Raises:
+            ValueError: For fewer than two columns, columns that do not match each other or (on the CPU) are not finite.
+        """
+        loss = self.loss_of(*([torch.cat(column) for column in columns] for columns in (reps, reps_guided)))
+        if with_backward:
+            torch.autograd.backward(loss)
+        return loss.detach() if with_backward else loss

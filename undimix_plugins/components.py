@@ -129,7 +129,7 @@ class TaskGradients(NamedTuple):
     log_scale: Tensor
     terms: Tensor
 
-    def at_scale(self, temperature: float) -> Tensor:
+    def at_scale(self, temperature: float | Tensor) -> Tensor:
         """The gradients themselves, delta [rows, d]."""
         return self.log_scale.exp()[:, None] * self.direction / temperature
 

@@ -18,6 +18,9 @@ from undimix_plugins.checks import (
     values_are_free,
 )
 
+# From a block of r anchors to marks on the pool, bool [r, m].
+Verdicts = Callable[[slice], Tensor]
+
 MARKED_AT_ONCE = 2**22  # pairs of anchors and candidates whose marks are counted
 
 
@@ -78,7 +81,7 @@ class Contrast:
     anchor_inputs: Tensor | None = None
     pool_inputs: Tensor | None = None
     normalized: bool = False
-    verdicts: Callable[[slice], Tensor] | None = None
+    verdicts: Verdicts | None = None
     anchor_weights: Tensor | None = None
     positive_columns: Tensor | None = field(init=False, default=None)
 
@@ -277,7 +280,7 @@ def two_views(
     )
 
 
-def same_label(of_anchors: Tensor, of_pool: Tensor) -> Callable[[slice], Tensor]:
+def same_label(of_anchors: Tensor, of_pool: Tensor) -> Verdicts:
     """Verdicts for a `Contrast`: a candidate with an anchor's label is no negative of it.
 
     Args:

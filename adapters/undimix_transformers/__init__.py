@@ -1,9 +1,11 @@
-"""SimCSE with UnDiMix weights for the plain `transformers.Trainer`: `compute_loss_func=SimCSELoss()`."""
+"""SimCSE and CLIP with UnDiMix weights for the plain `transformers.Trainer`: `compute_loss_func=SimCSELoss()`."""
 
 from undimix_plugins import require
 
 require("transformers", extra="transformers")
 
-from undimix_transformers.simcse import SimCSELoss, TwoViews, weighted  # noqa: E402
+from undimix_transformers.adapter import weighted  # noqa: E402
+from undimix_transformers.image_text import ImageTextLoss  # noqa: E402
+from undimix_transformers.simcse import SentenceTuples, SimCSELoss, TwoViews  # noqa: E402
 
-__all__ = ["SimCSELoss", "TwoViews", "weighted"]
+__all__ = ["ImageTextLoss", "SentenceTuples", "SimCSELoss", "TwoViews", "weighted"]

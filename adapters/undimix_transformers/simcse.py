@@ -1,18 +1,18 @@
-"""Unsupervised SimCSE for `transformers.Trainer`, its in-batch negatives weighted."""
+"""SimCSE for `transformers.Trainer`, its in-batch negatives weighted."""
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
-from torch import Tensor, nn
-from torch.nn.functional import normalize
-from transformers import Trainer
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, pad
 
-from undimix_plugins import WeightedLoss, Weighting, as_full_precision, in_batch_negatives, info_nce, reweight
+from undimix_plugins import Contrast, WeightedLoss, Weighting, as_full_precision, info_nce
 from undimix_plugins.checks import check_choice, check_embeddings, check_number
+from undimix_transformers.trainer import calling_trainer, of_same_class
 
 
 class TwoViews:
@@ -45,18 +45,66 @@ class TwoViews:
         return self.collator([example for example in examples for _ in range(2)])
 
 
+class SentenceTuples:
+    """A data collator that gives the sentences of each example to the model in adjacent rows, for supervised SimCSE.
+
+    An example holds a list for each of its keys, an entry for each sentence: itself, its positive and, if there are
+    any, hard negatives; all examples equally many.
+
+    Args:
+        collator: The collator that makes a batch of sentences, such as `DataCollatorWithPadding(tokenizer)`.
+
+    Raises:
+        TypeError: For a collator that can't be called.
+        ValueError: In use, for examples that hold other numbers of sentences than the first.
+
+    Examples:
+        >>> from transformers import default_data_collator
+        >>> collate = SentenceTuples(default_data_collator)
+        >>> collate([{"input_ids": [[1], [2], [3]]}, {"input_ids": [[4], [5], [6]]}])["input_ids"].flatten()
+        tensor([1, 2, 3, 4, 5, 6])
+    """
+
+    def __init__(self, collator: Callable[[list[Any]], Any]) -> None:
+        if not callable(collator):
+            raise TypeError(f"collator: expected a data collator, got {collator!r}")
+        self.collator = collator
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Any:
+        labels = [example["labels"] for example in examples if "labels" in example]
+        lists = [{key: value for key, value in example.items() if key != "labels"} for example in examples]
+        count = len(next(iter(lists[0].values())))
+        for row, example in enumerate(lists):
+            for key, entries in example.items():
+                if len(entries) != count:
+                    raise ValueError(
+                        f"examples: expected {count} sentences in each, as the first has, got {len(entries)} "
+                        f"in {key!r} of example {row}"
+                    )
+        rows = [{key: entries[i] for key, entries in example.items()} for example in lists for i in range(count)]
+        batch = self.collator(rows)
+        if labels:
+            batch["labels"] = torch.as_tensor(labels)
+        return batch
+
+
 class SimCSELoss(WeightedLoss):
-    """Unsupervised SimCSE as the Trainer's `compute_loss_func`, its in-batch negatives weighted.
+    """SimCSE, unsupervised or supervised, as the Trainer's `compute_loss_func`, its in-batch negatives weighted.
 
-        loss_i = -log( exp(s_ii / t) / (exp(s_ii / t) + sum over j != i of w_ij exp(s_ij / t)) ),
+        loss_i = -log( exp(s_ii / t) / (exp(s_ii / t) + sum over j of w_ij exp(s_ij / t)) ),
 
-    s_ij the cosine of sentence i in one pass and sentence j in another, under different dropout; j over the other
-    sentences of the micro-batch.
+    s_ii the cosine of a sentence and its positive, s_ij those of the sentence and all other sentences' positives and
+    all hard negatives of the micro-batch. Unsupervised, the positive is the sentence in another pass, under different
+    dropout, and there are no hard negatives.
 
-    *Pairs.* Rows 2i and 2i + 1 of a batch are the two views of sentence i, as the collator `TwoViews` makes them, so a
-    batch of `per_device_train_batch_size` sentences passes through the model as twice as many rows. An odd number of
-    rows is refused. Rows that are paired wrongly cannot be told from right ones, so in a Trainer whose collator is no
-    `TwoViews` the loss warns once of what it takes them for.
+    *Rows.* An example's sentences are adjacent rows of a batch, `rows_per_example` of them: a sentence's two views, as
+    the collator `TwoViews` makes them; or a sentence, its positive and hard negatives, as `SentenceTuples` does. A
+    batch of `per_device_train_batch_size` examples passes through the model as so many times as many rows. Rows that
+    are grouped wrongly cannot be told from right ones, so in a Trainer whose collator is neither the loss warns once of
+    what it takes them for.
+
+    *Classes.* `undimix(SimCSELoss(), exclude_same_class=True)` leaves out the sentences of examples with the anchor's
+    label, where batches have "labels", one for each example; hard negatives stay.
 
     *Pooling.* The Trainer passes the model's outputs and no attention mask, so a mean over tokens, which must leave
     padding out, can't be had. "cls" takes the first token of `last_hidden_state` (the first output); "pooler" takes
@@ -78,13 +126,15 @@ class SimCSELoss(WeightedLoss):
         temperature: t, what cosines are divided by, a finite number above 0.
         weighting: How much each negative counts; defaults to `UnDiMix()`. `Uniform()` is plain SimCSE.
         pooling: "cls" or "pooler".
+        rows_per_example: 2 for a sentence and its positive, 3 or more with hard negatives.
 
     Raises:
-        ValueError: For a temperature that is no finite number above 0, or another pooling.
+        ValueError: For a temperature that is no finite number above 0, another pooling, or fewer than 2 rows an
+            example.
         TypeError: For a weighting that is no `Weighting`.
 
     References:
-        Gao, Yao, Chen: SimCSE, EMNLP 2021, arXiv 2104.08821, equation 4; arXiv 2206.01197 (UnDiMix, section 3).
+        Gao, Yao, Chen: SimCSE, EMNLP 2021, arXiv 2104.08821, equations 4 and 5; arXiv 2206.01197 (UnDiMix, section 3).
 
     Examples:
         >>> from transformers.modeling_outputs import BaseModelOutput
@@ -92,11 +142,21 @@ class SimCSELoss(WeightedLoss):
         >>> loss = SimCSELoss(temperature=0.05)(outputs)
     """
 
-    def __init__(self, temperature: float = 0.05, weighting: Weighting | None = None, pooling: str = "cls") -> None:
+    settings: ClassVar[Mapping[str, Any]] = {"exclude_same_class": False}
+    exclude_same_class: bool = False
+
+    def __init__(
+        self,
+        temperature: float = 0.05,
+        weighting: Weighting | None = None,
+        pooling: str = "cls",
+        rows_per_example: int = 2,
+    ) -> None:
         super().__init__()
         self.temperature = check_number("temperature", temperature, above=0)
         check_choice("pooling", pooling, ("cls", "pooler"))
         self.pooling = pooling
+        self.rows_per_example = int(check_number("rows_per_example", rows_per_example, at_least=2))
         self.weigh(weighting)
 
     def forward(
@@ -105,27 +165,57 @@ class SimCSELoss(WeightedLoss):
         """The weighted loss of a micro-batch.
 
         Args:
-            outputs: The model's outputs for 2n rows: a `ModelOutput`, mapping or tuple.
-            labels: Not used.
+            outputs: The model's outputs for `rows_per_example` rows an example: a `ModelOutput`, mapping or tuple.
+            labels: The examples' classes where `exclude_same_class` is set, one for each example or for each row; not
+                used else.
             num_items_in_batch: What the Trainer counts where the batch has labels; not used.
 
         Returns:
             A scalar in the embeddings' dtype (float32 for half precision). 0 for a single sentence.
 
         Raises:
-            ValueError: For an odd number of rows, outputs without what `pooling` takes, or (on the CPU) embeddings
-                that are not finite. On other devices, these give a loss of NaN.
+            ValueError: For a number of rows that is no multiple, labels that do not match where they are used, outputs
+                without what `pooling` takes, or (on the CPU) embeddings that are not finite. On other devices, these
+                give a loss of NaN.
         """
         embeddings = self._pooled(outputs)
-        if len(embeddings) % 2:
+        count = self.rows_per_example
+        if len(embeddings) % count:
             raise ValueError(
-                f"outputs: expected two adjacent rows a sentence, as the collator TwoViews makes them, "
+                f"outputs: expected {count} adjacent rows an example, as the collator "
+                f"{'TwoViews makes them (or SentenceTuples)' if count == 2 else 'SentenceTuples makes them'}, "
                 f"got {len(embeddings)} rows"
             )
         check_embeddings(embeddings=embeddings)
+        inputs = self.inputs_of(embeddings)
         embeddings = normalize(as_full_precision(embeddings), dim=1)
-        contrast = in_batch_negatives(embeddings[0::2], embeddings[1::2], self.temperature)
-        return info_nce(contrast, self.weighting) / _undone_by_trainer()
+        sentences, *others = (embeddings[place::count] for place in range(count))
+        further: dict[str, Any] = {}
+        if self.exclude_same_class:
+            if isinstance(labels, Tensor) and len(labels) == len(embeddings):
+                labels = labels[::count]
+            of_positives = of_same_class(labels, len(sentences))
+            further["verdicts"] = lambda rows: pad(of_positives(rows), (0, (count - 2) * len(sentences)))
+        if inputs is not None:
+            behind = [inputs[0][place::count] for place in range(count)]
+            further |= {"anchor_inputs": behind[0], "pool_inputs": torch.cat(behind[1:]), "normalized": True}
+        contrast = Contrast(
+            sentences,
+            others[0],
+            torch.cat(others),
+            torch.arange(len(sentences), device=embeddings.device)[:, None],
+            self.temperature,
+            positives_in_pool=True,
+            **further,
+        )
+        trainer, scale = calling_trainer()
+        if trainer is not None and not isinstance(trainer.data_collator, (TwoViews, SentenceTuples)):
+            warnings.warn(
+                f"SimCSELoss takes {count} adjacent rows of a batch as the sentences of one example; the Trainer's "
+                "data_collator is no undimix_transformers.TwoViews or SentenceTuples: make sure that it groups them so",
+                stacklevel=2,
+            )
+        return info_nce(contrast, self.weighting) / scale
 
     def _pooled(self, outputs: Any) -> Tensor:
         name = "last_hidden_state" if self.pooling == "cls" else "pooler_output"
@@ -143,39 +233,5 @@ class SimCSELoss(WeightedLoss):
 
     def extra_repr(self) -> str:
         """The settings."""
-        return f"temperature={self.temperature}, pooling={self.pooling!r}, {super().extra_repr()}"
-
-
-def _undone_by_trainer() -> int:
-    """Tells the Trainer that calls, through functions of the user's or not, that the loss is a mean per micro-batch.
-
-    Returns:
-        What `Trainer.compute_loss` is going to multiply the loss by, as if it were a share of a sum over all processes.
-    """
-    frame = sys._getframe(1)
-    while frame.f_back is not None:
-        frame = frame.f_back
-        trainer = frame.f_locals.get("self")
-        if not isinstance(trainer, Trainer):
-            continue
-        if trainer.loss_is_scaled_for_ga is None:
-            trainer.loss_is_scaled_for_ga = False
-        if not isinstance(trainer.data_collator, TwoViews):
-            warnings.warn(
-                "SimCSELoss takes rows 2i and 2i + 1 of a batch as two views of one sentence; the Trainer's "
-                "data_collator is no undimix_transformers.TwoViews: make sure that it pairs them so",
-                stacklevel=2,
-            )
-        if frame.f_code is Trainer.compute_loss.__code__:
-            counted = frame.f_locals["num_items_in_batch"] is not None
-            if not counted or not trainer.args.average_tokens_across_devices:
-                return 1
-            if trainer.args.n_gpu > 1:
-                return int(trainer.args.n_gpu)
-            return int(trainer.accelerator.num_processes // trainer.get_tp_size())
-    return 1
-
-
-def weighted(loss: nn.Module, weighting: Weighting | None, **settings: Any) -> nn.Module:
-    """The adapter of `undimix()` for this package's own losses."""
-    return reweight(loss, weighting, {SimCSELoss: SimCSELoss}, **settings)
+        rows = f"rows_per_example={self.rows_per_example}"
+        return f"temperature={self.temperature}, pooling={self.pooling!r}, {rows}, {super().extra_repr()}"

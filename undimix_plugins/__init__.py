@@ -5,10 +5,14 @@ embeddings -> a Contrast -> a Weighting -> log-weights -> weighted log-sum over 
 
 from undimix_plugins.checks import check_embeddings
 from undimix_plugins.components import anchor_similarity, diversity, influence
-from undimix_plugins.contrast import Contrast, as_full_precision, in_batch_negatives, same_label, two_views
+from undimix_plugins.contrast import Contrast, Everyone, as_full_precision, in_batch_negatives, same_label, two_views
+from undimix_plugins.distributed import check_equal_batches, gather_constants, gather_parts, processes
+from undimix_plugins.explain import Explained, Explanation, explain
 from undimix_plugins.last_layer import LastLayer
 from undimix_plugins.loss import LogSums, decoupled, info_nce, log_sums, mean_loss, weighted_log_sum
 from undimix_plugins.plug import WeightedLoss, require, reweight, undimix
+from undimix_plugins.schedule import hardness_share
+from undimix_plugins.statistics import negative_statistics, watch
 from undimix_plugins.weightings.hcl import HCL
 from undimix_plugins.weightings.undimix import UnDiMix
 from undimix_plugins.weightings.weighting import (
@@ -22,6 +26,9 @@ from undimix_plugins.weightings.weighting import (
 __all__ = [
     "HCL",
     "Contrast",
+    "Everyone",
+    "Explained",
+    "Explanation",
     "LastLayer",
     "LogSums",
     "UnDiMix",
@@ -31,9 +38,14 @@ __all__ = [
     "anchor_similarity",
     "as_full_precision",
     "check_embeddings",
+    "check_equal_batches",
     "decoupled",
     "diversity",
     "effective_number",
+    "explain",
+    "gather_constants",
+    "gather_parts",
+    "hardness_share",
     "importance_weights",
     "in_batch_negatives",
     "influence",
@@ -41,10 +53,13 @@ __all__ = [
     "log_sums",
     "mean_loss",
     "mean_one",
+    "negative_statistics",
+    "processes",
     "require",
     "reweight",
     "same_label",
     "two_views",
     "undimix",
+    "watch",
     "weighted_log_sum",
 ]

@@ -19,7 +19,7 @@ from undimix_plugins.checks import (
     check_number,
     check_same_length,
 )
-from undimix_plugins.contrast import full_precision, is_not_among
+from undimix_plugins.contrast import Everyone, full_precision, is_not_among
 
 ROWS_AT_ONCE = 1024  # whose logits or distances to all are held
 
@@ -145,8 +145,9 @@ def task_gradients(
     temperature: float | Tensor,
     itself: Tensor | None,
     positives: Tensor | None,
+    everyone: Everyone | None = None,
 ) -> tuple[TaskGradients, TaskGradients]:
-    """The gradients of the anchors' tasks and of the pool's; arguments as `influence` has them."""
+    """The gradients of the anchors' tasks and of the pool's; arguments as `influence` and `Contrast` have them."""
     self_contrast = itself is None and anchors is pool
     columns = torch.arange(len(pool), device=pool.device)
     if self_contrast:
@@ -159,15 +160,28 @@ def task_gradients(
         own = None if positives is None else positives[rows]
         return _gradients(logits, pool, own, anchors[rows], temperature)
 
-    def of_pool(rows: slice) -> TaskGradients:
-        logits = pool[rows] @ anchors.T / temperature
-        if itself is not None:
-            logits = logits.masked_fill(columns[rows, None] == itself, -torch.inf)
-        return _gradients(logits, anchors, None, pool[rows], temperature)
-
     first = _by_block(of_anchors, len(anchors))
     # A row's task is the same on either side of one batch with itself.
-    return first, first if self_contrast and positives is None else _by_block(of_pool, len(pool))
+    if self_contrast and positives is None:
+        return first, first
+    of_whom, own_columns, all_anchors = itself, columns, anchors
+    if everyone is not None:
+        of_whom, own_columns, all_anchors = everyone.itself, everyone.own, everyone.anchors()
+    candidates = pool if everyone is None else pool[everyone.own]
+
+    def of_pool(rows: slice) -> TaskGradients:
+        logits = candidates[rows] @ all_anchors.T / temperature
+        if of_whom is not None:
+            logits = logits.masked_fill(own_columns[rows, None] == of_whom, -torch.inf)
+        return _gradients(logits, all_anchors, None, candidates[rows], temperature)
+
+    second = _by_block(of_pool, len(candidates))
+    if everyone is None:
+        return first, second
+    # In one piece: a collective for each would cost as many waits.
+    width = second.direction.shape[1]
+    together = everyone.gather(torch.cat([second.direction, second.log_scale[:, None], second.terms[:, None]], dim=1))
+    return first, TaskGradients(together[:, :width], together[:, width], together[:, width + 1])
 
 
 def _by_block(of_rows: Callable[[slice], TaskGradients], count: int) -> TaskGradients:

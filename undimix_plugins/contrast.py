@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,11 +18,32 @@ from undimix_plugins.checks import (
     check_same_length,
     values_are_free,
 )
+from undimix_plugins.distributed import gather_parts, processes
 
 # From a block of r anchors to marks on the pool, bool [r, m].
 Verdicts = Callable[[slice], Tensor]
 
 MARKED_AT_ONCE = 2**22  # pairs of anchors and candidates whose marks are counted
+
+
+@dataclass(frozen=True)
+class Everyone:
+    """What makes a contrast with a pool gathered from all processes the same as on one process.
+
+    A candidate's pseudo-labelling task is which anchor it is aligned with: all processes' anchors. Each process works
+    out the tasks of its own candidates, and the results are gathered.
+
+    Attributes:
+        anchors: Gives all processes' anchors [N, d], constants.
+        itself: Those anchors' own columns in the pool [N], -1 where there is none; None for no anchor at all.
+        own: This process's own rows of the pool [p].
+        gather: From numbers for this process's rows [p, k] to those for the whole pool [m, k], without gradient.
+    """
+
+    anchors: Callable[[], Tensor]
+    itself: Tensor | None
+    own: Tensor
+    gather: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +75,8 @@ class Contrast:
         verdicts: Further columns that are no negatives, too many or too scattered to be listed (a guide model's, rows
             of the same class, duplicates): a function from a block of r anchors to marks, bool [r, m]. It is asked
             for a block several times, and has to say the same. None marks nothing.
+        everyone: Where the pool is gathered from several processes, what it needs of them; None for this process's
+            own contrast.
         anchor_weights: How much each anchor's loss counts in the mean over all [n], constants
             of at least 0; None for 1 each.
         positive_columns: The positives' columns [n, p], where `positives` gave those; else None.
@@ -82,6 +106,7 @@ class Contrast:
     pool_inputs: Tensor | None = None
     normalized: bool = False
     verdicts: Verdicts | None = None
+    everyone: Everyone | None = None
     anchor_weights: Tensor | None = None
     positive_columns: Tensor | None = field(init=False, default=None)
 
@@ -268,13 +293,17 @@ def two_views(
         raise ValueError(f"offset: expected a place from 0 to {most} among the gathered samples, got {offset}")
     own = torch.arange(len(first), device=first.device) + offset
     other = own + len(pool) // 2
+    itself = None if gathered is None else torch.cat([own, other])
+    if itself is not None and len(pool) == processes() * len(views) > len(views):
+        constant, every = as_full_precision(pool.detach()), torch.arange(len(pool), device=pool.device)
+        further["everyone"] = Everyone(lambda: constant, every, itself, partial(gather_parts, parts=2))
     return Contrast(
         views,
         torch.cat([second, first]),
         pool,
         excluded=torch.cat([other, own])[:, None],
         temperature=temperature,
-        itself=None if gathered is None else torch.cat([own, other]),
+        itself=itself,
         positives_in_pool=True,
         **further,
     )

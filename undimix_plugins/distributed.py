@@ -9,6 +9,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def processes() -> int:
+    """How many processes there are, 1 where none have been started.
+
+    Examples:
+        >>> processes()
+        1
+    """
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def check_equal_batches(name: str, count: int) -> None:
     """Checks that all processes have batches of one size, before a collective on them would hang or abort.
 
@@ -24,13 +34,12 @@ def check_equal_batches(name: str, count: int) -> None:
     Examples:
         >>> check_equal_batches("out0", 8)
     """
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    _check(name, count)
+    if processes() > 1:
+        _check(name, count)
 
 
 def _check(name: str, count: int) -> None:
-    sizes = [torch.zeros(1, dtype=torch.long) for _ in range(dist.get_world_size())]
+    sizes = [torch.zeros(1, dtype=torch.long) for _ in range(processes())]
     dist.all_gather(sizes, torch.tensor([count]), group=_between_hosts(dist.group.WORLD))
     counts = [int(size) for size in sizes]
     if len(set(counts)) > 1:
@@ -57,9 +66,28 @@ def gather_constants(rows: Tensor) -> Tensor:
         >>> gather_constants(torch.arange(3))
         tensor([0, 1, 2])
     """
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    if processes() == 1:
         return rows
     rows = rows.detach().contiguous()
-    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    parts = [torch.empty_like(rows) for _ in range(processes())]
     dist.all_gather(parts, rows)
     return torch.cat(parts)
+
+
+def gather_parts(rows: Tensor, parts: int) -> Tensor:
+    """All processes' rows without gradient, of each of a number of equal parts (views, columns) together.
+
+    Args:
+        rows: This process's rows of the first part, then those of the next, ... [parts * n, k].
+        parts: How many parts there are.
+
+    Returns:
+        All processes' rows of the first part, then those of the next, ... [parts * processes * n, k].
+
+    Examples:
+        >>> gather_parts(torch.arange(4.0)[:, None], parts=2).shape
+        torch.Size([4, 1])
+    """
+    gathered = gather_constants(rows)
+    by_process = gathered.view(-1, parts, len(rows) // parts, *rows.shape[1:])
+    return by_process.transpose(0, 1).reshape(gathered.shape)

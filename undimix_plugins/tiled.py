@@ -24,7 +24,7 @@ from torch import Tensor
 from undimix_plugins.checks import values_are_free
 from undimix_plugins.components import TaskGradients, equality_key, euclidean_distances
 from undimix_plugins.contrast import Contrast, full_precision, sum_of_rows
-from undimix_plugins.weightings.undimix import ROUNDING, UnDiMix
+from undimix_plugins.weightings.undimix import ROUNDING, Prepared, UnDiMix
 from undimix_plugins.weightings.weighting import Uniform, Weighting, checked
 
 LOG2E = 1 / math.log(2)
@@ -62,7 +62,9 @@ def blocks_of(contrast: Contrast) -> list[slice]:
 
 
 def prepare(contrast: Contrast, weighting: Weighting) -> Any:
-    """What `log_weights` needs; nothing for those that this file works out itself."""
+    """What `log_weights` needs; for `UnDiMix` what processes share, for the rest that this file works out nothing."""
+    if type(weighting) is UnDiMix and weighting.influence and contrast.everyone is not None:
+        return weighting.prepare(contrast)  # once, not in a backward pass again: it waits for the other processes
     return None if type(weighting) in (Uniform, UnDiMix) else weighting.prepare(contrast)
 
 
@@ -465,7 +467,9 @@ class UnDiMixScores:
     What standardising and softmaxes undo is left as it comes: a number of an anchor's own added to all of a score.
     """
 
-    def __init__(self, weighting: UnDiMix, logits: Logits, columns: Columns, out: Tensor | None) -> None:
+    def __init__(
+        self, weighting: UnDiMix, prepared: Prepared | None, logits: Logits, columns: Columns, out: Tensor | None
+    ) -> None:
         """`out` [n, m] is where numerators will be written, or None; blocks of it are given to work in."""
         weighting.check(logits.contrast)
         self.weighting, self.logits, self.columns = weighting, logits, columns
@@ -479,7 +483,7 @@ class UnDiMixScores:
         # What bounds the terms summed in a score, per column of the pool: the largest of its negatives is an anchor's.
         bounds = [self.lengths]
         if weighting.influence:
-            bounds += self._prepare_influence()
+            bounds += self._prepare_influence(prepared)
         self.bounds = torch.stack(bounds)
         if weighting.diversity:
             self._prepare_diversity()
@@ -595,12 +599,8 @@ class UnDiMixScores:
         for block in blocks(len(pool), len(pool) * pool.element_size(), True):
             out.addmm_(weights[:, block], euclidean_distances(pool[block], pool))
 
-    def _prepare_influence(self) -> list[Tensor]:
-        self.of_anchors, self.of_pool = all_task_gradients(self.logits, self.lengths.max())
-        if self.weighting.gradient == "weight" and self.logits.contrast.normalized:
-            self.of_pool = self.of_pool.along_sphere(self.logits.pool)
-            same = has_same_tasks(self.logits.contrast)
-            self.of_anchors = self.of_pool if same else self.of_anchors.along_sphere(self.logits.anchors)
+    def _prepare_influence(self, prepared: Prepared | None) -> list[Tensor]:
+        self.of_anchors, self.of_pool = self._task_gradients(prepared)
         direction, log_scale, terms = self.of_pool
         self.largest_scale = finite(log_scale.max())
         self.scale_of_pool = (log_scale - self.largest_scale).exp()
@@ -614,6 +614,17 @@ class UnDiMixScores:
             self.inputs = contrast.anchor_inputs.detach(), contrast.pool_inputs.detach()
             bounds.append(row_lengths(self.inputs[1])[:, 0])
         return bounds
+
+    def _task_gradients(self, prepared: Prepared | None) -> tuple[TaskGradients, TaskGradients]:
+        if prepared is not None and prepared.of_anchors is not None and prepared.of_pool is not None:
+            return prepared.of_anchors, prepared.of_pool
+        of_anchors, of_pool = all_task_gradients(self.logits, self.lengths.max())
+        if self.weighting.gradient == "embedding" or not self.logits.contrast.normalized:
+            return of_anchors, of_pool
+        of_pool = of_pool.along_sphere(self.logits.pool)
+        if has_same_tasks(self.logits.contrast):
+            return of_pool, of_pool
+        return of_anchors.along_sphere(self.logits.anchors), of_pool
 
     def _rounding(self, largest: Tensor) -> Tensor:
         """From the largest bounds among each anchor's negatives: the length up to which scores are rounding."""
@@ -742,7 +753,7 @@ def scorer_of(weighting: Weighting, prepared: Any, logits: Logits, columns: Colu
     if type(weighting) is Uniform:
         return lambda rows, block, out: block
     if type(weighting) is UnDiMix:
-        return UnDiMixScores(weighting, logits, columns, out)
+        return UnDiMixScores(weighting, prepared, logits, columns, out)
 
     def with_log_weights(rows: slice, block: Tensor, out: Tensor) -> Tensor:
         return torch.add(block, checked(weighting, weighting.log_weights(prepared, rows), block), alpha=LOG2E, out=out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,12 +14,14 @@ from torch.nn.functional import normalize
 
 from undimix_plugins import (
     Contrast,
+    Everyone,
     WeightedLoss,
     Weighting,
     as_full_precision,
     check_embeddings,
     check_equal_batches,
     gather_constants,
+    gather_parts,
     info_nce,
 )
 from undimix_plugins.checks import check_number
@@ -202,6 +205,14 @@ def _detcon(
             gathered = inputs if total == b * m else [gather_constants(part) for part in inputs]
             pool_inputs = torch.cat([gathered[other], gathered[view]])
             behind = {"anchor_inputs": inputs[view], "pool_inputs": pool_inputs, "normalized": True}
+        everyone = None
+        if total > b * m:
+            everyone = Everyone(
+                anchors=partial(gather_constants, anchors[view]),
+                itself=torch.arange(total, 2 * total, device=own.device) if one_branch else None,
+                own=torch.cat([own, total + own]),
+                gather=partial(gather_parts, parts=2),
+            )
         contrast = Contrast(
             anchors[view],
             torch.where(same_there, own_image, -1).flatten(0, 1),
@@ -210,6 +221,7 @@ def _detcon(
             host.temperature,
             itself=total + own if one_branch else None,
             anchor_weights=same_there.any(dim=2).flatten().to(anchors[0]) / same_here.sum(dim=2).flatten(),
+            everyone=everyone,
             **behind,
         )
         losses.append(info_nce(contrast, weighting))

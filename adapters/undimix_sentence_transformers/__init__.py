@@ -13,14 +13,17 @@ from undimix_sentence_transformers.multiple_negatives_ranking import (  # noqa: 
     MultipleNegativesSymmetricRankingLoss,
     SparseMultipleNegativesRankingLoss,
 )
+from undimix_transformers.callbacks import HardnessWarmup, NegativeStatistics  # noqa: E402
 
 __all__ = [
     "CachedGISTEmbedLoss",
     "CachedMultipleNegativesRankingLoss",
     "CachedMultipleNegativesSymmetricRankingLoss",
     "GISTEmbedLoss",
+    "HardnessWarmup",
     "MultipleNegativesRankingLoss",
     "MultipleNegativesSymmetricRankingLoss",
+    "NegativeStatistics",
     "SparseMultipleNegativesRankingLoss",
     "weighted",
 ]

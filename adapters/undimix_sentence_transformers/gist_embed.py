@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,7 +13,7 @@ from sentence_transformers.sentence_transformer import losses as host
 from sentence_transformers.util import all_gather_with_grad, batch_to_device, get_rank, normalize_embeddings
 from torch import Tensor
 
-from undimix_plugins import Contrast, Weighting, gather_constants
+from undimix_plugins import Contrast, Everyone, Weighting, gather_constants, gather_parts
 from undimix_plugins.checks import check_number
 from undimix_sentence_transformers.exclusions import Known
 from undimix_sentence_transformers.multiple_negatives_ranking import (
@@ -75,6 +76,15 @@ class GuidedLoss(RankingLoss):
             rows: Tensor, partners: Tensor, pool: Tensor, itself: Tensor | None, marks: Verdicts, behind: Any
         ) -> Contrast:
             excluded = own[:, None] if itself is None else None
+            everyone = None
+            if len(all_docs[0]) > len(own) and pool is not anchors:
+                starts = range(0, len(pool), len(all_docs[0]))
+                everyone = Everyone(
+                    anchors=partial(gather_constants, rows),
+                    itself=None if itself is None else torch.arange(len(pool), device=own.device),
+                    own=torch.cat([own + start for start in starts]),
+                    gather=partial(gather_parts, parts=len(starts)),
+                )
             return Contrast(
                 rows,
                 partners,
@@ -87,6 +97,7 @@ class GuidedLoss(RankingLoss):
                 pool_inputs=behind[1],
                 normalized=True,
                 verdicts=marks,
+                everyone=everyone,
             )
 
         pool, of_pool = torch.cat(all_docs), torch.cat(guide_docs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from undimix_plugins import (
     Contrast,
+    Everyone,
     LastLayer,
     Uniform,
     WeightedLoss,
@@ -28,6 +30,7 @@ from undimix_plugins import (
     check_embeddings,
     check_equal_batches,
     gather_constants,
+    gather_parts,
     info_nce,
     log_sums,
     reweight,
@@ -277,6 +280,15 @@ class MultipleNegativesRankingLoss(RankingLoss, host.MultipleNegativesRankingLos
             if direction not in self.directions:
                 continue
             of_anchors, of_pool = direction.split("_to_")
+            parts = len(docs) if of_pool == "doc" else 1
+            everyone = None
+            if len(queries) > batch_size:
+                everyone = Everyone(
+                    anchors=(queries if of_anchors == "query" else docs[0]).detach,
+                    itself=None if itself is None else torch.arange(len(queries), device=own.device),
+                    own=own_docs[:, :parts].T.flatten(),
+                    gather=partial(gather_parts, parts=parts),
+                )
             contrasts.append(
                 Contrast(
                     anchors,
@@ -291,6 +303,7 @@ class MultipleNegativesRankingLoss(RankingLoss, host.MultipleNegativesRankingLos
                     pool_inputs=behind[of_pool][1],
                     normalized=cosines,
                     verdicts=self.of_batch.verdicts(len(pool), hard=of_pool == "doc", everywhere=everywhere),
+                    everyone=everyone,
                 )
             )
         return contrasts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from undimix_plugins.checks import check_choice, check_number
 from undimix_plugins.components import TaskGradients, mean_distances, task_gradients
 from undimix_plugins.contrast import Contrast, full_precision
-from undimix_plugins.weightings.weighting import Weighting, mean_one
+from undimix_plugins.weightings.weighting import Weighting, check_share, mean_one
 
 # A deviation below this many eps of the terms that made a score is rounding: coincident rows must weigh the same.
 ROUNDING = 32
@@ -113,6 +113,10 @@ class UnDiMix(Weighting):
                 f"got {self.hardness!r} with {came}"
             )
 
+    def softened(self, share: float) -> UnDiMix:
+        """The same with that share of the hardness."""
+        return replace(self, hardness=check_share(share) * self.hardness)
+
     def check(self, contrast: Contrast) -> None:
         """Raises a ValueError where the contrast lacks what the weighting needs."""
         if self.gradient == "weight" and self.influence and contrast.anchor_inputs is None:
@@ -134,6 +138,7 @@ class UnDiMix(Weighting):
                 contrast.held_temperature,
                 contrast.itself,
                 None if contrast.positives_in_pool else contrast.positives,
+                contrast.everyone,
             )
             if self.gradient == "weight" and contrast.normalized:
                 of_anchors, of_pool = of_anchors.along_sphere(contrast.anchors), of_pool.along_sphere(contrast.pool)
@@ -142,27 +147,45 @@ class UnDiMix(Weighting):
     @torch.no_grad()
     def log_weights(self, prepared: Prepared, rows: slice) -> Tensor:
         """`log w` [r, m], without gradient."""
+        terms = torch.stack(list(self.terms(prepared, rows).values()))
+        if self.mixing == "linear":
+            return terms.logsumexp(dim=0)
+        return mean_one(terms.sum(dim=0), prepared.contrast.is_negative(rows))
+
+    @torch.no_grad()
+    def terms(self, prepared: Prepared, rows: slice) -> dict[str, Tensor]:
+        """What each component of a strength other than 0 adds to the weights of a block of anchors.
+
+        Args:
+            prepared: What `prepare` returned.
+            rows: The block of anchors, r of them.
+
+        Returns:
+            By the component's name [r, m], of a pool of m, in the embeddings' dtype, without gradient. Geometric:
+            `h * l_A * A~` and so on, of which `log w` is the sum, less a number of the anchor's own; 0 for what is no
+            negative. Linear: the logarithm of the part that adds up to `w`.
+        """
         contrast = prepared.contrast
         negative = contrast.is_negative(rows)
         with full_precision(contrast.pool):
-            scores = [
-                (strength, standardise(*score(prepared, rows, negative), negative))
-                for strength, score in (
-                    (self.similarity, self._similarity),
-                    (self.influence, self._influence),
-                    (self.diversity, self._diversity),
+            scores = {
+                name: standardise(*score(prepared, rows, negative), negative)
+                for name, score in (
+                    ("similarity", self._similarity),
+                    ("influence", self._influence),
+                    ("diversity", self._diversity),
                 )
-                if strength
-            ]
+                if getattr(self, name)
+            }
+        strengths = {name: float(getattr(self, name)) for name in scores}
         if self.mixing == "geometric":
-            mixed = torch.stack([strength * score for strength, score in scores]).sum(dim=0)
-            return mean_one(self.hardness * mixed, negative)
-        largest = max(strength for strength, _ in scores)
-        log_total = math.log(sum(strength / largest for strength, _ in scores)) + math.log(largest)
-        parts = [
-            mean_one(self.hardness * score, negative) + math.log(strength) - log_total for strength, score in scores
-        ]
-        return torch.stack(parts).logsumexp(dim=0)
+            return {name: self.hardness * strengths[name] * score for name, score in scores.items()}
+        largest = max(strengths.values())
+        log_total = math.log(sum(strength / largest for strength in strengths.values())) + math.log(largest)
+        return {
+            name: mean_one(self.hardness * score, negative) + math.log(strengths[name]) - log_total
+            for name, score in scores.items()
+        }
 
     # Each score comes with the size of its rounding error per anchor [r, 1], in units of eps.
 

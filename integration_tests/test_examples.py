@@ -32,6 +32,7 @@ def test_there_is_a_script_per_toolkit() -> None:
         "demo.py",
         "lightly_moco.py",
         "lightly_simclr.py",
+        "pyg_grace.py",
         "pyg_graphcl.py",
         "sentence_transformers_mnrl.py",
         "transformers_simcse.py",

@@ -223,11 +223,7 @@ def graphs_of(data: Data | Batch) -> tuple[Tensor, int]:
         >>> graphs_of(Data(x=torch.zeros(3, 1)))
         (tensor([0, 0, 0]), 1)
     """
-    if not isinstance(data, Data):
-        raise ValueError(f"data: expected a Data or a Batch of them, got {type(data).__name__}")
-    sparse = [key for key, value in data.to_dict().items() if is_sparse(value)]
-    if sparse:
-        raise ValueError(f"data: expected edges as edge_index and dense tensors, got a sparse {sparse[0]}")
+    data = checked_data(data)
     if isinstance(data, Batch):
         return data.batch, data.num_graphs
     if data.batch is None:
@@ -238,6 +234,26 @@ def graphs_of(data: Data | Batch) -> tuple[Tensor, int]:
         came = data.batch[first : first + 2].tolist()
         raise ValueError(f"data.batch: expected graph numbers in ascending order, got {came} at node {first}")
     return data.batch, int(data.batch[-1]) + 1 if len(data.batch) else 0
+
+
+def checked_data(data: Data | Batch) -> Data:
+    """`data`; a ValueError for what is no `Data` nor a `Batch` of them, or holds sparse adjacency matrices."""
+    if not isinstance(data, Data):
+        raise ValueError(f"data: expected a Data or a Batch of them, got {type(data).__name__}")
+    sparse = [key for key, value in data.to_dict().items() if is_sparse(value)]
+    if sparse:
+        raise ValueError(f"data: expected edges as edge_index and dense tensors, got a sparse {sparse[0]}")
+    return data
+
+
+def features_of(data: Data) -> Tensor:
+    """`data.x`, a row per node; a ValueError where `data` has none."""
+    if data.x is None:
+        raise ValueError(
+            "data.x: expected node features, got None; add some to the dataset by its transform, such as "
+            "torch_geometric.transforms.Constant() or OneHotDegree(max_degree)"
+        )
+    return data.x
 
 
 def edges_of(data: Data) -> Tensor:

@@ -17,8 +17,10 @@ from undimix_pyg.augmentations import (
     NodeDropping,
     RandomWalkSubgraph,
     edges_of,
+    features_of,
     graphs_of,
 )
+from undimix_pyg.checks import check_width
 
 AUGMENTATIONS = (NodeDropping(), EdgePerturbation(), AttributeMasking(), RandomWalkSubgraph())
 
@@ -69,12 +71,8 @@ class GraphCL(nn.Module):
         super().__init__()
         if projection_channels is None:
             projection_channels = hidden_channels
-        for name, width in (
-            ("hidden_channels", hidden_channels),
-            ("projection_channels", projection_channels),
-        ):
-            if width < 1:
-                raise ValueError(f"{name}: expected an integer of at least 1, got {width}")
+        check_width("hidden_channels", hidden_channels)
+        check_width("projection_channels", projection_channels)
         if len(augmentations) == 0:
             raise ValueError("augmentations: expected at least one, got none")
         self.encoder = encoder
@@ -117,12 +115,7 @@ class GraphCL(nn.Module):
         """
         batch, num_graphs = graphs_of(data)
         data = cast(Data, data)  # a Batch of Data is a Data, but its class is made at run time only
-        if data.x is None:
-            raise ValueError(
-                "data.x: expected node features, got None; add some to the dataset by its transform, such as "
-                "torch_geometric.transforms.Constant() or OneHotDegree(max_degree)"
-            )
-        h = self.encoder(data.x, edges_of(data), batch=batch)
+        h = self.encoder(features_of(data), edges_of(data), batch=batch)
         if h.dim() != 2 or h.size(0) not in (len(batch), num_graphs) or h.size(1) != self.hidden_channels:
             raise ValueError(
                 f"encoder: expected output of shape [{len(batch)} nodes or {num_graphs} graphs, "

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch import Tensor
 
-from undimix_plugins import WeightedLoss, Weighting, as_full_precision, decoupled, in_batch_negatives, reweight
-from undimix_plugins.checks import check_embeddings, check_number, check_same_length
+from undimix_plugins import WeightedLoss, Weighting, decoupled, in_batch_negatives, same_label
+from undimix_plugins.checks import check_number
+from undimix_pyg.checks import checked_views
 
 
 class GraphCLLoss(WeightedLoss):
@@ -18,6 +18,8 @@ class GraphCLLoss(WeightedLoss):
 
     z_i and z_i' two views of graph i, averaged over the batch. As in the paper and the authors' code, the positive is
     not in the denominator (so the loss may be negative), and second views are the candidates of the first.
+
+    `undimix(loss, last_layer=model.head[-1])`, of a `GraphCL` model, takes gradients at that layer's weight.
 
     Args:
         temperature: t, what cosines are divided by, a finite number above 0; 0.2 is the authors' for TUDatasets.
@@ -40,30 +42,32 @@ class GraphCLLoss(WeightedLoss):
         self.temperature = check_number("temperature", temperature, above=0)
         self.weigh(weighting)
 
-    def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
+    def forward(self, z1: Tensor, z2: Tensor, labels: Tensor | None = None) -> Tensor:
         """The weighted loss of two views of a batch of graphs.
 
         Args:
             z1: Projections of the first views [graphs, width], floating point.
             z2: Projections of the second views [graphs, width].
+            labels: A class for each graph [graphs]; graphs of one class are then no negatives of each other.
 
         Returns:
-            A scalar in the projections' dtype (float32 for half precision). 0 for a batch of one graph.
+            A scalar in the projections' dtype (float32 for half precision). A graph without negatives, as in a batch
+            of one, adds 0.
 
         Raises:
             ValueError: For projections that are no matrices, are empty or do not match each other, or (on the CPU) are
-                not finite. On other devices, non-finite projections give a loss of NaN.
+                not finite; for labels that do not match. On other devices, non-finite projections give a loss of NaN.
         """
-        check_embeddings(z1=z1, z2=z2)
-        check_same_length(z1=z1, z2=z2)
-        z1, z2 = (normalize(as_full_precision(z), dim=1) for z in (z1, z2))
-        return decoupled(in_batch_negatives(z1, z2, self.temperature), self.weighting)
+        first, second = checked_views(z1, z2, labels, of="graph")
+        further: dict[str, Any] = {}
+        if labels is not None:
+            further["verdicts"] = same_label(labels, labels)
+        inputs = self.inputs_of(z1, z2)
+        if inputs is not None:
+            further["anchor_inputs"], further["pool_inputs"] = inputs
+            further["normalized"] = True
+        return decoupled(in_batch_negatives(first, second, self.temperature, **further), self.weighting)
 
     def extra_repr(self) -> str:
         """The settings."""
         return f"temperature={self.temperature}, {super().extra_repr()}"
-
-
-def weighted(loss: nn.Module, weighting: Weighting | None, **settings: Any) -> nn.Module:
-    """The adapter of `undimix()` for this package's own losses."""
-    return reweight(loss, weighting, {GraphCLLoss: GraphCLLoss}, **settings)

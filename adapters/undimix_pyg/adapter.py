@@ -1,0 +1,17 @@
+"""This package's adapter for `undimix()`: PyG has no contrastive loss, so the losses are our own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from undimix_plugins import Weighting, reweight
+from undimix_pyg.grace_loss import GRACELoss
+from undimix_pyg.graphcl_loss import GraphCLLoss
+from undimix_pyg.infograph_loss import InfoGraphLoss
+
+
+def weighted(loss: nn.Module, weighting: Weighting | None, **settings: Any) -> nn.Module:
+    """The adapter of `undimix()` for this package's own losses."""
+    return reweight(loss, weighting, {cls: cls for cls in (GraphCLLoss, GRACELoss, InfoGraphLoss)}, **settings)

@@ -1,0 +1,78 @@
+"""GRACE's loss, its negatives weighted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from undimix_plugins import WeightedLoss, Weighting, info_nce, same_label, two_views
+from undimix_plugins.checks import check_number
+from undimix_pyg.checks import checked_views
+
+
+class GRACELoss(WeightedLoss):
+    """The loss of GRACE, all other nodes in both views as weighted negatives.
+
+        loss(u_i) = -log( e(u_i, v_i) / (e(u_i, v_i) + sum over k != i of (w_ik e(u_i, v_k) + w'_ik e(u_i, u_k))) ),
+
+    with e(u, v) = exp(cos(u, v) / t), u_i and v_i the projections of node i in the two views, and averaged over all
+    nodes and, the views changing places, both views. n nodes have 2n anchors with 2n - 2 negatives each; of a graph
+    too large for that, the parts that a loader gives are batches.
+
+    `undimix(loss, last_layer=model.head[-1])`, of a `GRACE` model, takes gradients at that layer's weight. The loss has
+    to be given all rows of the model's projections then.
+
+    Args:
+        temperature: t, what cosines are divided by, a finite number above 0; 0.5 is the default of the authors' code,
+            which sets 0.4 for Cora, 0.9 for CiteSeer, 0.7 for PubMed and DBLP.
+        weighting: How much each negative counts; defaults to `UnDiMix()`. `Uniform()` is plain GRACE.
+
+    Raises:
+        ValueError: For a temperature that is no finite number above 0.
+        TypeError: For a weighting that is no `Weighting`.
+
+    References:
+        Zhu et al.: Deep Graph Contrastive Representation Learning, ICML workshop on Graph Representation Learning and
+        Beyond 2020, arXiv 2006.04131, equations 1 and 2; arXiv 2206.01197 (UnDiMix, section 3).
+
+    Examples:
+        >>> loss = GRACELoss(temperature=0.4)(torch.randn(8, 32), torch.randn(8, 32))
+    """
+
+    def __init__(self, temperature: float = 0.5, weighting: Weighting | None = None) -> None:
+        super().__init__()
+        self.temperature = check_number("temperature", temperature, above=0)
+        self.weigh(weighting)
+
+    def forward(self, z1: Tensor, z2: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The weighted loss of two views of nodes.
+
+        Args:
+            z1: Projections in the first view [nodes, width], floating point.
+            z2: Projections in the second view [nodes, width].
+            labels: A class for each node [nodes]; nodes of one class are then no negatives of each other. A node of
+                unknown class gets a label that no other has.
+
+        Returns:
+            A scalar in the projections' dtype (float32 for half precision). A node without negatives, as in a graph
+            of one, adds 0.
+
+        Raises:
+            ValueError: For projections that are no matrices, are empty or do not match each other, or (on the CPU) are
+                not finite; for labels that do not match. On other devices, non-finite projections give a loss of NaN.
+        """
+        first, second = checked_views(z1, z2, labels, of="node")
+        further: dict[str, Any] = {}
+        if labels is not None:
+            further["verdicts"] = same_label(labels.repeat(2), labels.repeat(2))
+        inputs = self.inputs_of(z1, z2)
+        if inputs is not None:
+            further["anchor_inputs"] = further["pool_inputs"] = torch.cat(inputs)
+            further["normalized"] = True
+        return info_nce(two_views(first, second, self.temperature, **further), self.weighting)
+
+    def extra_repr(self) -> str:
+        """The settings."""
+        return f"temperature={self.temperature}, {super().extra_repr()}"

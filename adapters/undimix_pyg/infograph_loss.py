@@ -1,0 +1,115 @@
+"""InfoGraph's loss in its InfoNCE form, its negatives weighted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from torch_geometric.utils import to_dense_batch
+
+from undimix_plugins import Contrast, WeightedLoss, Weighting, as_full_precision, info_nce, same_label
+from undimix_plugins.checks import check_embeddings, check_number, values_are_free
+from undimix_pyg.checks import check_labels
+
+
+class InfoGraphLoss(WeightedLoss):
+    """The loss of InfoGraph in its InfoNCE form, the nodes of a batch's other graphs as weighted negatives.
+
+        loss_g = -mean over nodes u of g of log( e(g, u) / (sum over nodes v of g of e(g, v)
+                                                            + sum over all other nodes v of w_gv e(g, v)) ),
+
+    with e(g, u) = exp(cos(g, u) / t) of the projections of graph g and node u, averaged over the batch's graphs. A
+    graph's positives, its own nodes, share one denominator, so that a graph of n nodes adds at least log n.
+
+    The paper maximises the mutual information of graphs and nodes by a Jensen-Shannon estimator, which adds up a
+    softplus for each pair, so that no negative is ever compared with another. This is the InfoNCE estimator of the
+    same, over the same pairs, in its form for several positives; Deep InfoMax, which InfoGraph carries over to graphs,
+    has both. In it negatives share a denominator, so that a hard one can count more than an easy one. Where the paper's
+    discriminator is an inner product, this takes cosines over a temperature.
+
+    Graphs and nodes are outputs of two layers, so `undimix()` takes no last layer.
+
+    Args:
+        temperature: t, what cosines are divided by, a finite number above 0. InfoGraph has none; 0.2 is GraphCL's for
+            the same data sets.
+        weighting: How much each negative counts; defaults to `UnDiMix()`. `Uniform()` is plain InfoNCE.
+
+    Raises:
+        ValueError: For a temperature that is no finite number above 0.
+        TypeError: For a weighting that is no `Weighting`, and from `undimix()` for a last layer.
+
+    References:
+        Sun et al.: InfoGraph, ICLR 2020, arXiv 1908.01000, section 3.2; Hjelm et al.: Deep InfoMax, ICLR 2019, arXiv
+        1808.06670, section 3.1 (the estimators); Khosla et al., arXiv 2004.11362, equation 2 (several positives);
+        arXiv 2206.01197 (UnDiMix, section 3).
+
+    Examples:
+        >>> batch = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])
+        >>> loss = InfoGraphLoss(temperature=0.2)(torch.randn(3, 32), torch.randn(8, 32), batch)
+    """
+
+    def __init__(self, temperature: float = 0.2, weighting: Weighting | None = None) -> None:
+        super().__init__()
+        self.temperature = check_number("temperature", temperature, above=0)
+        self.weigh(weighting)
+
+    def set_options(self, **settings: Any) -> None:
+        """Sets what the class takes beside the weighting; a TypeError for a last layer, of which there are two."""
+        if settings.get("last_layer") is not None:
+            raise TypeError(
+                "last_layer: expected none for InfoGraphLoss, whose graphs and nodes are outputs of two layers; use "
+                "gradient='embedding'"
+            )
+        super().set_options(**settings)
+
+    def forward(self, graphs: Tensor, nodes: Tensor, batch: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The weighted loss of a batch of graphs and their nodes.
+
+        Args:
+            graphs: Projections of the graphs [graphs, width], floating point.
+            nodes: Projections of the nodes of all graphs [nodes, width].
+            batch: The number of each node's graph [nodes], int64, in any order.
+            labels: A class for each graph [graphs]; the nodes of graphs of one class are then no negatives of these.
+
+        Returns:
+            A scalar in the projections' dtype (float32 for half precision). A graph without nodes adds 0; one without
+            negatives, as in a batch of one, is left with the sum over its own nodes.
+
+        Raises:
+            ValueError: For projections that are no matrices, are empty or differ in width, or (on the CPU) are not
+                finite; for a `batch` that does not match or (on the CPU) has other numbers than the graphs', or labels
+                that do not match. On other devices, non-finite projections give a loss of NaN.
+        """
+        check_embeddings(graphs=graphs, nodes=nodes)
+        _check_batch(batch, graphs, nodes)
+        check_labels(labels, graphs, of="graph")
+        # By graph, as to_dense_batch takes nodes in the order of their graphs.
+        order = batch.argsort(stable=True)
+        columns, _ = to_dense_batch(order, batch[order], fill_value=-1, batch_size=len(graphs))
+        contrast = Contrast(
+            normalize(as_full_precision(graphs), dim=1),
+            columns,
+            normalize(as_full_precision(nodes), dim=1),
+            excluded=None,
+            temperature=self.temperature,
+            verdicts=None if labels is None else same_label(labels, labels[batch]),
+        )
+        return info_nce(contrast, self.weighting)
+
+    def extra_repr(self) -> str:
+        """The settings."""
+        return f"temperature={self.temperature}, {super().extra_repr()}"
+
+
+def _check_batch(batch: Tensor, graphs: Tensor, nodes: Tensor) -> None:
+    if not isinstance(batch, Tensor) or batch.shape != nodes.shape[:1] or batch.dtype != torch.long:
+        came = f"{batch.dtype} {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
+        raise ValueError(f"batch: expected each node's graph, torch.int64 [{len(nodes)}], got {came}")
+    if batch.device != nodes.device:
+        raise ValueError(f"batch: expected device {nodes.device}, as nodes has, got {batch.device}")
+    if values_are_free(batch):
+        least, most = int(batch.min()), int(batch.max())
+        if least < 0 or most >= len(graphs):
+            raise ValueError(f"batch: expected numbers from 0 to {len(graphs) - 1}, got {least} to {most}")

@@ -31,6 +31,11 @@ def lightly(name: str, **settings: Any) -> Callable[[bool], nn.Module]:
     return lambda gather: getattr(lightly_losses, name)(0.2, gather_distributed=gather, **settings)
 
 
+def with_bank(gather: bool) -> nn.Module:
+    torch.manual_seed(0)  # all processes begin with one bank, of a size that no number of them divides
+    return lightly_losses.NTXentLoss(0.2, memory_bank_size=(41, WIDTH), gather_distributed=gather).double()
+
+
 def model() -> SentenceTransformer:
     return SentenceTransformer(modules=[BoW(vocab=["a"])], device="cpu")
 
@@ -50,6 +55,7 @@ def guided(gather: bool) -> nn.Module:
 # A loss, and how many columns of embeddings it is given.
 LOSSES: dict[str, tuple[Callable[[bool], nn.Module], int]] = {
     "NTXentLoss": (lightly("NTXentLoss"), 2),
+    "NTXentLoss-bank": (with_bank, 2),
     "DCLLoss": (lightly("DCLLoss"), 2),
     "DCLWLoss": (lightly("DCLWLoss"), 2),
     "DetConSLoss": (lightly("DetConSLoss"), 2),

@@ -13,11 +13,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
 
 from tests import references
 from tests.cases import Case, bank, in_batch, random_rows, rectangular
-from tests.test_tiled import HarderHalf, all_excluded, blocks, dense_log_weights, outcome, ranking, ring
+from tests.test_tiled import (
+    HarderHalf,
+    all_excluded,
+    blocks,
+    dense_log_weights,
+    outcome,
+    ranking,
+    ring,
+    tiled_log_weights,
+)
 from undimix_plugins import (
     HCL,
     Contrast,
@@ -365,3 +375,65 @@ def test_temperature_tensors_are_checked(temperature: Tensor, message: str) -> N
     z = random_rows(6, 4, seed=0)
     with pytest.raises(ValueError, match=message):
         Contrast(z, z, z, None, temperature)
+
+
+# --- gradients at the weight of a last layer whose outputs are normalised
+
+
+def through_the_layer(case: Case, layer: nn.Linear) -> Tensor:
+    """Inner products of gradients at the layer's weight, by autograd through the normalisation, a row at a time."""
+    assert case.anchor_inputs is not None
+    assert case.pool_inputs is not None
+
+    def gradient(inputs: Tensor, candidates: Tensor) -> Tensor:
+        logits = candidates @ normalize(layer(inputs), dim=0) / case.temperature
+        loss = cross_entropy(logits[None], logits.argmax()[None])
+        return torch.autograd.grad(loss, layer.weight)[0].flatten()
+
+    n, m = len(case.anchors), len(case.pool)
+    of_anchors = [
+        gradient(case.anchor_inputs[i], case.pool[[j for j in range(m) if j != case.itself[i]]]) for i in range(n)
+    ]
+    of_pool = [
+        gradient(case.pool_inputs[j], case.anchors[[i for i in range(n) if case.itself[i] != j]]) for j in range(m)
+    ]
+    return torch.stack(of_anchors) @ torch.stack(of_pool).T
+
+
+@pytest.mark.parametrize("mixing", ["geometric", "linear"])
+@pytest.mark.parametrize("name", ["ring", "in-batch", "rectangular", "ranking"])
+def test_gradients_through_a_normalisation(name: str, mixing: str) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 5).double()
+    case = CASES[name]
+    inputs = random_rows(len(case.pool), 3, seed=7, unit=False)
+    raw = layer(inputs).detach()
+    pool = normalize(raw, dim=1)
+    own = case.anchors is case.pool
+    places = list(range(len(case.pool))) if own else [max(i, 0) for i in case.itself]
+    if name == "ranking":  # queries of their own
+        of_anchors = random_rows(len(case.anchors), 3, seed=8, unit=False)
+        anchors = layer(of_anchors).detach()
+    else:
+        of_anchors, anchors = inputs[places], raw[places]
+    lengths = anchors.norm(dim=1, keepdim=True), raw.norm(dim=1, keepdim=True)
+    case = case._replace(
+        anchors=pool if own else normalize(anchors, dim=1), pool=pool, anchor_inputs=of_anchors, pool_inputs=inputs
+    )
+    scores = through_the_layer(case, layer)
+    method = UnDiMix(similarity=0, diversity=0, influence=1.0, gradient="weight", mixing=mixing)
+    want = torch.full_like(scores, torch.nan)
+    for i in range(len(scores)):
+        negatives = case.negatives(i)
+        chosen = scores[i, negatives]
+        standardised = (chosen - chosen.mean()) / chosen.std(correction=0)
+        want[i, negatives] = standardised - standardised.logsumexp(dim=0) + math.log(len(negatives))
+
+    contrast = Contrast(
+        case.anchors, case.positives, case.pool, case.padded(), case.temperature,
+        None if own else torch.tensor(case.itself), True,
+        of_anchors / lengths[0], inputs / lengths[1], normalized=True,
+    )  # fmt: skip
+    negative = case.is_negative()
+    for got in (dense_log_weights(contrast, method), tiled_log_weights(contrast, method)):
+        torch.testing.assert_close(got[negative], want[negative], rtol=1e-9, atol=1e-9)

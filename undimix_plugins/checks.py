@@ -132,6 +132,8 @@ def check_number(
         Traceback (most recent call last):
         ValueError: temperature: expected a finite number above 0, got 0.0
     """
+    if torch.compiler.is_compiling():  # where a setting may be a symbol, of which nothing can be asked
+        return value
     try:
         number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     except OverflowError:  # an integer beyond all floats

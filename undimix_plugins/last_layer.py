@@ -69,10 +69,9 @@ class LastLayer:
         calls, self.calls = self.calls, []
         rows = sum(map(len, embeddings))
         self.most = max(self.most or 0, 2 * rows)
-        by_place = {(outputs.data_ptr(), outputs.shape): given for given, outputs in calls}
-        places = [(rows.data_ptr(), rows.shape) for rows in embeddings]
-        if all(place in by_place for place in places):
-            return [by_place[place] for place in places]
+        by_memory = [_in_memory_of(calls, part) for part in embeddings]
+        if all(inputs is not None for inputs in by_memory):
+            return [inputs for inputs in by_memory if inputs is not None]
         count, start = 0, len(calls)
         while count < rows and start > 0:
             start -= 1
@@ -93,6 +92,22 @@ class LastLayer:
     def __getstate__(self) -> dict[str, Any]:
         """Without what is remembered, which belongs to one step."""
         return {**vars(self), "calls": []}
+
+
+def _in_memory_of(calls: list[tuple[Tensor, Tensor]], embeddings: Tensor) -> Tensor | None:
+    """The inputs behind embeddings that are outputs, or rows of them, in the same memory; None for copies."""
+    memory, width = embeddings.untyped_storage().data_ptr(), embeddings.shape[1]
+    for inputs, outputs in calls:
+        alike = outputs.dtype == embeddings.dtype and outputs.shape[1] == width and outputs.is_contiguous()
+        if not alike or outputs.untyped_storage().data_ptr() != memory:
+            continue
+        first, over = divmod(int(embeddings.storage_offset()) - int(outputs.storage_offset()), width)
+        step, part = divmod(embeddings.stride(0), width)
+        if over == part == 0 and embeddings.stride(1) == 1 and 0 <= first < len(outputs) and step > 0:
+            behind = inputs[first::step][: len(embeddings)]
+            if len(behind) == len(embeddings):
+                return behind
+    return None
 
 
 def rows_of(features: Tensor) -> Tensor:

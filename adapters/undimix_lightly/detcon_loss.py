@@ -91,7 +91,7 @@ class DetConSLoss(WeightedLoss, HostDetConSLoss):
         inputs = self.inputs_of(*(view.flatten(0, -2) for view in (view0, view1)))
         host: HostDetConBLoss = self.detconbloss
         views, masks = (view0, view1), (mask_view0, mask_view1)
-        return _detcon(views, views, masks, host, self.weighting, inputs)
+        return _detcon(views, None, masks, host, self.weighting, inputs)
 
 
 class DetConBLoss(WeightedLoss, HostDetConBLoss):
@@ -172,22 +172,22 @@ Pair = tuple[Tensor, Tensor]
 
 def _detcon(
     predictions: Pair,
-    targets: Pair,
+    targets: Pair | None,
     masks: Pair,
     host: HostDetConBLoss,
     weighting: Weighting,
     inputs: list[Tensor] | None,
 ) -> Tensor:
-    """The loss of either view's predictions against both views' targets; one tensor is a pair's own on both sides."""
+    """The loss of either view's predictions against both views' targets, which are the predictions for None."""
     _check(predictions, targets, masks)
     b, m, _ = predictions[0].shape
-    one_branch = predictions is targets
+    one_branch = targets is None
 
     def rows(views: Tensor) -> Tensor:
         return normalize(as_full_precision(views.flatten(0, 1)), dim=1)
 
     anchors = [rows(view) for view in predictions]
-    pools = anchors if one_branch else [rows(view) for view in targets]
+    pools = anchors if targets is None else [rows(view) for view in targets]
     first = 0  # where this process's regions stand in a view's pool
     if host.gather_distributed and dist.world_size() > 1:
         check_equal_batches("view0" if one_branch else "pred_view0", b)
@@ -228,10 +228,10 @@ def _detcon(
     return losses[0] + losses[1]
 
 
-def _check(predictions: Pair, targets: Pair, masks: Pair) -> None:
-    names = ("view0", "view1") if predictions is targets else ("pred_view0", "pred_view1")
+def _check(predictions: Pair, targets: Pair | None, masks: Pair) -> None:
+    names = ("view0", "view1") if targets is None else ("pred_view0", "pred_view1")
     named = dict(zip(names, predictions, strict=True))
-    if predictions is not targets:
+    if targets is not None:
         named |= dict(zip(("target_view0", "target_view1"), targets, strict=True))
     shape = list(predictions[0].shape)
     for name, views in named.items():

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from lightly.loss.macl_loss import MACLLoss as HostMACLLoss
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from undimix_lightly.views import checked_views, contrast_of_views
 from undimix_plugins import WeightedLoss, Weighting, mean_loss
@@ -76,4 +76,4 @@ class MACLLoss(WeightedLoss, HostMACLLoss):
         """Losses [r] and their derivatives [r]; 1 - P is the margin's sigmoid."""
         rest = margin.sigmoid()
         value = 1 / (rest.detach() + self.eps)
-        return value * softplus(margin), value * rest
+        return value * torch.logaddexp(margin, torch.zeros_like(margin)), value * rest

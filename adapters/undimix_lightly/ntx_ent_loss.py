@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from lightly.loss.directclr_loss import DirectCLRLoss as HostDirectCLRLoss
 from lightly.loss.ntx_ent_loss import NTXentLoss as HostNTXentLoss
+from lightly.utils import dist
 from torch import Tensor
 
 from undimix_lightly.views import checked_views, contrast_of_views
-from undimix_plugins import Contrast, WeightedLoss, Weighting, info_nce
+from undimix_plugins import (
+    Contrast,
+    Everyone,
+    WeightedLoss,
+    Weighting,
+    check_equal_batches,
+    gather_constants,
+    info_nce,
+)
 from undimix_plugins.checks import check_number
 
 
@@ -95,9 +106,25 @@ class NTXentLoss(WeightedLoss, HostNTXentLoss):
         width = bank.bank.shape[-1]
         if width != first.shape[1]:
             raise ValueError(f"out0: expected width {width}, as the memory bank has, got shape {list(out0.shape)}")
+        everyone = None
+        if self.gather_distributed and dist.world_size() > 1:
+            check_equal_batches("out0", len(first))
+            everyone = _of_bank(first.detach(), bank.size[0])
         second, negatives = bank.forward(second, update=first.requires_grad)
         assert negatives is not None
-        return info_nce(Contrast(first, second, negatives.T.to(first), None, self.temperature), self.weighting)
+        pool = negatives.T.to(first)
+        return info_nce(Contrast(first, second, pool, None, self.temperature, everyone=everyone), self.weighting)
+
+
+def _of_bank(anchors: Tensor, entries: int) -> Everyone:
+    """What a bank that all processes have needs of them: their anchors, and from each a share of the entries' tasks."""
+    share = -(-entries // dist.world_size())
+    own = torch.arange(share, device=anchors.device) + dist.rank() * share
+
+    def gather(rows: Tensor) -> Tensor:
+        return gather_constants(rows)[:entries]
+
+    return Everyone(partial(gather_constants, anchors), None, own.clamp(max=entries - 1), gather)
 
 
 class DirectCLRLoss(HostDirectCLRLoss, NTXentLoss):  # type: ignore[misc]  # of the two, lightly's has fewer arguments

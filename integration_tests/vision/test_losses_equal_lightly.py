@@ -337,6 +337,16 @@ def test_last_layer_by_the_verb() -> None:
         criterion(first, second)  # of calls that a loss has had already
     first, second = layer(torch.randn(8, 5)).split(4)
     assert criterion(first, second).isfinite()  # cut from one call
+    inputs, whole = torch.randn(8, 5), undimix(host.NTXentLoss(), last_layer=layer)
+    value = whole(layer(inputs[:4]), layer(inputs[4:]))
+    layer(torch.randn(16, 5))  # of another loss, or an evaluation
+    out = layer(inputs)
+    layer(torch.randn(8, 5))
+    torch.testing.assert_close(whole(out[:4], out[4:]), value)
+    out = layer(inputs.repeat_interleave(2, dim=0))
+    torch.testing.assert_close(whole(out[0:8:2], out[9::2]), value)
+    out = layer(inputs[:4]), layer(inputs[4:])
+    torch.testing.assert_close(whole(*(part.double() for part in out)).float(), value)  # copies, in their order
     first, second = (layer(torch.randn(4, 5)) for _ in range(2))
     with pytest.raises(ValueError, match="got other values: is there a layer after it"):
         criterion(first.relu(), second)

@@ -100,6 +100,17 @@ def check_same_length(**tensors: Tensor) -> None:
             raise ValueError(f"{name}: expected {len(first)} rows, as {first_name} has, got {len(tensor)}")
 
 
+def check_labels(labels: Tensor | None, rows: Tensor, of: str) -> None:
+    """Checks that there is a label on the rows' device for each of them, or None; a ValueError says of what (`of`)."""
+    if labels is None:
+        return
+    if not isinstance(labels, Tensor) or labels.shape != rows.shape[:1]:
+        came = list(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(f"labels: expected one for each {of}, of shape [{len(rows)}], got {came}")
+    if labels.device != rows.device:
+        raise ValueError(f"labels: expected device {rows.device}, as the embeddings have, got {labels.device}")
+
+
 def check_inputs(anchors: Tensor, pool: Tensor, anchor_inputs: Tensor | None, pool_inputs: Tensor | None) -> None:
     """Checks the last layer's inputs: for anchors and pool both, a row each, or for neither; else a ValueError."""
     if anchor_inputs is None and pool_inputs is None:

@@ -344,6 +344,28 @@ def as_full_precision(rows: Tensor) -> Tensor:
     return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
 
 
+def unit_rows(**embeddings: Tensor) -> list[Tensor]:
+    """Embeddings at length 1, in full precision.
+
+    Args:
+        embeddings: One or more tensors [rows, width], by the names that errors are to use.
+
+    Returns:
+        Each of them [rows, width]; rows of zeros stay.
+
+    Raises:
+        ValueError: For what `check_embeddings` refuses, or tensors of different lengths.
+
+    Examples:
+        >>> unit_rows(out0=torch.tensor([[3.0, 4.0]]))
+        [tensor([[0.6000, 0.8000]])]
+    """
+    check_embeddings(**embeddings)
+    check_same_length(**embeddings)
+    # In half precision a row of zeros, or a tiny one, would be divided by 0.
+    return [torch.nn.functional.normalize(as_full_precision(rows), dim=1) for rows in embeddings.values()]
+
+
 def full_precision(like: Tensor) -> torch.autocast:
     """A context in which autocast leaves matrix products alone: logits over a small temperature need all digits."""
     return torch.autocast(like.device.type, enabled=False)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar, cast
 
 from torch import Tensor, nn
 
+from undimix_plugins.checks import check_number
 from undimix_plugins.last_layer import LastLayer, inputs_over_lengths
 from undimix_plugins.weightings.undimix import UnDiMix
 from undimix_plugins.weightings.weighting import Uniform, Weighting, check_weighting
@@ -117,7 +118,12 @@ class WeightedLoss(nn.Module):
     replaces: ClassVar[tuple[str, ...]] = ("forward",)
 
     def weigh(self, weighting: Weighting | None) -> None:
-        """Sets the weighting, by default `UnDiMix()`; a class extends it to check that its settings go with that."""
+        """Sets the weighting, by default `UnDiMix()`; a class extends it to check that its settings go with that.
+
+        A host's `temperature` is checked here: hosts take some that no weighting can work with.
+        """
+        if isinstance(temperature := getattr(self, "temperature", None), (int, float)):
+            check_number("temperature", temperature, above=0)
         weighting = UnDiMix() if weighting is None else weighting
         check_weighting(weighting)
         self.weighting = weighting

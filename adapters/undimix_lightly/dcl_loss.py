@@ -10,9 +10,8 @@ from lightly.loss.dcl_loss import DCLLoss as HostDCLLoss
 from lightly.loss.dcl_loss import DCLWLoss as HostDCLWLoss
 from torch import Tensor
 
-from undimix_lightly.views import checked_views, contrast_of_views
-from undimix_plugins import WeightedLoss, Weighting, decoupled, log_sums
-from undimix_plugins.checks import check_number
+from undimix_lightly.views import contrast_of_views
+from undimix_plugins import WeightedLoss, Weighting, decoupled, log_sums, unit_rows
 
 WeightFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -56,11 +55,6 @@ class DCLLoss(WeightedLoss, HostDCLLoss):
         super().__init__(temperature, weight_fn, gather_distributed)
         self.weigh(weighting)
 
-    def weigh(self, weighting: Weighting | None) -> None:
-        """Sets the weighting; a ValueError for a temperature that no weighting can work with."""
-        check_number("temperature", self.temperature, above=0)
-        super().weigh(weighting)
-
     def forward(self, out0: Tensor, out1: Tensor, labels: Tensor | None = None) -> Tensor:
         """The weighted loss of two views.
 
@@ -81,7 +75,7 @@ class DCLLoss(WeightedLoss, HostDCLLoss):
         contrast = contrast_of_views(self, out0, out1, self.temperature, gather=self.gather_distributed, labels=labels)
         if self.weight_fn is None:
             return decoupled(contrast, self.weighting)
-        first, second = checked_views(out0, out1, labels)
+        first, second = unit_rows(out0=out0, out1=out1)
         of_positives = torch.cat([self.weight_fn(first, second), self.weight_fn(second, first)])
         positives, negatives = log_sums(contrast, self.weighting)
         return (negatives - of_positives * positives).masked_fill(negatives.isneginf(), 0).mean()

@@ -124,11 +124,6 @@ class DetConBLoss(WeightedLoss, HostDetConBLoss):
         super().__init__(temperature, gather_distributed)
         self.weigh(weighting)
 
-    def weigh(self, weighting: Weighting | None) -> None:
-        """Sets the weighting; a ValueError for a temperature that no weighting can work with."""
-        check_number("temperature", self.temperature, above=0)
-        super().weigh(weighting)
-
     def set_options(self, **settings: Any) -> None:
         """Sets what the class takes beside the weighting; a ValueError for a last layer, of which there are two."""
         if settings.get("last_layer") is not None:

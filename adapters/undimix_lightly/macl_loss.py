@@ -6,9 +6,8 @@ import torch
 from lightly.loss.macl_loss import MACLLoss as HostMACLLoss
 from torch import Tensor
 
-from undimix_lightly.views import checked_views, contrast_of_views
-from undimix_plugins import WeightedLoss, Weighting, mean_loss
-from undimix_plugins.checks import check_number
+from undimix_lightly.views import contrast_of_views
+from undimix_plugins import WeightedLoss, Weighting, mean_loss, unit_rows
 
 
 class MACLLoss(WeightedLoss, HostMACLLoss):
@@ -44,11 +43,6 @@ class MACLLoss(WeightedLoss, HostMACLLoss):
         super().__init__(temperature, alpha, A_0)
         self.weigh(weighting)
 
-    def weigh(self, weighting: Weighting | None) -> None:
-        """Sets the weighting; a ValueError for a temperature that no weighting can work with."""
-        check_number("temperature", self.temperature, above=0)
-        super().weigh(weighting)
-
     def forward(self, z0: Tensor, z1: Tensor, labels: Tensor | None = None) -> Tensor:
         """The weighted loss of two views.
 
@@ -66,7 +60,7 @@ class MACLLoss(WeightedLoss, HostMACLLoss):
                 not finite; for labels that do not match; for positives so far apart that the temperature would be 0.
                 On other devices, non-finite projections give a loss of NaN.
         """
-        first, second = checked_views(z0, z1, labels)
+        first, second = unit_rows(z0=z0, z1=z1)
         alignment = (first.detach() * second.detach()).sum(dim=1).mean()
         temperature = self.temperature * (1 + self.alpha * (alignment - self.A_0))
         contrast = contrast_of_views(self, z0, z1, temperature, labels=labels)

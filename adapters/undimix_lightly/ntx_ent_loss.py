@@ -12,7 +12,7 @@ from lightly.loss.ntx_ent_loss import NTXentLoss as HostNTXentLoss
 from lightly.utils import dist
 from torch import Tensor
 
-from undimix_lightly.views import checked_views, contrast_of_views
+from undimix_lightly.views import contrast_of_views
 from undimix_plugins import (
     Contrast,
     Everyone,
@@ -21,8 +21,8 @@ from undimix_plugins import (
     check_equal_batches,
     gather_constants,
     info_nce,
+    unit_rows,
 )
-from undimix_plugins.checks import check_number
 
 
 class NTXentLoss(WeightedLoss, HostNTXentLoss):
@@ -62,11 +62,6 @@ class NTXentLoss(WeightedLoss, HostNTXentLoss):
         super().__init__(temperature, memory_bank_size, gather_distributed)
         self.weigh(weighting)
 
-    def weigh(self, weighting: Weighting | None) -> None:
-        """Sets the weighting; a ValueError for a temperature that no weighting can work with."""
-        check_number("temperature", self.temperature, above=0)
-        super().weigh(weighting)
-
     def set_options(self, **settings: Any) -> None:
         """Sets what the class takes beside the weighting; a ValueError for a last layer beside a memory bank."""
         if settings.get("last_layer") is not None and self.memory_bank.size[0]:
@@ -102,7 +97,7 @@ class NTXentLoss(WeightedLoss, HostNTXentLoss):
             return info_nce(contrast, self.weighting)
         if labels is not None:
             raise ValueError("labels: expected none beside a memory bank, whose entries have none, got some")
-        first, second = checked_views(out0, out1, labels)
+        first, second = unit_rows(out0=out0, out1=out1)
         width = bank.bank.shape[-1]
         if width != first.shape[1]:
             raise ValueError(f"out0: expected width {width}, as the memory bank has, got shape {list(out0.shape)}")

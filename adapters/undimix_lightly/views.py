@@ -7,30 +7,17 @@ from typing import Any
 import torch
 from lightly.utils import dist
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from undimix_plugins import (
     Contrast,
     WeightedLoss,
-    as_full_precision,
-    check_embeddings,
     check_equal_batches,
     gather_constants,
     same_label,
     two_views,
+    unit_rows,
 )
-from undimix_plugins.checks import check_same_length
-
-
-def checked_views(out0: Tensor, out1: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Two views' projections [batch, width] at length 1, in full precision; a ValueError for bad ones, or labels."""
-    check_embeddings(out0=out0, out1=out1)
-    check_same_length(out0=out0, out1=out1)
-    if labels is not None and (not isinstance(labels, Tensor) or labels.shape != out0.shape[:1]):
-        came = list(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
-        raise ValueError(f"labels: expected one for each sample, of shape [{len(out0)}], got {came}")
-    # In half precision a row of zeros, or a tiny one, would be divided by 0.
-    return normalize(as_full_precision(out0), dim=1), normalize(as_full_precision(out1), dim=1)
+from undimix_plugins.checks import check_labels
 
 
 def contrast_of_views(
@@ -58,7 +45,8 @@ def contrast_of_views(
     Raises:
         ValueError: For projections or labels that do not fit, or batches of different sizes to gather.
     """
-    first, second = checked_views(out0, out1, labels)
+    first, second = unit_rows(out0=out0, out1=out1)
+    check_labels(labels, first, of="sample")
     inputs = criterion.inputs_of(out0, out1)
     gathered, offset = None, 0
     further: dict[str, Any] = {}

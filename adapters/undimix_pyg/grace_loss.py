@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from undimix_plugins import WeightedLoss, Weighting, info_nce, same_label, two_views
-from undimix_plugins.checks import check_number
-from undimix_pyg.checks import checked_views
+from undimix_plugins import WeightedLoss, Weighting, info_nce, same_label, two_views, unit_rows
+from undimix_plugins.checks import check_labels, check_number
 
 
 class GRACELoss(WeightedLoss):
@@ -63,7 +62,8 @@ class GRACELoss(WeightedLoss):
             ValueError: For projections that are no matrices, are empty or do not match each other, or (on the CPU) are
                 not finite; for labels that do not match. On other devices, non-finite projections give a loss of NaN.
         """
-        first, second = checked_views(z1, z2, labels, of="node")
+        first, second = unit_rows(z1=z1, z2=z2)
+        check_labels(labels, z1, of="node")
         further: dict[str, Any] = {}
         if labels is not None:
             further["verdicts"] = same_label(labels.repeat(2), labels.repeat(2))

@@ -6,9 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from undimix_plugins import WeightedLoss, Weighting, decoupled, in_batch_negatives, same_label
-from undimix_plugins.checks import check_number
-from undimix_pyg.checks import checked_views
+from undimix_plugins import WeightedLoss, Weighting, decoupled, in_batch_negatives, same_label, unit_rows
+from undimix_plugins.checks import check_labels, check_number
 
 
 class GraphCLLoss(WeightedLoss):
@@ -58,7 +57,8 @@ class GraphCLLoss(WeightedLoss):
             ValueError: For projections that are no matrices, are empty or do not match each other, or (on the CPU) are
                 not finite; for labels that do not match. On other devices, non-finite projections give a loss of NaN.
         """
-        first, second = checked_views(z1, z2, labels, of="graph")
+        first, second = unit_rows(z1=z1, z2=z2)
+        check_labels(labels, z1, of="graph")
         further: dict[str, Any] = {}
         if labels is not None:
             further["verdicts"] = same_label(labels, labels)

@@ -10,8 +10,7 @@ from torch.nn.functional import normalize
 from torch_geometric.utils import to_dense_batch
 
 from undimix_plugins import Contrast, WeightedLoss, Weighting, as_full_precision, info_nce, same_label
-from undimix_plugins.checks import check_embeddings, check_number, values_are_free
-from undimix_pyg.checks import check_labels
+from undimix_plugins.checks import check_embeddings, check_labels, check_number, values_are_free
 
 
 class InfoGraphLoss(WeightedLoss):

@@ -14,7 +14,6 @@ from sentence_transformers.util import all_gather_with_grad, batch_to_device, ge
 from torch import Tensor
 
 from undimix_plugins import Contrast, Everyone, Weighting, gather_constants, gather_parts
-from undimix_plugins.checks import check_number
 from undimix_sentence_transformers.exclusions import Known
 from undimix_sentence_transformers.multiple_negatives_ranking import (
     Features,
@@ -37,11 +36,6 @@ class GuidedLoss(RankingLoss):
     contrast_positives: bool
     gather_across_devices: bool
     of_batch = Known()  # what is known of the batch whose loss is worked out
-
-    def weigh(self, weighting: Weighting | None) -> None:
-        """Sets the weighting; a ValueError for a temperature that no weighting can work with."""
-        check_number("temperature", self.temperature, above=0)
-        super().weigh(weighting)
 
     def loss_of(self, embeddings: Sequence[Tensor], of_guide: Sequence[Tensor]) -> Tensor:
         """The weighted loss of embedded columns, the model's and the guide's, each [batch, width]."""

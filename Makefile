@@ -7,7 +7,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3 python; do \
 # A thread that waits lets others run: two busy cores else lose most of their time on small tensors.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test speed
+.PHONY: demo test speed docs linkcheck
 .DELETE_ON_ERROR:
 
 .venv/installed: pyproject.toml
@@ -33,3 +33,11 @@ test: .venv/installed
 speed: .venv/installed
 	@echo "== speed: the weighted losses against the hosts' plain ones, in one run"
 	.venv/bin/python -m benchmarks.speed
+
+docs: .venv/installed
+	@echo "== docs: the manual, into docs/_build/html; a warning or a link that leads nowhere is an error"
+	.venv/bin/python -m sphinx -b html -q -W --keep-going docs docs/_build/html
+
+linkcheck: .venv/installed
+	@echo "== linkcheck: the manual's links to other sites, which needs a network"
+	.venv/bin/python -m sphinx -b linkcheck docs docs/_build/linkcheck

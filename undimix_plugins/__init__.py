@@ -5,7 +5,15 @@ embeddings -> a Contrast -> a Weighting -> log-weights -> weighted log-sum over 
 
 from undimix_plugins.checks import check_embeddings
 from undimix_plugins.components import anchor_similarity, diversity, influence
-from undimix_plugins.contrast import Contrast, Everyone, as_full_precision, in_batch_negatives, same_label, two_views
+from undimix_plugins.contrast import (
+    Contrast,
+    Everyone,
+    as_full_precision,
+    in_batch_negatives,
+    same_label,
+    two_views,
+    unit_rows,
+)
 from undimix_plugins.distributed import check_equal_batches, gather_constants, gather_parts, processes
 from undimix_plugins.explain import Explained, Explanation, explain
 from undimix_plugins.last_layer import LastLayer
@@ -60,6 +68,7 @@ __all__ = [
     "same_label",
     "two_views",
     "undimix",
+    "unit_rows",
     "watch",
     "weighted_log_sum",
 ]

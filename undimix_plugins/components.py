@@ -175,7 +175,9 @@ def task_gradients(
             logits = logits.masked_fill(own_columns[rows, None] == of_whom, -torch.inf)
         return _gradients(logits, all_anchors, None, candidates[rows], temperature)
 
-    second = _by_block(of_pool, len(candidates))
+    # Where a process's candidates are its anchors, their tasks are these.
+    own_views = everyone is not None and everyone.own is itself and positives is None
+    second = first if own_views else _by_block(of_pool, len(candidates))
     if everyone is None:
         return first, second
     # In one piece: a collective for each would cost as many waits.

@@ -36,7 +36,7 @@ class Everyone:
     Attributes:
         anchors: Gives all processes' anchors [N, d], constants.
         itself: Those anchors' own columns in the pool [N], -1 where there is none; None for no anchor at all.
-        own: This process's own rows of the pool [p].
+        own: This process's own rows of the pool [p]; the contrast's `itself` where these are its anchors.
         gather: From numbers for this process's rows [p, k] to those for the whole pool [m, k], without gradient.
     """
 

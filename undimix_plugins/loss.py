@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,9 @@ from undimix_plugins import tiled
 from undimix_plugins.checks import values_are_free
 from undimix_plugins.contrast import Contrast, full_precision
 from undimix_plugins.weightings.weighting import Weighting, check_weighting, checked, masked_log_sum_exp
+
+# What `undimix_plugins.statistics.watch` has put here is shown each contrast before its loss is worked out.
+OBSERVERS: list[Callable[[Contrast, Weighting], None]] = []
 
 
 class LogSums(NamedTuple):
@@ -185,6 +189,9 @@ def _check(contrast: Contrast, weighting: Weighting) -> None:
     if not isinstance(contrast, Contrast):
         raise TypeError(f"contrast: expected a Contrast, got {type(contrast).__name__}")
     check_weighting(weighting)
+    if not torch.compiler.is_compiling():  # the compiler is not even to look at the list, which changes
+        for observer in tuple(OBSERVERS):
+            observer(contrast, weighting)
 
 
 @torch.no_grad()

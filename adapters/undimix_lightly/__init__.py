@@ -1,5 +1,10 @@
 """UnDiMix weights for lightly's losses: `undimix(NTXentLoss())`, or the class from here."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from undimix_plugins import require
 
 require("lightly", extra="lightly")
@@ -10,4 +15,28 @@ from undimix_lightly.detcon_loss import DetConBLoss, DetConSLoss  # noqa: E402
 from undimix_lightly.macl_loss import MACLLoss  # noqa: E402
 from undimix_lightly.ntx_ent_loss import DirectCLRLoss, NTXentLoss  # noqa: E402
 
-__all__ = ["DCLLoss", "DCLWLoss", "DetConBLoss", "DetConSLoss", "DirectCLRLoss", "MACLLoss", "NTXentLoss", "weighted"]
+if TYPE_CHECKING:
+    from undimix_lightly.callbacks import HardnessWarmup, MemoryBankCheckpoint, NegativeStatistics
+
+CALLBACKS = ("HardnessWarmup", "MemoryBankCheckpoint", "NegativeStatistics")
+
+__all__ = [
+    "DCLLoss",
+    "DCLWLoss",
+    "DetConBLoss",
+    "DetConSLoss",
+    "DirectCLRLoss",
+    "HardnessWarmup",
+    "MACLLoss",
+    "MemoryBankCheckpoint",
+    "NTXentLoss",
+    "NegativeStatistics",
+    "weighted",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # pytorch_lightning takes seconds to import, and many loops do without it.
+    if name in CALLBACKS:
+        return getattr(importlib.import_module("undimix_lightly.callbacks"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,7 +5,16 @@ from undimix_plugins import require
 require("transformers", extra="transformers")
 
 from undimix_transformers.adapter import weighted  # noqa: E402
+from undimix_transformers.callbacks import HardnessWarmup, NegativeStatistics  # noqa: E402
 from undimix_transformers.image_text import ImageTextLoss  # noqa: E402
 from undimix_transformers.simcse import SentenceTuples, SimCSELoss, TwoViews  # noqa: E402
 
-__all__ = ["ImageTextLoss", "SentenceTuples", "SimCSELoss", "TwoViews", "weighted"]
+__all__ = [
+    "HardnessWarmup",
+    "ImageTextLoss",
+    "NegativeStatistics",
+    "SentenceTuples",
+    "SimCSELoss",
+    "TwoViews",
+    "weighted",
+]

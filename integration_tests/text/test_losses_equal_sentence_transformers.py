@@ -23,6 +23,7 @@ from integration_tests.text.tiny_models import encoder, features, news, sparse_a
 from tests.cases import Case
 from tests.references import log_weights
 from undimix_plugins import HCL, UnDiMix, Uniform, undimix
+from undimix_plugins.schedule import set_hardness, weighted_losses
 
 ALL = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 Make = Callable[[SentenceTransformer], nn.Module]
@@ -238,6 +239,20 @@ def test_a_cached_loss_that_sits_in_a_matryoshka_already() -> None:
     twice = losses.MatryoshkaLoss(model, cached, matryoshka_dims=[16])  # around the other
     got = outcome(model, undimix(twice), 2)
     assert (got[0] - outcome(model, twice, 2)[0]).abs() > 1e-4
+
+
+@pytest.mark.parametrize("wrap", [lambda model, loss: loss, matryoshka], ids=["", "matryoshka"])
+@pytest.mark.parametrize("name", ["MNRL", "Cached"])
+def test_a_schedule_softens_a_loss_once(name: str, wrap: Callable[[SentenceTransformer, nn.Module], nn.Module]) -> None:
+    """A cached loss holds another, which does the work: their weighting is one."""
+    model = encoder().double()
+    loss = wrap(model, undimix(EVERY[name][1](model), hardness=2.0))
+    (found,) = weighted_losses(loss)
+    for share in (0.25, 0.5, 1.0):
+        set_hardness(found, share)
+        assert found.weighting == UnDiMix(hardness=2.0 * share)
+        at_share = wrap(model, undimix(EVERY[name][1](model), hardness=2.0 * share))
+        assert_same(outcome(model, loss, 2), outcome(model, at_share, 2))
 
 
 # --- sparse encoders, as wide as their vocabulary

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from undimix_plugins.checks import check_number
 from undimix_plugins.contrast import Contrast
-from undimix_plugins.weightings.weighting import Weighting, mean_one
+from undimix_plugins.weightings.weighting import Weighting, check_share, mean_one
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,11 @@ class HCL(Weighting):
         check_number("beta", self.beta, at_least=0)
         check_number("tau_plus", self.tau_plus, at_least=0, below=1)
 
+    def softened(self, share: float) -> HCL:
+        """The same with that share of `beta` and of `tau_plus`."""
+        share = check_share(share)
+        return replace(self, beta=share * self.beta, tau_plus=share * self.tau_plus)
+
     def log_weights(self, prepared: Contrast, rows: slice) -> Tensor:
         """`log w` [r, m], with gradient: a difference of two log-sum-exps once summed over the negatives."""
         return mean_one(self.beta * prepared.logits(rows), prepared.is_negative(rows))
@@ -67,9 +71,9 @@ class HCL(Weighting):
         if self.tau_plus == 0:
             return negatives
         # log of the share of the negatives' sum that is taken to be positives
-        share = math.log(self.tau_plus) + count.log() + positives - negatives
+        share = (self.tau_plus * count).log() + positives - negatives
         left = ~(share >= 0)  # NaN stays NaN
         rest = torch.log(-torch.expm1(share.masked_fill(~left, -1)))
-        debiased = negatives + rest - math.log1p(-self.tau_plus)
+        debiased = negatives + rest - torch.full_like(rest, -self.tau_plus).log1p()
         least = count.log() - 1 / contrast.temperature
         return torch.where(left & ~(debiased <= least), debiased, least)

@@ -147,28 +147,23 @@ class UnDiMix(Weighting):
     @torch.no_grad()
     def log_weights(self, prepared: Prepared, rows: slice) -> Tensor:
         """`log w` [r, m], without gradient."""
-        terms = torch.stack(list(self.terms(prepared, rows).values()))
-        if self.mixing == "linear":
-            return terms.logsumexp(dim=0)
-        return mean_one(terms.sum(dim=0), prepared.contrast.is_negative(rows))
+        negative = prepared.contrast.is_negative(rows)
+        return self.mixed(self.scores(prepared, rows, negative), negative)
 
     @torch.no_grad()
-    def terms(self, prepared: Prepared, rows: slice) -> dict[str, Tensor]:
-        """What each component of a strength other than 0 adds to the weights of a block of anchors.
+    def scores(self, prepared: Prepared, rows: slice, negative: Tensor) -> dict[str, Tensor]:
+        """The standardised scores of a block of anchors, of the components that have a strength.
 
         Args:
             prepared: What `prepare` returned.
             rows: The block of anchors, r of them.
+            negative: Which columns of the pool are their negatives, bool [r, m].
 
         Returns:
-            By the component's name [r, m], of a pool of m, in the embeddings' dtype, without gradient. Geometric:
-            `h * l_A * A~` and so on, of which `log w` is the sum, less a number of the anchor's own; 0 for what is no
-            negative. Linear: the logarithm of the part that adds up to `w`.
+            A~, I~ and V~ by the component's name [r, m], in the embeddings' dtype; 0 for what is no negative.
         """
-        contrast = prepared.contrast
-        negative = contrast.is_negative(rows)
-        with full_precision(contrast.pool):
-            scores = {
+        with full_precision(prepared.contrast.pool):
+            return {
                 name: standardise(*score(prepared, rows, negative), negative)
                 for name, score in (
                     ("similarity", self._similarity),
@@ -177,15 +172,32 @@ class UnDiMix(Weighting):
                 )
                 if getattr(self, name)
             }
-        strengths = {name: float(getattr(self, name)) for name in scores}
+
+    def terms(self, scores: dict[str, Tensor], negative: Tensor) -> dict[str, Tensor]:
+        """What each component that has a strength adds to the weights.
+
+        Args:
+            scores: As `scores` returns them; of the components that have no strength, none is used.
+            negative: Which columns are negatives, bool [r, m].
+
+        Returns:
+            By the component's name [r, m]. Geometric: `h * l_A * A~` and so on, of which `log w` is the sum but for a
+            number of the anchor's own. Linear: the logarithm of the part that adds up to `w`.
+        """
+        strengths = {name: float(getattr(self, name)) for name in scores if getattr(self, name)}
         if self.mixing == "geometric":
-            return {name: self.hardness * strengths[name] * score for name, score in scores.items()}
+            return {name: self.hardness * strength * scores[name] for name, strength in strengths.items()}
         largest = max(strengths.values())
         log_total = math.log(sum(strength / largest for strength in strengths.values())) + math.log(largest)
         return {
-            name: mean_one(self.hardness * score, negative) + math.log(strengths[name]) - log_total
-            for name, score in scores.items()
+            name: mean_one(self.hardness * scores[name], negative) + math.log(strength) - log_total
+            for name, strength in strengths.items()
         }
+
+    def mixed(self, scores: dict[str, Tensor], negative: Tensor) -> Tensor:
+        """`log w` [r, m] of a block's scores; arguments as `terms` has them."""
+        terms = torch.stack(list(self.terms(scores, negative).values()))
+        return terms.logsumexp(dim=0) if self.mixing == "linear" else mean_one(terms.sum(dim=0), negative)
 
     # Each score comes with the size of its rounding error per anchor [r, 1], in units of eps.
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from undimix_plugins.checks import check_number
 from undimix_plugins.contrast import Contrast, full_precision
 
 
@@ -69,6 +70,57 @@ class Weighting:
         """
         return negatives
 
+    def softened(self, share: float) -> Weighting:
+        """The weighting on its way from the plain loss, at 0, to itself, at 1: what a warm-up goes through.
+
+        By default in between are `w ** share`, as these come, and likewise what `combine` changes: in logarithms, that
+        share of it. A negative of weight 0 has none at any share above 0.
+
+        Args:
+            share: From 0 to 1.
+
+        Returns:
+            `Uniform()` at 0 (or what has its values), the weighting at 1, something in between else.
+
+        Raises:
+            ValueError: For a share that is no number from 0 to 1.
+
+        Examples:
+            >>> UnDiMix(hardness=2.0).softened(0.25).hardness
+            0.5
+        """
+        share = check_share(share)
+        if share == 0:
+            return Uniform()
+        return self if share == 1 else Softened(self, share)
+
+
+@dataclass(frozen=True)
+class Softened(Weighting):
+    """A share of a weighting, above 0 and below 1, as `Weighting.softened` has it.
+
+    Examples:
+        >>> HCL(beta=2.0, tau_plus=0.0).softened(0.5) == HCL(beta=1.0, tau_plus=0.0)
+        True
+        >>> Softened(HCL(beta=2.0, tau_plus=0.0), 0.5)
+        Softened(weighting=HCL(beta=2.0, tau_plus=0.0), share=0.5)
+    """
+
+    weighting: Weighting
+    share: float
+
+    def prepare(self, contrast: Contrast) -> Any:
+        """What the weighting prepares."""
+        return self.weighting.prepare(contrast)
+
+    def log_weights(self, prepared: Any, rows: slice) -> Tensor:
+        """The share of the weighting's own [r, m]."""
+        return self.share * self.weighting.log_weights(prepared, rows)
+
+    def combine(self, contrast: Contrast, positives: Tensor, negatives: Tensor, count: Tensor) -> Tensor:
+        """Between `negatives` and what the weighting makes of them [n]."""
+        return torch.lerp(negatives, self.weighting.combine(contrast, positives, negatives, count), self.share)
+
 
 @dataclass(frozen=True)
 class Uniform(Weighting):
@@ -82,6 +134,19 @@ class Uniform(Weighting):
     def log_weights(self, prepared: Contrast, rows: slice) -> Tensor:
         """Zeros [r, m]."""
         return torch.zeros_like(prepared.pool[:, :1]).T.expand(len(prepared.anchors[rows]), -1)
+
+    def softened(self, share: float) -> Uniform:
+        """Itself."""
+        check_share(share)
+        return self
+
+
+def check_share(share: float) -> float:
+    """Returns `share` as a float; a ValueError unless it is a number from 0 to 1."""
+    check_number("share", share, at_least=0)
+    if share > 1:
+        raise ValueError(f"share: expected a number from 0 to 1, got {share!r}")
+    return float(share)
 
 
 def check_weighting(weighting: object) -> None:

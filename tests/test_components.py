@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 from tests import references
 from tests.cases import Case, bank, in_batch, random_rows, rectangular
-from undimix_plugins import anchor_similarity, diversity, influence
+from undimix_plugins import anchor_similarity, components, diversity, influence
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -157,8 +157,9 @@ def test_diversity_of_zeros_and_of_few(distance: str) -> None:
         assert result[1, 1] == 1  # two rows of zeros, whose cosine is 0
 
 
-def test_euclidean_diversity_in_blocks() -> None:
+def test_euclidean_diversity_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pools above one block of distances, with near-duplicates: |a|^2 + |b|^2 - 2ab would lose theirs."""
+    monkeypatch.setattr(components, "PAIRS_AT_ONCE", 2**18)
     pool = random_rows(1, 4, seed=0) + 1e-9 * random_rows(1100, 4, seed=1)
     expected = torch.stack([(pool - row).norm(dim=1).sum() / 1099 for row in pool])
     result = diversity(pool, torch.tensor([[-1]]), distance="euclidean")[0]
@@ -227,3 +228,12 @@ def test_diversity_refuses(pool: Tensor, excluded: Tensor, distance: str, messag
 def test_anchor_similarity_refuses() -> None:
     with pytest.raises(ValueError, match=r"^pool: expected width 2, as anchors has, got shape \[3, 3\]"):
         anchor_similarity(torch.zeros(3, 2), torch.zeros(3, 3))
+
+
+def test_influence_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, anchors = random_rows(50, 4, seed=0), random_rows(37, 4, seed=1)
+    pairs = ((pool, pool), (anchors, pool))
+    whole = [components.influence(*rows, temperature=0.2) for rows in pairs]
+    monkeypatch.setattr(components, "PAIRS_AT_ONCE", 1)  # the least number of rows
+    for rows, want in zip(pairs, whole, strict=True):
+        torch.testing.assert_close(components.influence(*rows, temperature=0.2), want, rtol=1e-12, atol=1e-12)

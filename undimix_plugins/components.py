@@ -21,7 +21,12 @@ from undimix_plugins.checks import (
 )
 from undimix_plugins.contrast import Everyone, full_precision, is_not_among
 
-ROWS_AT_ONCE = 1024  # whose logits or distances to all are held
+PAIRS_AT_ONCE = 2**22  # of rows whose logits or distances are held
+
+
+def rows_at_once(width: int) -> int:
+    """So many rows that their pairs with `width` others are about as many as are held at once."""
+    return max(16, PAIRS_AT_ONCE // width)
 
 
 def anchor_similarity(anchors: Tensor, pool: Tensor) -> Tensor:
@@ -160,7 +165,7 @@ def task_gradients(
         own = None if positives is None else positives[rows]
         return _gradients(logits, pool, own, anchors[rows], temperature)
 
-    first = _by_block(of_anchors, len(anchors))
+    first = _by_block(of_anchors, len(anchors), len(pool))
     # A row's task is the same on either side of one batch with itself.
     if self_contrast and positives is None:
         return first, first
@@ -177,7 +182,7 @@ def task_gradients(
 
     # Where a process's candidates are its anchors, their tasks are these.
     own_views = everyone is not None and everyone.own is itself and positives is None
-    second = first if own_views else _by_block(of_pool, len(candidates))
+    second = first if own_views else _by_block(of_pool, len(candidates), len(all_anchors))
     if everyone is None:
         return first, second
     # In one piece: a collective for each would cost as many waits.
@@ -186,8 +191,9 @@ def task_gradients(
     return first, TaskGradients(together[:, :width], together[:, width], together[:, width + 1])
 
 
-def _by_block(of_rows: Callable[[slice], TaskGradients], count: int) -> TaskGradients:
-    blocks = [of_rows(slice(start, start + ROWS_AT_ONCE)) for start in range(0, count, ROWS_AT_ONCE)]
+def _by_block(of_rows: Callable[[slice], TaskGradients], count: int, width: int) -> TaskGradients:
+    step = rows_at_once(width)
+    blocks = [of_rows(slice(start, start + step)) for start in range(0, count, step)]
     return TaskGradients(*(torch.cat(part) for part in zip(*blocks, strict=True)))
 
 
@@ -298,7 +304,8 @@ def mean_distances(pool: Tensor, negative: Tensor, distance: str) -> Tensor:
         own = unit.square().sum(dim=1)
         mean_distance = (others - total @ mean[:, None]) / others - (total @ (unit - mean).T - own) / others
     else:
-        blocks = zip(torch.split(pool, ROWS_AT_ONCE), torch.split(among, ROWS_AT_ONCE, dim=1), strict=True)
+        step = rows_at_once(len(pool))
+        blocks = zip(torch.split(pool, step), torch.split(among, step, dim=1), strict=True)
         mean_distance = torch.zeros_like(among)
         for rows, weight in blocks:
             mean_distance = mean_distance + weight @ euclidean_distances(rows, pool)

@@ -203,7 +203,7 @@ def explain(contrast: Contrast, weighting: Weighting, anchor: int, k: int = 5) -
     check_weighting(weighting)
     if check_number("anchor", anchor, at_least=0) not in range(len(contrast.anchors)):
         raise ValueError(f"anchor: expected one from 0 to {len(contrast.anchors) - 1}, got {anchor!r}")
-    k = int(check_number("k", k, at_least=1))
+    anchor, k = int(anchor), int(check_number("k", k, at_least=1))
     rows = slice(anchor, anchor + 1)
     rest = None
     with torch.no_grad(), full_precision(contrast.pool):

@@ -113,7 +113,7 @@ def test_one_set_of_callbacks_for_both_toolkits() -> None:
     assert undimix_sentence_transformers.NegativeStatistics is NegativeStatistics
 
 
-@pytest.mark.parametrize("form", ["loss", "of-the-model", "in-a-wrapper"])
+@pytest.mark.parametrize("form", ["of-the-model", "in-a-wrapper"])
 def test_warmup_in_sentence_transformers(form: str, pairs: Dataset, tmp_path: Path) -> None:
     """With accumulation: 6 batches an epoch, 4 to a step and 2 left, so 2 steps an epoch."""
     model = sentence_model()

@@ -39,7 +39,9 @@ from undimix_plugins import (
     importance_weights,
     info_nce,
     log_sums,
+    tiled,
 )
+from undimix_plugins import contrast as contrast_module
 
 WEIGHTINGS: list[Weighting] = [
     Uniform(),
@@ -294,6 +296,37 @@ def test_anchor_weights_are_checked(weights: Any, message: str) -> None:
     z = random_rows(6, 4, seed=0)
     with pytest.raises(ValueError, match=message):
         Contrast(z, z, z, None, 0.5, anchor_weights=weights)
+
+
+@each_weighting
+def test_many_excluded_and_positive_columns(monkeypatch: pytest.MonkeyPatch, weighting: Weighting) -> None:
+    """So many that marks on the whole pool stand for them: the same numbers."""
+    case = rectangular(6, 10, offset=2, temperature=0.3)._replace(itself=[-1] * 6, excluded=[[6], [], [], [0], [], [1]])
+    inputs = {"anchor_inputs": case.anchor_inputs, "pool_inputs": case.pool_inputs}
+
+    def outcomes() -> list[Tensor]:
+        anchors, pool = (rows.clone().requires_grad_() for rows in (case.anchors, case.pool))
+        contrast = several(case._replace(anchors=anchors, pool=pool), POSITIVES, **inputs)
+        values = [info_nce(contrast, weighting), decoupled(contrast, weighting)]
+        return [*values, *torch.autograd.grad(values[0] + 2 * values[1], [anchors, pool])]
+
+    listed = outcomes()
+    monkeypatch.setattr(contrast_module, "WIDE", 1)
+    monkeypatch.setattr(tiled, "WIDE", 1)
+    for one, other in zip(outcomes(), listed, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+def test_a_positive_of_many_columns_is_summed_by_logits() -> None:
+    """Where its rows would be more than the logits: a graph of many nodes."""
+    case = random_rows(2, 8, seed=0), random_rows(30, 8, seed=1)
+    positives = torch.arange(30).view(2, 15)
+    loss = info_nce(Contrast(case[0], positives, case[1], None, 0.3), Uniform())
+    similar = case[0] @ case[1].T / 0.3
+    want = (similar.logsumexp(dim=1) - similar.gather(1, positives).mean(dim=1)).mean()
+    torch.testing.assert_close(loss, want, rtol=1e-12, atol=1e-12)
+    nothing = info_nce(Contrast(case[0], positives[:, :0], case[1], None, 0.3), UnDiMix())
+    assert nothing == 0
 
 
 def test_positive_columns_are_checked() -> None:

@@ -59,7 +59,7 @@ def test_refuses_a_toolkit_without_an_adapter() -> None:
     with pytest.raises(TypeError) as raised:
         undimix(nn.ReLU())
     message = str(raised.value)
-    assert message.startswith("loss: no adapter for ReLU of 'torch'")
+    assert message.startswith("loss: expected a loss object of a toolkit, got ReLU: there is no adapter for 'torch'")
     assert "weighted(loss, weighting)" in message
     assert repr(GROUP) in message
     for toolkit in ("lightly", "sentence_transformers", "undimix_pyg", "undimix_transformers"):
@@ -82,7 +82,7 @@ def test_refuses_what_is_no_weighting(toolkit: ModuleType) -> None:
 
 def test_a_strangers_toolkit_joins_in(toolkit: ModuleType) -> None:
     host = toolkit.PairLoss()
-    with pytest.raises(TypeError, match=r"no adapter for ReLU .*strange_toolkit"):
+    with pytest.raises(TypeError, match=r"got ReLU: there is no adapter .*strange_toolkit"):
         undimix(nn.ReLU())
     plain = undimix(host, Uniform())
     torch.testing.assert_close(plain(*batch()), host(*batch()))

@@ -367,3 +367,12 @@ def test_a_compiled_loss_is_not_watched_nor_broken() -> None:
 def test_the_mean_over_several_contrasts() -> None:
     assert mean_statistics([]) == {}
     assert mean_statistics([{"a": 1.0, "b": 2.0}, {"a": 3.0}]) == {"a": 2.0, "b": 2.0}
+
+
+def test_labels_are_not_used_where_rows_are_parts_of_samples() -> None:
+    """Several positives: regions of images, nodes of graphs, of which row j is not sample j % b."""
+    rows = torch.randn(8, 4)
+    contrast = Contrast(rows[:4], torch.tensor([[0, 1], [2, 3], [4, 5], [6, 7]]), rows, None, 0.5)
+    statistics = negative_statistics(contrast, UnDiMix(), labels=torch.arange(4) % 2)
+    assert "false_negatives" not in statistics
+    assert "effective_number" in statistics

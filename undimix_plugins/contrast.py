@@ -23,6 +23,7 @@ from undimix_plugins.distributed import gather_parts, processes
 # From a block of r anchors to marks on the pool, bool [r, m].
 Verdicts = Callable[[slice], Tensor]
 
+WIDE = 64  # columns that are listed for an anchor, beyond which marks on the whole pool are cheaper
 MARKED_AT_ONCE = 2**22  # pairs of anchors and candidates whose marks are counted
 
 
@@ -127,7 +128,10 @@ class Contrast:
         self._set("pool", pool)
         if by_column:
             check_columns("positives", self.positives, shape=(n, None), pool=pool)
-            self._set("positive_columns", distinct(self.positives.long()))
+            columns = self.positives.long()
+            if columns.shape[1] == 0:  # none at all
+                columns = columns.new_full((n, 1), -1)
+            self._set("positive_columns", distinct(columns))
             self._set("positives", self._mean_positives())
             self._set("positives_in_pool", True)
         else:
@@ -406,6 +410,8 @@ def is_not_among(columns: Tensor, width: int) -> Tensor:
 
 def sum_of_rows(rows: Tensor, columns: Tensor) -> Tensor:
     """The sum of `rows[columns]` per row of `columns`; -1 picks nothing (a row of zeros put last)."""
+    if columns.shape[1] > WIDE:
+        return (~is_not_among(columns, len(rows))).to(rows.dtype) @ rows
     return torch.cat([rows, torch.zeros_like(rows[:1])])[columns].sum(dim=1)
 
 

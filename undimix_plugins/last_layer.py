@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +11,23 @@ from torch import Tensor, nn
 from undimix_plugins.checks import values_are_free
 from undimix_plugins.contrast import as_full_precision
 
+MOST_BYTES = 2**30  # of inputs and outputs, before a loss has shown how many it needs
+
+
+class Call(NamedTuple):
+    """A call of the layer: inputs [rows, h], outputs [rows, width], and how often these had been changed in place."""
+
+    inputs: Tensor
+    outputs: Tensor
+    version: int
+
 
 class LastLayer:
-    """Remembers what a Linear was given and gave, until a loss asks for what lies behind its embeddings.
+    """Remembers what a Linear was given and gave, for a loss that asks for what lies behind its embeddings.
 
-    Only the latest calls are kept, as many rows as twice the largest batch that was asked for; none under
-    `torch.inference_mode()`. Once nobody holds the object, its hook does nothing.
+    A loss's batch is remembered until the layer is called again. Of calls that no loss has asked for yet, the latest
+    are kept: as many rows as twice the largest batch, before the first one 1 GiB; none under `torch.inference_mode()`.
+    Once nobody holds the object, its hook does nothing.
 
     Args:
         layer: The Linear whose outputs the embeddings are, before they are normalised.
@@ -39,18 +50,22 @@ class LastLayer:
                 f"{type(layer).__name__}; with another layer last, only gradient='embedding' is defined"
             )
         self.layer = layer
-        self.calls: list[tuple[Tensor, Tensor]] = []  # of inputs and outputs, the latest last
+        self.calls: list[Call] = []  # the latest last
+        self.asked = False  # whether a loss has had them
         self.most: int | None = None  # rows that are kept
+        self.compared = False  # whether copies have once been seen to be this layer's outputs
         layer.register_forward_hook(_Hook(self))
 
     def record(self, inputs: Tensor, outputs: Tensor) -> None:
         """Remembers a call of the layer."""
         if torch.is_inference_mode_enabled():
             return
-        self.calls.append((rows_of(inputs), rows_of(outputs)))
-        while self.most is not None and len(self.calls) > 1:
-            if sum(len(given) for given, _ in self.calls[1:]) < self.most:
-                break
+        if self.asked:
+            self.calls, self.asked = [], False
+        self.calls.append(Call(rows_of(inputs), rows_of(outputs), outputs._version))
+        row_bytes = sum(part.shape[1] * part.element_size() for part in self.calls[-1][:2])
+        most = MOST_BYTES // row_bytes if self.most is None else self.most
+        while len(self.calls) > 1 and sum(len(call.inputs) for call in self.calls[1:]) >= most:
             del self.calls[0]
 
     def inputs_of(self, *embeddings: Tensor) -> list[Tensor]:
@@ -64,40 +79,43 @@ class LastLayer:
             For each its inputs [rows, h], without gradient.
 
         Raises:
-            ValueError: Where the latest calls did not give as many rows of that width, or (on the CPU) other values.
+            ValueError: Where the latest calls did not give as many rows of that width; where outputs were changed in
+                place; or where copies have other values (on devices other than the CPU, the first are compared).
         """
-        calls, self.calls = self.calls, []
-        rows = sum(map(len, embeddings))
-        self.most = max(self.most or 0, 2 * rows)
+        calls, rows = self.calls, sum(map(len, embeddings))
+        self.asked, self.most = True, max(self.most or 0, 2 * rows)
+        expected = "last_layer: expected the loss to be given this Linear's outputs as they are"
+        if any(call.outputs._version != call.version for call in calls):
+            raise ValueError(f"{expected}, got some that were changed in place: is there a layer after it?")
         by_memory = [_in_memory_of(calls, part) for part in embeddings]
         if all(inputs is not None for inputs in by_memory):
             return [inputs for inputs in by_memory if inputs is not None]
         count, start = 0, len(calls)
         while count < rows and start > 0:
             start -= 1
-            count += len(calls[start][0])
-        expected = "last_layer: expected the loss to be given this Linear's outputs as they are"
-        if count != rows or any(outputs.shape[1] != embeddings[0].shape[1] for _, outputs in calls[start:]):
-            came = ", ".join(str(list(outputs.shape)) for _, outputs in calls) or "none"
+            count += len(calls[start].inputs)
+        if count != rows or any(call.outputs.shape[1] != embeddings[0].shape[1] for call in calls[start:]):
+            came = ", ".join(str(list(call.outputs.shape)) for call in calls) or "none"
             shapes = ", ".join(str(list(part.shape)) for part in embeddings)
             raise ValueError(f"{expected}, got embeddings {shapes} where its latest outputs were {came}")
-        given = torch.cat([inputs for inputs, _ in calls[start:]])
-        if values_are_free(given):
-            outputs = torch.cat([outputs for _, outputs in calls[start:]])
+        given = torch.cat([call.inputs for call in calls[start:]])
+        if values_are_free(given) or not self.compared:
+            outputs = torch.cat([call.outputs for call in calls[start:]])
             together = torch.cat([part.detach() for part in embeddings])
             if not torch.equal(outputs.to(together.dtype), together):
                 raise ValueError(f"{expected}, got other values: is there a layer after it, or a normalisation?")
+            self.compared = True
         return list(torch.split(given, list(map(len, embeddings))))
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is remembered, which belongs to one step."""
-        return {**vars(self), "calls": []}
+        return {**vars(self), "calls": [], "asked": False}
 
 
-def _in_memory_of(calls: list[tuple[Tensor, Tensor]], embeddings: Tensor) -> Tensor | None:
+def _in_memory_of(calls: list[Call], embeddings: Tensor) -> Tensor | None:
     """The inputs behind embeddings that are outputs, or rows of them, in the same memory; None for copies."""
     memory, width = embeddings.untyped_storage().data_ptr(), embeddings.shape[1]
-    for inputs, outputs in calls:
+    for inputs, outputs, _ in calls:
         alike = outputs.dtype == embeddings.dtype and outputs.shape[1] == width and outputs.is_contiguous()
         if not alike or outputs.untyped_storage().data_ptr() != memory:
             continue

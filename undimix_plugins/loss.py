@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from undimix_plugins import tiled
 from undimix_plugins.checks import values_are_free
-from undimix_plugins.contrast import Contrast, full_precision
+from undimix_plugins.contrast import Contrast, full_precision, is_not_among
 from undimix_plugins.weightings.weighting import Weighting, check_weighting, checked, masked_log_sum_exp
 
 # What `undimix_plugins.statistics.watch` has put here is shown each contrast before its loss is worked out.
@@ -103,10 +103,10 @@ def _prepared(contrast: Contrast, weighting: Weighting) -> Any:
 def _log_sums(contrast: Contrast, weighting: Weighting, prepared: Any) -> LogSums:
     positives, number = _positives(contrast)
     negatives = _negatives(contrast, weighting, prepared)
-    none = negatives.isneginf()
-    combined = weighting.combine(
-        contrast, positives - number.log(), negatives.masked_fill(none, 0), contrast.count.clamp(min=1)
-    )
+    none, combined = negatives.isneginf(), negatives
+    if type(weighting).combine is not Weighting.combine:
+        mean, count = positives - number.log(), contrast.count.clamp(min=1)
+        combined = weighting.combine(contrast, mean, negatives.masked_fill(none, 0), count)
     if not values_are_free(contrast.pool):
         positives = positives + _not_a_number_if_not_finite(contrast)
     return LogSums(positives, combined.masked_fill(none, -torch.inf))
@@ -118,25 +118,37 @@ def _positives(contrast: Contrast) -> tuple[Tensor, Tensor]:
         logits = contrast.positive_logits()
         return logits, torch.ones_like(logits)
     columns = contrast.positive_columns
-    logits = (contrast.anchors[:, None] * contrast.pool[columns.clamp(min=0)]).sum(dim=2) / contrast.held_temperature
     of_positive = columns >= 0
-    return masked_log_sum_exp(logits, of_positive), of_positive.sum(dim=1).clamp(min=1).to(logits.dtype)
+    number = of_positive.sum(dim=1).clamp(min=1).to(contrast.pool.dtype)
+    if columns.shape[1] * contrast.pool.shape[1] > len(contrast.pool):
+        return _by_block(_positive_log_sum, contrast), number
+    logits = (contrast.anchors[:, None] * contrast.pool[columns.clamp(min=0)]).sum(dim=2) / contrast.held_temperature
+    return masked_log_sum_exp(logits, of_positive), number
+
+
+def _positive_log_sum(contrast: Contrast, rows: slice) -> Tensor:
+    """The log of the sum of the exponentials of a block's positives [r], where these are many, from all logits."""
+    assert contrast.positive_columns is not None
+    of_positive = ~is_not_among(contrast.positive_columns[rows], len(contrast.pool))
+    return masked_log_sum_exp(contrast.logits(rows), of_positive)
+
+
+def _by_block(of_rows: Callable[..., Tensor], contrast: Contrast, *further: Any) -> Tensor:
+    """`of_rows(contrast, *further, rows)` of all anchors, in blocks where autograd would keep too much of it."""
+    if torch.compiler.is_compiling() or tiled.fits(contrast, matrices=8):
+        return of_rows(contrast, *further, slice(0, len(contrast.anchors)))
+    parts = [
+        checkpoint(of_rows, contrast, *further, rows, use_reentrant=False, preserve_rng_state=False)
+        for rows in tiled.blocks_of(contrast)
+    ]
+    return torch.cat(parts)
 
 
 def _negatives(contrast: Contrast, weighting: Weighting, prepared: Any) -> Tensor:
     """`weighted_log_sum` of all anchors, by the way that suits."""
-    every = slice(0, len(contrast.anchors))
-    if torch.compiler.is_compiling():
-        return weighted_log_sum(contrast, weighting, prepared, every)
-    if not tiled.weights_carry_gradient(weighting, prepared):
-        return tiled.negative_log_sums(contrast, weighting, prepared)
-    if tiled.fits(contrast, matrices=8):
-        return weighted_log_sum(contrast, weighting, prepared, every)
-    by_block = [
-        checkpoint(weighted_log_sum, contrast, weighting, prepared, rows, use_reentrant=False, preserve_rng_state=False)
-        for rows in tiled.blocks_of(contrast)
-    ]
-    return torch.cat(by_block)
+    if torch.compiler.is_compiling() or tiled.weights_carry_gradient(weighting, prepared):
+        return _by_block(weighted_log_sum, contrast, weighting, prepared)
+    return tiled.negative_log_sums(contrast, weighting, prepared)
 
 
 def mean_loss(contrast: Contrast, weighting: Weighting, loss: tiled.Margin) -> Tensor:

@@ -22,6 +22,8 @@ from undimix_plugins.weightings.weighting import Uniform, Weighting, check_weigh
 
 GROUP = "undimix_plugins.adapters"
 
+WARMING_UP = "_full_and_softened"  # the attribute of a loss on its way to its full weighting
+
 Loss = TypeVar("Loss")
 
 
@@ -83,10 +85,13 @@ def _adapter(loss: object) -> EntryPoint:
     for package in packages:
         if package in adapters:
             return adapters[package]
+    if isinstance(loss, (dict, list, tuple)):
+        raise TypeError(f"loss: expected one loss object, got a {type(loss).__name__}: weight each loss in it")
     raise TypeError(
-        f"loss: no adapter for {type(loss).__name__} of {packages[0]!r}; there are adapters for the losses of "
-        f"{', '.join(sorted(adapters)) or 'no toolkit (is undimix-plugins installed?)'}. To add a toolkit, register a "
-        f"function weighted(loss, weighting) under the entry-point group {GROUP!r}, named for its import package"
+        f"loss: expected a loss object of a toolkit, got {type(loss).__name__}: there is no adapter for {packages[0]!r}, "
+        f"but for the losses of {', '.join(sorted(adapters)) or 'no toolkit (is undimix-plugins installed?)'}. To add a "
+        f"toolkit, register a function weighted(loss, weighting) under the entry-point group {GROUP!r}, named for its "
+        "import package"
     )
 
 
@@ -139,10 +144,15 @@ class WeightedLoss(nn.Module):
                 )
         unknown = ", ".join(name for name in settings if name not in self.settings)
         if unknown:
-            known = ", ".join([*(field.name for field in fields(UnDiMix)), *self.settings])
+            known = ", ".join([*(field.name for field in fields(UnDiMix)), "last_layer", *self.settings])
             raise TypeError(f"options: expected {known} for {type(self).__name__}, got {unknown}")
         for name, value in settings.items():
             setattr(self, name, value)
+        if self.last_layer is None and getattr(self.weighting, "gradient", "") == "weight":
+            raise TypeError(
+                "last_layer: expected the nn.Linear whose outputs the loss is given, which gradient='weight' needs, "
+                "got None: undimix(loss, last_layer=linear)"
+            )
 
     def inputs_of(self, *embeddings: Tensor, normalized: bool = True) -> list[Tensor] | None:
         """The last layer's inputs behind embeddings, as a `Contrast` takes them; None where no layer is remembered.
@@ -152,12 +162,13 @@ class WeightedLoss(nn.Module):
             normalized: Whether the loss brings them to length 1.
 
         Returns:
-            For each its inputs [rows, h], without gradient.
+            For each its inputs [rows, h], without gradient. None also where the weighting does not use them.
 
         Raises:
             ValueError: Where the embeddings are not the layer's outputs.
         """
-        if self.last_layer is None:
+        not_used = self.weighting == Uniform() or getattr(self.weighting, "gradient", "weight") != "weight"
+        if self.last_layer is None or not_used:
             return None
         inputs = self.last_layer.inputs_of(*embeddings)
         return [inputs_over_lengths(*pair, normalized) for pair in zip(inputs, embeddings, strict=True)]
@@ -195,10 +206,11 @@ def reweight(
         `WeightedLoss` has one.
     """
     if isinstance(loss, WeightedLoss):
-        if weighting is None and loss.weighting != Uniform():
-            if not settings:
+        full, _ = vars(loss).get(WARMING_UP, (loss.weighting, None))
+        if weighting is None and full != Uniform():
+            if not settings and full is loss.weighting:
                 return loss
-            weighting = loss.weighting
+            weighting = full
         weighted: type[nn.Module] = type(loss)
     else:
         weighted = _weighted_class(loss, classes)
@@ -206,6 +218,7 @@ def reweight(
     # Modules, parameters, buffers and hooks stay shared, but each object needs dictionaries of its own.
     tables = set(vars(nn.Module()))
     new.__dict__.update({k: v.copy() if k in tables and hasattr(v, "copy") else v for k, v in vars(loss).items()})
+    new.__dict__.pop(WARMING_UP, None)
     new.__dict__["_compiled_call_impl"] = None  # a compiled host's would still call the host
     for name, default in cast(WeightedLoss, new).settings.items():
         new.__dict__.setdefault(name, default)

@@ -7,7 +7,7 @@ import math
 from torch import nn
 
 from undimix_plugins.checks import check_choice, check_number
-from undimix_plugins.plug import WeightedLoss
+from undimix_plugins.plug import WARMING_UP, WeightedLoss
 
 
 def hardness_share(
@@ -94,11 +94,11 @@ def set_hardness(loss: WeightedLoss, share: float) -> None:
         2.0
     """
     kept = vars(loss)
-    full, softened = kept.get("_full_and_softened", (None, None))
+    full, softened = kept.get(WARMING_UP, (None, None))
     if loss.weighting is not softened:
         full = loss.weighting
     loss.weighting = full.softened(share)
-    kept["_full_and_softened"] = (full, loss.weighting)
+    kept[WARMING_UP] = (full, loss.weighting)
     if share == 1:
         loss.weighting = full
-        del kept["_full_and_softened"]
+        del kept[WARMING_UP]

@@ -76,8 +76,8 @@ def negative_statistics(
         weighting: How much each negative counts.
         labels: A class for each of the batch's b samples [b], of any dtype that compares, to find false negatives by.
             Anchors and pool are taken for whole columns of the batch (its views, its documents), row j of either
-            belonging to sample `j % b`. Not used where the pool is not this batch: a memory bank, or the batches of
-            all processes.
+            belonging to sample `j % b`. Not used where that is not so: with a memory bank, the batches of all
+            processes, or several positives (regions of images, nodes of graphs).
         most_anchors: How many anchors are looked at, at least 1; by default up to 128, and so few that they make about
             2^20 pairs with the pool.
 
@@ -179,7 +179,8 @@ def _same_label(contrast: Contrast, labels: Tensor, rows: slice) -> Tensor | Non
     n, m, b = len(contrast.anchors), len(contrast.pool), len(labels)
     holds_anchors = contrast.itself is not None and bool((contrast.itself >= 0).any())
     holds_batch = contrast.positives_in_pool or contrast.is_own_pool or holds_anchors
-    if not holds_batch or contrast.everyone is not None:
+    # Where an anchor has several positives, rows are parts of samples: regions of images, nodes of graphs.
+    if not holds_batch or contrast.everyone is not None or contrast.positive_columns is not None:
         return None
     if not b or n % b or m % b:
         raise ValueError(

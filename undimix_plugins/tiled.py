@@ -23,7 +23,7 @@ from torch import Tensor
 
 from undimix_plugins.checks import values_are_free
 from undimix_plugins.components import TaskGradients, equality_key, euclidean_distances
-from undimix_plugins.contrast import Contrast, full_precision, sum_of_rows
+from undimix_plugins.contrast import WIDE, Contrast, full_precision, sum_of_rows
 from undimix_plugins.weightings.undimix import ROUNDING, Prepared, UnDiMix
 from undimix_plugins.weightings.weighting import Uniform, Weighting, checked
 
@@ -100,7 +100,11 @@ class Columns:
     def of(contrast: Contrast) -> Columns:
         excluded = contrast.excluded
         assert excluded is not None
-        once, verdicts = excluded >= 0, None if contrast.verdicts is None else LastMarks(contrast)
+        dense = contrast.verdicts is not None or excluded.shape[1] > WIDE
+        verdicts = LastMarks(contrast) if dense else None
+        if dense:  # which mark these as well
+            excluded = excluded[:, :0]
+        once = excluded >= 0
         if excluded.shape[1] == 0 or (values_are_free(excluded) and bool(once.all())):
             return Columns(excluded, once, False, verdicts)
         index = torch.where(once, excluded, excluded.amax(dim=1, keepdim=True).clamp(min=0))
@@ -138,7 +142,7 @@ class Columns:
 
 
 class LastMarks:
-    """A contrast's verdicts; those on the last block are kept, since a block asks for them several times."""
+    """Marks on what is no negative; those of the last block are kept, since a block asks for them several times."""
 
     def __init__(self, contrast: Contrast) -> None:
         self.contrast, self.blocks = contrast, blocks_of(contrast)
@@ -146,7 +150,7 @@ class LastMarks:
 
     def __call__(self, rows: slice) -> Tensor:
         if self.last is None or self.last[0] != rows:
-            self.last = rows, self.contrast.marked(rows)
+            self.last = rows, ~self.contrast.is_negative(rows)
         return self.last[1]
 
 
@@ -689,7 +693,7 @@ class UnDiMixScores:
         assert contrast.excluded is not None
         self.looks_up = False
         if self.weighting.distance == "euclidean":
-            if contrast.verdicts is not None:
+            if self.columns.verdicts is not None:
                 return
             rows = blocks(len(pool), len(pool) * pool.element_size(), True)
             self.rest = torch.cat([euclidean_distances(pool[block], pool).sum(dim=1) for block in rows])
@@ -707,7 +711,7 @@ class UnDiMixScores:
         self.looks_up = of_length_one and self.logits.kept is not None and is_two_views(contrast)
         if self.looks_up:
             self.rest *= self.logits.factor
-        elif contrast.verdicts is not None:
+        elif self.columns.verdicts is not None:
             self.unit = unit
         elif contrast.excluded.shape[1] > 0:
             self.excluded = sum_of_rows(unit, contrast.excluded)

@@ -76,9 +76,10 @@ class DCLLoss(WeightedLoss, HostDCLLoss):
         if self.weight_fn is None:
             return decoupled(contrast, self.weighting)
         first, second = unit_rows(out0=out0, out1=out1)
-        of_positives = torch.cat([self.weight_fn(first, second), self.weight_fn(second, first)])
+        weights = self.weight_fn(first, second), self.weight_fn(second, first)
         positives, negatives = log_sums(contrast, self.weighting)
-        return (negatives - of_positives * positives).masked_fill(negatives.isneginf(), 0).mean()
+        of_positives = [weight * part for weight, part in zip(weights, positives.chunk(2), strict=True)]
+        return (negatives - torch.cat(of_positives)).masked_fill(negatives.isneginf(), 0).mean()
 
 
 class DCLWLoss(DCLLoss, HostDCLWLoss):

@@ -88,9 +88,10 @@ class DetConSLoss(WeightedLoss, HostDetConSLoss):
                 process, for batches to gather that differ in size. On other devices, non-finite projections give a
                 loss of NaN.
         """
-        inputs = self.inputs_of(*(view.flatten(0, -2) for view in (view0, view1)))
         host: HostDetConBLoss = self.detconbloss
         views, masks = (view0, view1), (mask_view0, mask_view1)
+        _check(views, None, masks)
+        inputs = self.inputs_of(*(view.flatten(0, 1) for view in views))
         return _detcon(views, None, masks, host, self.weighting, inputs)
 
 

@@ -122,7 +122,7 @@ def _of_bank(anchors: Tensor, entries: int) -> Everyone:
     return Everyone(partial(gather_constants, anchors), None, own.clamp(max=entries - 1), gather)
 
 
-class DirectCLRLoss(HostDirectCLRLoss, NTXentLoss):  # type: ignore[misc]  # of the two, lightly's has fewer arguments
+class DirectCLRLoss(HostDirectCLRLoss, NTXentLoss):
     """lightly's `DirectCLRLoss` with its negatives weighted: `NTXentLoss` on an encoding's first values.
 
     Args:
@@ -154,3 +154,29 @@ class DirectCLRLoss(HostDirectCLRLoss, NTXentLoss):  # type: ignore[misc]  # of 
     ) -> None:
         super().__init__(loss_dim, temperature, memory_bank_size, gather_distributed)
         self.weigh(weighting)
+
+    def set_options(self, **settings: Any) -> None:
+        """Sets what the class takes beside the weighting; a ValueError for a last layer, whose outputs are cut."""
+        if settings.get("last_layer") is not None:
+            raise ValueError(
+                "last_layer: expected none with DirectCLRLoss, which compares the first values of an encoding; use "
+                "gradient='embedding'"
+            )
+        super().set_options(**settings)
+
+    def forward(self, out0: Tensor, out1: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The weighted loss of the first `loss_dim` values of two views' encodings.
+
+        Args:
+            out0: Encodings of the first views [batch, ...], floating point.
+            out1: Encodings of the second views [batch, ...].
+            labels: As `NTXentLoss.forward` has it.
+
+        Returns:
+            A scalar in the encodings' dtype (float32 for half precision).
+
+        Raises:
+            ValueError: As `NTXentLoss.forward`.
+        """
+        first, second = (out.flatten(start_dim=1)[:, : self.loss_dim] for out in (out0, out1))
+        return NTXentLoss.forward(self, first, second, labels)

@@ -36,8 +36,8 @@ class InfoGraphLoss(WeightedLoss):
         weighting: How much each negative counts; defaults to `UnDiMix()`. `Uniform()` is plain InfoNCE.
 
     Raises:
-        ValueError: For a temperature that is no finite number above 0.
-        TypeError: For a weighting that is no `Weighting`, and from `undimix()` for a last layer.
+        ValueError: For a temperature that is no finite number above 0; from `undimix()` for a last layer.
+        TypeError: For a weighting that is no `Weighting`.
 
     References:
         Sun et al.: InfoGraph, ICLR 2020, arXiv 1908.01000, section 3.2; Hjelm et al.: Deep InfoMax, ICLR 2019, arXiv
@@ -55,10 +55,10 @@ class InfoGraphLoss(WeightedLoss):
         self.weigh(weighting)
 
     def set_options(self, **settings: Any) -> None:
-        """Sets what the class takes beside the weighting; a TypeError for a last layer, of which there are two."""
+        """Sets what the class takes beside the weighting; a ValueError for a last layer, of which there are two."""
         if settings.get("last_layer") is not None:
-            raise TypeError(
-                "last_layer: expected none for InfoGraphLoss, whose graphs and nodes are outputs of two layers; use "
+            raise ValueError(
+                "last_layer: expected none with InfoGraphLoss, whose graphs and nodes are outputs of two layers; use "
                 "gradient='embedding'"
             )
         super().set_options(**settings)

@@ -41,6 +41,11 @@ def weighted(loss: nn.Module, weighting: Weighting | None, **settings: Any) -> n
     for package, why in REFUSED.items():
         if type(loss).__module__.startswith(package):
             raise TypeError(f"loss: {type(loss).__name__} can't be weighted: {why}")
+    if "Triplet" in type(loss).__name__ or isinstance(loss, host.MegaBatchMarginLoss):
+        raise TypeError(
+            f"loss: {type(loss).__name__} can't be weighted: it compares an anchor with one negative at a time, by a "
+            "margin: there is no sum over negatives"
+        )
     if isinstance(loss, WRAPPERS):
         inner = weighted(loss.loss, weighting, **settings)
         if inner is loss.loss:

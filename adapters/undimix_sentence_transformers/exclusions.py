@@ -25,7 +25,7 @@ def text_keys(features: Mapping[str, Any]) -> Tensor:
         Integers [texts], int64.
 
     Raises:
-        ValueError: For features without token ids.
+        ValueError: For features without token ids, or with images or sounds beside, which they do not tell apart.
 
     Examples:
         >>> tokens = torch.tensor([[5, 6, 0], [5, 6, 7], [5, 6, 9]])
@@ -38,6 +38,9 @@ def text_keys(features: Mapping[str, Any]) -> Tensor:
         raise ValueError(
             f"exclude_duplicates: expected inputs with 'input_ids', which tell texts apart, got {sorted(features)}"
         )
+    beside = [key for key, value in features.items() if isinstance(value, Tensor) and value.is_floating_point()]
+    if beside:
+        raise ValueError(f"exclude_duplicates: expected texts alone, whose tokens tell them apart, got {beside} beside")
     if "offsets" in features or "cu_seq_lens_q" in features:
         starts = features["offsets"] if "offsets" in features else features["cu_seq_lens_q"][:-1]
         tokens, starts = tokens.flatten(), starts.long()

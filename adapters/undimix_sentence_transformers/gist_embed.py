@@ -13,7 +13,7 @@ from sentence_transformers.sentence_transformer import losses as host
 from sentence_transformers.util import all_gather_with_grad, batch_to_device, get_rank, normalize_embeddings
 from torch import Tensor
 
-from undimix_plugins import Contrast, Everyone, Weighting, gather_constants, gather_parts
+from undimix_plugins import Contrast, Everyone, Weighting, as_full_precision, gather_constants, gather_parts
 from undimix_sentence_transformers.exclusions import Known
 from undimix_sentence_transformers.multiple_negatives_ranking import (
     Features,
@@ -35,33 +35,38 @@ class GuidedLoss(RankingLoss):
     contrast_anchors: bool
     contrast_positives: bool
     gather_across_devices: bool
-    of_batch = Known()  # what is known of the batch whose loss is worked out
+    of_batch: Known | None = None  # what is known of the batch whose loss is worked out
 
     def loss_of(self, embeddings: Sequence[Tensor], of_guide: Sequence[Tensor]) -> Tensor:
         """The weighted loss of embedded columns, the model's and the guide's, each [batch, width]."""
         columns = checked_columns(embeddings, self.gather_across_devices)
+        of_batch = self.known_of(columns[0], None)
         inputs = self.inputs_of(*embeddings)
         columns = [normalize_embeddings(column) for column in columns]
-        guide = [normalize_embeddings(column.float()) for column in of_guide]
-        return joint_loss(self._contrasts(columns, guide, inputs), self.weighting)
+        guide = [normalize_embeddings(as_full_precision(column)) for column in of_guide]
+        return joint_loss(self._contrasts(columns, guide, inputs, of_batch), self.weighting)
 
-    def _contrasts(self, columns: list[Tensor], guide: list[Tensor], inputs: list[Tensor] | None) -> list[Contrast]:
+    def _contrasts(
+        self, columns: list[Tensor], guide: list[Tensor], inputs: list[Tensor] | None, of_batch: Known
+    ) -> list[Contrast]:
         anchors, positives = columns[:2]
         everywhere = self.gather_across_devices
         all_docs = [all_gather_with_grad(column) for column in columns[1:]] if everywhere else columns[1:]
         guide_docs = [gather_constants(column) if everywhere else column for column in guide[1:]]
         own = torch.arange(len(anchors), device=anchors.device) + (get_rank() * len(anchors) if everywhere else 0)
         threshold = (guide[0] * guide[1]).sum(dim=1)
+        # A text that stands twice is rated as the positive, not above it, however either rating is rounded.
+        tie = 32 * torch.finfo(threshold.dtype).eps
         threshold = threshold - self.margin * (threshold.abs() if self.margin_strategy == "relative" else 1)
         behind_docs: list[Tensor] | None = None
         if inputs is not None:
             behind_docs = [gather_constants(part) if everywhere else part for part in inputs[1:]]
 
         def verdicts(of_anchors: Tensor, of_pool: Tensor, *, hard: bool, everywhere: bool) -> Verdicts:
-            known = self.of_batch.verdicts(len(of_pool), hard=hard, everywhere=everywhere)
+            known = of_batch.verdicts(len(of_pool), hard=hard, everywhere=everywhere)
 
             def is_no_negative(rows: slice) -> Tensor:
-                likely = of_anchors[rows] @ of_pool.T > threshold[rows, None]
+                likely = of_anchors[rows] @ of_pool.T > threshold[rows, None] + tie
                 return likely if known is None else likely | known(rows)
 
             return is_no_negative
@@ -121,8 +126,8 @@ class GISTEmbedLoss(GuidedLoss, host.GISTEmbedLoss):
     or positive itself. Weights w are normalised in each contrast on their own: mean 1 over N_ic for `UnDiMix`, all 1
     for `Uniform`, which is the host's own loss.
 
-    (The one difference: where the guide rates the pair as high as a text with itself, the host counts an anchor among
-    its own negatives.)
+    (The one difference: where the threshold is as high as the guide rates a text with itself, as a negative margin can
+    make it, the host counts an anchor among its own negatives.)
 
     Args:
         model: The SentenceTransformer to train.
@@ -200,7 +205,7 @@ class GISTEmbedLoss(GuidedLoss, host.GISTEmbedLoss):
                 of_guide = embed_columns(self.guide, [self._for_guide(column) for column in for_guide])
             return self.loss_of(embeddings, of_guide)
         finally:
-            del self.of_batch
+            self.of_batch = None
 
     def _for_guide(self, features: dict[str, Any]) -> dict[str, Any]:
         """A column as the guide is given it: the same tokens, or others of its own."""
@@ -298,7 +303,7 @@ class CachedGISTEmbedLoss(GuidedLoss, host.CachedGISTEmbedLoss):
         try:
             return super().forward(features, labels)  # type: ignore[arg-type]  # labels may be None
         finally:
-            del self.of_batch
+            self.of_batch = None
 
     def calculate_loss(
         self, reps: list[list[Tensor]], reps_guided: list[list[Tensor]], *, with_backward: bool = False

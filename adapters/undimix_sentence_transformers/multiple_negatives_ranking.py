@@ -35,7 +35,7 @@ from undimix_plugins import (
     log_sums,
     reweight,
 )
-from undimix_plugins.checks import check_number, check_same_length
+from undimix_plugins.checks import check_labels, check_number, check_same_length
 from undimix_sentence_transformers.exclusions import Known, text_keys
 
 Direction = Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
@@ -50,6 +50,27 @@ class RankingLoss(WeightedLoss):
     settings: ClassVar[Mapping[str, Any]] = {"exclude_duplicates": False, "exclude_same_class": False}
     exclude_duplicates: bool = False
     exclude_same_class: bool = False
+    of_batch: Known | None = None  # what is known of the batch whose loss is worked out
+
+    def set_options(self, **settings: Any) -> None:
+        """Sets what the class takes beside the weighting; a ValueError for any beside `hardness_mode`."""
+        super().set_options(**settings)
+        mode = getattr(self, "hardness_mode", None)
+        if mode is not None and any(settings.values()):
+            raise ValueError(
+                f"hardness_mode: expected None beside {', '.join(settings)}, got {mode!r}, which leaves the loss to "
+                "the host"
+            )
+
+    def known_of(self, anchors: Tensor, labels: Tensor | None) -> Known:
+        """What is known of the batch of these anchors [batch, width]; from labels alone where there are no texts."""
+        of_batch = self.of_batch
+        if of_batch is None:
+            if self.exclude_duplicates:
+                raise ValueError("exclude_duplicates: expected the loss to be called with texts, got embeddings alone")
+            of_batch = self.known([], labels)
+        check_labels(of_batch.labels, anchors, of="sample")
+        return of_batch
 
     def known(self, features: Sequence[Features], labels: Tensor | None) -> Known:
         """What the batch says of its texts, as far as the settings ask; before the model changes the features."""
@@ -146,7 +167,6 @@ class MultipleNegativesRankingLoss(RankingLoss, host.MultipleNegativesRankingLos
     """
 
     replaces: ClassVar[tuple[str, ...]] = ("forward", "compute_loss_from_embeddings")
-    of_batch = Known()  # what is known of the batch whose loss is worked out
 
     def __init__(
         self,
@@ -183,15 +203,6 @@ class MultipleNegativesRankingLoss(RankingLoss, host.MultipleNegativesRankingLos
             )
         self._compares_cosines()
 
-    def set_options(self, **settings: Any) -> None:
-        """Sets what the class takes beside the weighting; a ValueError for any beside `hardness_mode`."""
-        super().set_options(**settings)
-        if self.hardness_mode is not None and any(settings.values()):
-            raise ValueError(
-                f"hardness_mode: expected None beside {', '.join(settings)}, got {self.hardness_mode!r}, which leaves "
-                "the loss to the host"
-            )
-
     def _compares_cosines(self) -> bool:
         """Whether similarities are cosines or plain inner products; a ValueError for anything else."""
         function: Any = self.similarity_fct
@@ -225,14 +236,14 @@ class MultipleNegativesRankingLoss(RankingLoss, host.MultipleNegativesRankingLos
         try:
             return super().forward(features, labels)  # type: ignore[arg-type]  # labels may be None
         finally:
-            del self.of_batch
+            self.of_batch = None
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None) -> Tensor:
         """The weighted loss of a batch of embedded columns.
 
         Args:
             embeddings: Anchors, positives and any number of columns of hard negatives, each [batch, width].
-            labels: Not used, as in the host.
+            labels: The samples' classes [batch] where `exclude_same_class` is set; not used else.
 
         Returns:
             A scalar in the embeddings' dtype (float32 for half precision).
@@ -245,16 +256,19 @@ class MultipleNegativesRankingLoss(RankingLoss, host.MultipleNegativesRankingLos
         if self.hardness_mode is not None:
             return super().compute_loss_from_embeddings(embeddings, labels)  # type: ignore[arg-type]  # unused there
         columns = checked_columns(embeddings, self.gather_across_devices)
+        of_batch = self.known_of(columns[0], labels)
         cosines = self._compares_cosines()
         inputs = self.inputs_of(*embeddings, normalized=cosines)
         if cosines:
             columns = [normalize_embeddings(column) for column in columns]
-        contrasts = self._contrasts(columns, inputs, cosines)
+        contrasts = self._contrasts(columns, inputs, cosines, of_batch)
         if self.partition_mode == "joint":
             return joint_loss(contrasts, self.weighting)
         return torch.stack([info_nce(contrast, self.weighting) for contrast in contrasts]).mean()
 
-    def _contrasts(self, columns: list[Tensor], inputs: list[Tensor] | None, cosines: bool) -> list[Contrast]:
+    def _contrasts(
+        self, columns: list[Tensor], inputs: list[Tensor] | None, cosines: bool, of_batch: Known
+    ) -> list[Contrast]:
         """A contrast per direction, of this device's anchors with all devices' candidates where these are gathered."""
         local_queries, local_docs = columns[:2]
         everywhere = self.gather_across_devices
@@ -302,7 +316,7 @@ class MultipleNegativesRankingLoss(RankingLoss, host.MultipleNegativesRankingLos
                     anchor_inputs=behind[of_anchors][0],
                     pool_inputs=behind[of_pool][1],
                     normalized=cosines,
-                    verdicts=self.of_batch.verdicts(len(pool), hard=of_pool == "doc", everywhere=everywhere),
+                    verdicts=of_batch.verdicts(len(pool), hard=of_pool == "doc", everywhere=everywhere),
                     everyone=everyone,
                 )
             )
@@ -514,7 +528,7 @@ class CachedMultipleNegativesRankingLoss(RankingLoss, host.CachedMultipleNegativ
         try:
             return super().forward(features, labels)  # type: ignore[arg-type]  # labels may be None
         finally:
-            del self.loss.of_batch
+            self.loss.of_batch = None
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False

@@ -24,9 +24,8 @@ class HardnessWarmup(TrainerCallback):
 
     It follows the Trainer's own `global_step`, which counts the optimiser's steps, so that a resumed run goes on where
     it was. When training ends, losses have their full weighting again; where it was broken off, they keep that beside
-    the softened one, and the next training comes to it. An evaluation in between is of the loss as it is then, and a
-    checkpoint's model card names the weighting of its step. A loss under `torch.compile` is compiled a second time, for
-    a hardness that changes.
+    the softened one, and `undimix(loss)` or the next training comes to it. An evaluation in between is of the loss as
+    it is then. A loss under `torch.compile` is compiled a second time, for hardnesses in general.
 
     Args:
         of: The Trainer, whose losses are looked up when training begins: those of sentence-transformers' trainers, the

@@ -40,6 +40,7 @@ class TwoViews:
         if isinstance(collator, TwoViews):
             raise ValueError("collator: expected one that gives each example once, got a TwoViews")
         self.collator = collator
+        self.rows_per_example = 2
 
     def __call__(self, examples: Sequence[Any]) -> Any:
         return self.collator([example for example in examples for _ in range(2)])
@@ -69,6 +70,7 @@ class SentenceTuples:
         if not callable(collator):
             raise TypeError(f"collator: expected a data collator, got {collator!r}")
         self.collator = collator
+        self.rows_per_example: int | None = None  # known from the first batch on
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Any:
         labels = [example["labels"] for example in examples if "labels" in example]
@@ -81,6 +83,7 @@ class SentenceTuples:
                         f"examples: expected {count} sentences in each, as the first has, got {len(entries)} "
                         f"in {key!r} of example {row}"
                     )
+        self.rows_per_example = count
         rows = [{key: entries[i] for key, entries in example.items()} for example in lists for i in range(count)]
         batch = self.collator(rows)
         if labels:
@@ -209,6 +212,11 @@ class SimCSELoss(WeightedLoss):
             **further,
         )
         trainer, scale = calling_trainer()
+        grouped = getattr(getattr(trainer, "data_collator", None), "rows_per_example", count)
+        if grouped != count:
+            raise ValueError(
+                f"rows_per_example: expected {grouped}, as the data_collator gives of each example, got {count}"
+            )
         if trainer is not None and not isinstance(trainer.data_collator, (TwoViews, SentenceTuples)):
             warnings.warn(
                 f"SimCSELoss takes {count} adjacent rows of a batch as the sentences of one example; the Trainer's "

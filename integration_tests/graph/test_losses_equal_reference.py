@@ -274,7 +274,7 @@ def test_last_layers_that_are_none() -> None:
     for loss in (GraphCLLoss(), GRACELoss()):
         with pytest.raises(TypeError, match=r"^last_layer: expected the nn\.Linear .* got Sequential"):
             undimix(loss, last_layer=GRACE(GCN(34, 8, num_layers=2), 8).head)
-    with pytest.raises(TypeError, match=r"^last_layer: expected none for InfoGraphLoss, .*use gradient='embedding'$"):
+    with pytest.raises(ValueError, match=r"^last_layer: expected none with InfoGraphLoss, .*use gradient='embedding'$"):
         undimix(InfoGraphLoss(), last_layer=nn.Linear(8, 8))
 
 

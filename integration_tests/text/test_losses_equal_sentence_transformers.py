@@ -178,6 +178,21 @@ def test_gist_weighted(method: UnDiMix) -> None:
     torch.testing.assert_close(got, -(positive / (positive + sum(sums))).log().mean(), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", ["GIST", "CachedGIST"])
+def test_a_guide_rates_a_text_that_stands_twice_as_once(name: str) -> None:
+    """In float32 too, where rounding would decide whether it is rated above itself; the host keeps it as a negative."""
+    data = news(2, 12).to_dict()
+    data["positive"] = [data["positive"][i // 2] for i in range(12)]  # each of two questions
+    model = encoder()
+    rating = encoder(seed=5).eval()
+    make = losses.GISTEmbedLoss if name == "GIST" else losses.CachedGISTEmbedLoss
+    host = make(model, rating, temperature=0.1)
+    got, want = (
+        outcome(model, loss, 2, data=type(news()).from_dict(data)) for loss in (undimix(host, Uniform()), host)
+    )
+    torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-5)
+
+
 def test_a_guide_with_another_tokenizer() -> None:
     model, other = encoder().double(), guide()
     other.max_seq_length = 12  # shorter than the model's: texts have to be tokenised again
@@ -345,6 +360,27 @@ def test_labels(name: str) -> None:
     )
     with pytest.raises(ValueError, match=r"exclude_same_class: expected a class for each sample.*got NoneType"):
         loss(features(model, data), None)
+    with pytest.raises(ValueError, match=r"labels: expected one for each sample, of shape \[6\], got \[5\]"):
+        loss(features(model, data), labels[:5])
+
+
+def test_settings_where_there_are_no_texts() -> None:
+    model = encoder()
+    columns, labels = list(torch.randn(2, 4, 8)), torch.tensor([0, 1, 0, 2])
+    loss = undimix(losses.MultipleNegativesRankingLoss(model), exclude_same_class=True)
+    plain = undimix(losses.MultipleNegativesRankingLoss(model))
+    with_labels = loss.compute_loss_from_embeddings(columns, labels)
+    assert (with_labels - plain.compute_loss_from_embeddings(columns, None)).abs() > 1e-4
+    with pytest.raises(ValueError, match="exclude_same_class: expected a class for each sample"):
+        loss.compute_loss_from_embeddings(columns, None)
+    with pytest.raises(ValueError, match="exclude_duplicates: expected the loss to be called with texts"):
+        undimix(plain, exclude_duplicates=True).compute_loss_from_embeddings(columns, None)
+
+
+@pytest.mark.parametrize("name", ["MNRL-hardness", "Cached-hardness"])
+def test_settings_beside_a_hardness_mode_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="hardness_mode: expected None beside exclude_duplicates, got '"):
+        undimix(EVERY[name][1](encoder()), Uniform(), exclude_duplicates=True)
 
 
 @pytest.mark.parametrize("name", ["GIST", "CachedGIST", "MNRL-all", "Symmetric", "CachedSymmetric"])
@@ -385,6 +421,8 @@ def test_duplicates_of_a_static_embedding_and_of_flattened_inputs() -> None:
         ValueError, match=r"exclude_duplicates: expected inputs with 'input_ids'.*got \['pixel_values'\]"
     ):
         text_keys({"pixel_values": torch.zeros(2, 3)})
+    with pytest.raises(ValueError, match=r"exclude_duplicates: expected texts alone.*got \['pixel_values'\] beside"):
+        text_keys({**padded, "pixel_values": torch.zeros(4, 3)})
 
 
 def test_keys_do_not_collide() -> None:
@@ -453,7 +491,7 @@ def test_a_last_layer_inside_matryoshka_is_refused() -> None:
     ("make", "why"),
     [
         (lambda model: losses.CoSENTLoss(model), "CoSENTLoss has no negatives to weight or is not supported"),
-        (lambda model: losses.TripletLoss(model), "TripletLoss has no negatives to weight or is not supported"),
+        (lambda model: losses.TripletLoss(model), "TripletLoss can't be weighted: it compares an anchor with one neg"),
         (lambda model: losses.MatryoshkaLoss(model, losses.CoSENTLoss(model), [16]), "CoSENTLoss has no negatives"),
         (
             lambda model: cross_losses.MultipleNegativesRankingLoss.__new__(cross_losses.MultipleNegativesRankingLoss),

@@ -305,6 +305,16 @@ def test_supervised_training(sentences: list[Any], tmp_path: Path) -> None:
     assert histories[0] != histories[1]
 
 
+def test_rows_that_the_collator_groups_otherwise_are_refused(sentences: list[Any], tmp_path: Path) -> None:
+    data = [{"input_ids": [sentence["input_ids"]] * 3} for sentence in sentences]
+    collator = SentenceTuples(DataCollatorWithPadding(TOKENIZER))
+    trainer = make_trainer(make_model(), data, tmp_path, SimCSELoss(), collator)
+    with pytest.raises(
+        ValueError, match="rows_per_example: expected 3, as the data_collator gives of each example, got 2"
+    ):
+        trainer.train()
+
+
 def test_tuples_of_other_lengths_are_refused() -> None:
     collator = SentenceTuples(DataCollatorWithPadding(TOKENIZER))
     with pytest.raises(

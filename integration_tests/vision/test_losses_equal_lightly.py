@@ -17,6 +17,7 @@ import undimix_lightly as ours
 from tests.cases import Case, random_rows
 from tests.references import log_weights
 from undimix_plugins import HCL, UnDiMix, Uniform, undimix
+from undimix_plugins.schedule import set_hardness
 
 WIDTH = 16
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -246,6 +247,21 @@ def test_labels_leave_same_class_rows_out(name: str) -> None:
         criterion(*inputs, labels[:5])
 
 
+@pytest.mark.parametrize("weight", [0.5, torch.tensor(0.5)], ids=str)
+def test_a_weight_for_all_positives(weight: Any) -> None:
+    """As lightly takes it."""
+    plain = host.DCLLoss(weight_fn=lambda out0, out1: weight)
+    assert_same(undimix(plain, Uniform()), plain, views(5))
+
+
+def test_direct_clr_takes_labels_and_maps() -> None:
+    labels = torch.tensor([0, 1, 0, 2])
+    first, second = torch.randn(2, 4, 3, 2, 2, dtype=torch.float64)
+    got = undimix(host.DirectCLRLoss(loss_dim=5))(first, second, labels)
+    want = undimix(host.NTXentLoss())(first.flatten(1)[:, :5], second.flatten(1)[:, :5], labels)
+    torch.testing.assert_close(got, want)
+
+
 def test_labels_beside_a_memory_bank_are_refused() -> None:
     with pytest.raises(ValueError, match="labels: expected none beside a memory bank"):
         undimix(host.NTXentLoss(memory_bank_size=(8, WIDTH)))(*views(4), torch.arange(4))
@@ -333,8 +349,10 @@ def test_last_layer_by_the_verb() -> None:
     assert criterion.weighting == UnDiMix(gradient="weight", hardness=2.0)
     first, second = (layer(torch.randn(4, 5)) for _ in range(2))
     assert criterion(second, first).isfinite()  # in any order
+    assert criterion(first, second) == criterion(second, first)  # which asks once more
+    layer(torch.randn(4, 5))  # the next batch
     with pytest.raises(ValueError, match="last_layer: expected the loss to be given this Linear's outputs"):
-        criterion(first, second)  # of calls that a loss has had already
+        criterion(first, second)
     first, second = layer(torch.randn(8, 5)).split(4)
     assert criterion(first, second).isfinite()  # cut from one call
     inputs, whole = torch.randn(8, 5), undimix(host.NTXentLoss(), last_layer=layer)
@@ -352,8 +370,28 @@ def test_last_layer_by_the_verb() -> None:
         criterion(first.relu(), second)
     with pytest.raises(TypeError, match="expected a weighting with gradient='weight', which uses it, got UnDiMix"):
         undimix(host.NTXentLoss(), UnDiMix(), last_layer=layer)
-    with pytest.raises(ValueError, match=r"gradient='weight' needs the last layer's inputs.*last_layer=linear"):
-        undimix(host.NTXentLoss(), gradient="weight")(*views(4))
+    with pytest.raises(
+        TypeError, match=r"last_layer: expected the nn.Linear .* which gradient='weight' needs, got None"
+    ):
+        undimix(host.NTXentLoss(), gradient="weight")
+    first, second = (layer(torch.randn(4, 5)) for _ in range(2))
+    with pytest.raises(ValueError, match="got some that were changed in place: is there a layer after it"):
+        criterion(first.relu_(), second)
+    for weighting in (HCL(), UnDiMix()):  # which take no gradient at a weight, so that nothing is asked for
+        other = undimix(criterion, weighting)
+        assert other(*(part.float() for part in views(4))).isfinite()
+
+
+def test_another_device_compares_copies_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a look is not free, a layer after the Linear is found out at its first batch."""
+    monkeypatch.setattr("undimix_plugins.last_layer.values_are_free", lambda tensor: False)
+    layer = nn.Linear(5, WIDTH)
+    criterion = undimix(host.NTXentLoss(), last_layer=layer)
+    with pytest.raises(ValueError, match="got other values: is there a layer after it"):
+        criterion(*(layer(torch.randn(4, 5)).tanh() for _ in range(2)))
+    out = [layer(torch.randn(4, 5)) for _ in range(2)]
+    assert criterion(*(part.clone() for part in out)).isfinite()
+    assert criterion.last_layer.compared
 
 
 def test_what_is_no_linear_is_refused() -> None:
@@ -364,6 +402,8 @@ def test_what_is_no_linear_is_refused() -> None:
         undimix(host.NTXentLoss(), last_layer=head.layers[-1])
     with pytest.raises(ValueError, match="last_layer: expected none beside a memory bank"):
         undimix(host.NTXentLoss(memory_bank_size=(8, 4)), last_layer=nn.Linear(8, 4))
+    with pytest.raises(ValueError, match="last_layer: expected none with DirectCLRLoss"):
+        undimix(host.DirectCLRLoss(), last_layer=nn.Linear(8, 4))
     with pytest.raises(ValueError, match="last_layer: expected none with DetConBLoss"):
         undimix(host.DetConBLoss(), last_layer=nn.Linear(8, 4))
 
@@ -387,14 +427,20 @@ def test_a_forgotten_loss_leaves_nothing_behind() -> None:
     assert copied(torch.randn(4, 5)).shape == (4, WIDTH)
 
 
-def test_evaluation_does_not_fill_the_memory() -> None:
+def test_evaluation_does_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = nn.Linear(5, WIDTH)
     criterion = undimix(host.NTXentLoss(), last_layer=layer)
     criterion(layer(torch.randn(4, 5)), layer(torch.randn(4, 5)))
     with torch.no_grad():
         for _ in range(100):
             layer(torch.randn(4, 5))
-    assert sum(len(inputs) for inputs, _ in criterion.last_layer.calls) <= 20
+    assert sum(len(call.inputs) for call in criterion.last_layer.calls) <= 20
+    fresh = undimix(host.NTXentLoss(), last_layer=layer)
+    monkeypatch.setattr("undimix_plugins.last_layer.MOST_BYTES", 40 * 4 * (5 + WIDTH))  # before any loss has asked
+    with torch.no_grad():
+        for _ in range(100):
+            layer(torch.randn(4, 5))
+    assert sum(len(call.inputs) for call in fresh.last_layer.calls) <= 44
     assert criterion(layer(torch.randn(4, 5)), layer(torch.randn(4, 5))).isfinite()
 
 
@@ -406,3 +452,13 @@ def test_evaluation_does_not_fill_the_memory() -> None:
 def test_losses_without_negatives_are_refused(loss: nn.Module) -> None:
     with pytest.raises(TypeError, match=r"has no negatives to weight .*; supported: .*DCLLoss.*MACLLoss.*NTXentLoss"):
         undimix(loss)
+
+
+def test_undimix_takes_a_loss_that_is_warming_up_for_its_full_weighting() -> None:
+    loss = undimix(host.NTXentLoss(), hardness=2.0)
+    for share in (0.0, 0.5):
+        set_hardness(loss, share)
+        assert undimix(loss).weighting == UnDiMix(hardness=2.0)
+        assert undimix(loss, HCL()).weighting == HCL()
+        set_hardness(undimix(loss), 1.0)
+    assert loss.weighting.hardness == 1.0  # of which they are copies

@@ -107,10 +107,10 @@ def check_labels(labels: Tensor | None, rows: Tensor, of: str) -> None:
     if not isinstance(labels, Tensor) or labels.shape != rows.shape[:1]:
         came = list(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
         raise ValueError(f"labels: expected one for each {of}, of shape [{len(rows)}], got {came}")
-    if labels.is_floating_point():
-        raise ValueError(f"labels: expected integers, got {labels.dtype}")
     if labels.device != rows.device:
         raise ValueError(f"labels: expected device {rows.device}, as the embeddings have, got {labels.device}")
+    if labels.is_floating_point():
+        raise ValueError(f"labels: expected integers, got {labels.dtype}")
 
 
 def check_inputs(anchors: Tensor, pool: Tensor, anchor_inputs: Tensor | None, pool_inputs: Tensor | None) -> None:

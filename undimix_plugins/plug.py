@@ -76,7 +76,17 @@ def undimix(
         weighting = UnDiMix(**ours)
     if weighting is not None:
         check_weighting(weighting)
+    if getattr(weighting, "gradient", "") == "weight" and last_layer is None and not _has_last_layer(loss):
+        raise TypeError(
+            "last_layer: expected the nn.Linear whose outputs the loss is given, which gradient='weight' needs, got "
+            "None: undimix(loss, last_layer=linear)"
+        )
     return cast(Loss, _adapter(loss).load()(loss, weighting, **settings))
+
+
+def _has_last_layer(loss: object) -> bool:
+    modules = loss.modules() if isinstance(loss, nn.Module) else ()
+    return any(isinstance(module, WeightedLoss) and module.last_layer is not None for module in modules)
 
 
 def _adapter(loss: object) -> EntryPoint:
@@ -87,11 +97,11 @@ def _adapter(loss: object) -> EntryPoint:
             return adapters[package]
     if isinstance(loss, (dict, list, tuple)):
         raise TypeError(f"loss: expected one loss object, got a {type(loss).__name__}: weight each loss in it")
+    losses_of = ", ".join(sorted(adapters)) or "no toolkit (is undimix-plugins installed?)"
     raise TypeError(
-        f"loss: expected a loss object of a toolkit, got {type(loss).__name__}: there is no adapter for {packages[0]!r}, "
-        f"but for the losses of {', '.join(sorted(adapters)) or 'no toolkit (is undimix-plugins installed?)'}. To add a "
-        f"toolkit, register a function weighted(loss, weighting) under the entry-point group {GROUP!r}, named for its "
-        "import package"
+        f"loss: expected a loss object of a toolkit, got {type(loss).__name__}: there is no adapter for "
+        f"{packages[0]!r}, but for the losses of {losses_of}. To add a toolkit, register a function "
+        f"weighted(loss, weighting) under the entry-point group {GROUP!r}, named for its import package"
     )
 
 
@@ -138,7 +148,7 @@ class WeightedLoss(nn.Module):
         if "last_layer" in settings:
             layer = settings.pop("last_layer")
             self.last_layer = None if layer is None else LastLayer(layer)
-            if self.last_layer is not None and getattr(self.weighting, "gradient", "weight") != "weight":
+            if self.last_layer is not None and getattr(self.weighting, "gradient", None) != "weight":
                 raise TypeError(
                     f"last_layer: expected a weighting with gradient='weight', which uses it, got {self.weighting}"
                 )
@@ -148,11 +158,6 @@ class WeightedLoss(nn.Module):
             raise TypeError(f"options: expected {known} for {type(self).__name__}, got {unknown}")
         for name, value in settings.items():
             setattr(self, name, value)
-        if self.last_layer is None and getattr(self.weighting, "gradient", "") == "weight":
-            raise TypeError(
-                "last_layer: expected the nn.Linear whose outputs the loss is given, which gradient='weight' needs, "
-                "got None: undimix(loss, last_layer=linear)"
-            )
 
     def inputs_of(self, *embeddings: Tensor, normalized: bool = True) -> list[Tensor] | None:
         """The last layer's inputs behind embeddings, as a `Contrast` takes them; None where no layer is remembered.
@@ -167,8 +172,7 @@ class WeightedLoss(nn.Module):
         Raises:
             ValueError: Where the embeddings are not the layer's outputs.
         """
-        not_used = self.weighting == Uniform() or getattr(self.weighting, "gradient", "weight") != "weight"
-        if self.last_layer is None or not_used:
+        if self.last_layer is None or getattr(self.weighting, "gradient", None) != "weight":
             return None
         inputs = self.last_layer.inputs_of(*embeddings)
         return [inputs_over_lengths(*pair, normalized) for pair in zip(inputs, embeddings, strict=True)]

@@ -8,7 +8,6 @@ import pickle
 import pytest
 import torch
 from lightly.loss import BarlowTwinsLoss, NTXentLoss
-from lightly.loss.directclr_loss import DirectCLRLoss
 
 import undimix_lightly
 from undimix_plugins import HCL, UnDiMix, Uniform, undimix
@@ -62,9 +61,8 @@ def test_weighted_again() -> None:
 
 
 def test_refused() -> None:
-    for loss in (BarlowTwinsLoss(), DirectCLRLoss(4)):
-        with pytest.raises(TypeError, match=rf"{type(loss).__name__} .*supported: lightly's NTXentLoss"):
-            undimix(loss)
+    with pytest.raises(TypeError, match=r"BarlowTwinsLoss .*supported: .*lightly's NTXentLoss"):
+        undimix(BarlowTwinsLoss())
     patched = NTXentLoss()
     patched.forward = lambda out0, out1: out0.sum()  # type: ignore[method-assign]
     with pytest.raises(TypeError, match=r"replaces NTXentLoss\.forward"):

@@ -1,0 +1,39 @@
+"""The option that runs the whole matrix of losses and machinery, and what becomes of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from integration_tests.matrix.table import markdown, write
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--matrix", action="store_true", help="run every loss in every machinery, and write the table")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """The matrix, which is not whole yet, is run where it is asked for alone."""
+    return True if collection_path.name == "matrix" and not config.getoption("--matrix") else None
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Prints the table; of a whole run, it goes into the README."""
+    if not config.getoption("--matrix"):
+        return
+    results = []
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            properties = dict(getattr(report, "user_properties", []))
+            if "cell" in properties and report.when == "call":
+                results.append({**properties, "failed": outcome == "failed"})
+    if not results:
+        return
+    results.sort(key=lambda result: result["place"])
+    table = markdown({tuple(result["cell"]): result for result in results})
+    whole = len(results) == results[0]["of"]
+    written = whole and write(table, README)
+    terminalreporter.write_line(f"\n{table}\n{README.name}: {'written' if written else 'left as it was'}")

@@ -1,0 +1,70 @@
+"""The matrix as Markdown, and where it goes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+BEGIN, END = "<!-- matrix -->", "<!-- /matrix -->"
+NAMES = {
+    "lightly": "lightly",
+    "sentence_transformers": "sentence-transformers",
+    "pyg": "PyG",
+    "transformers": "transformers",
+}
+ABSENT = "the toolkit's loop has no such thing"
+Results = Mapping[tuple[str, str, str], Mapping[str, Any]]
+
+
+def markdown(results: Results) -> str:
+    """A table of what all toolkits have, one of what only sentence-transformers has, and the footnotes of both.
+
+    Args:
+        results: For each toolkit, row and column: "failed", "lacks" (whether the host does), "words" and "breaks".
+    """
+    toolkits = list(dict.fromkeys(toolkit for toolkit, _, _ in results))
+    by_toolkit = {name: {column for toolkit, _, column in results if toolkit == name} for name in toolkits}
+    columns = list(dict.fromkeys(column for _, _, column in results))
+    shared = [column for column in columns if sum(column in has for has in by_toolkit.values()) > 1]
+    footnotes: dict[str, int] = {}
+    parts = [_table(results, toolkits, shared or columns, footnotes)]
+    for name in toolkits:
+        own = [column for column in columns if column in by_toolkit[name] and shared and column not in shared]
+        if own:
+            parts.append(_table(results, [name], own, footnotes))
+    notes = [f"<sup>{number}</sup> {words[0].upper()}{words[1:]}." for words, number in footnotes.items()]
+    return "\n\n".join([*parts, "  \n".join(notes)]).rstrip() + "\n"
+
+
+def _table(results: Results, toolkits: Sequence[str], columns: Sequence[str], footnotes: dict[str, int]) -> str:
+    rows = list(dict.fromkeys((toolkit, row) for toolkit, row, _ in results if toolkit in toolkits))
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for toolkit, row in rows:
+        texts = [_text(results.get((toolkit, row, column)), footnotes) for column in columns]
+        lines.append(f"| {NAMES[toolkit]}: {row} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def _text(result: Mapping[str, Any] | None, footnotes: dict[str, int]) -> str:
+    result = {"lacks": True, "words": ABSENT} if result is None else result
+    if result.get("failed"):
+        return "✗"
+    words = result["words"]
+    note = f"<sup>{footnotes.setdefault(words, len(footnotes) + 1)}</sup>" if words else ""
+    breaks = result.get("breaks")
+    return ("-" if result["lacks"] else "✓" if breaks is None else f"✓ {breaks}") + note
+
+
+def write(table: str, file: Path) -> bool:
+    """Puts the table between the two markers, where the file has them: whole, or not at all."""
+    text = file.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        return False
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    part = file.with_suffix(".part")
+    part.write_text(f"{before}{BEGIN}\n{table}{END}{after}", encoding="utf-8")
+    os.replace(part, file)
+    return True

@@ -1,0 +1,70 @@
+"""Every supported loss in every machinery of its toolkit's own loop; `--matrix` runs all, else a few."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from integration_tests.matrix import lightly_cells, pyg_cells, sentence_transformers_cells, transformers_cells
+from integration_tests.matrix.cells import cells, check
+
+Record = Callable[[str, object], None]
+# What takes seconds is chosen once for all that share a Trainer.
+TOOLKITS: dict[str, tuple[ModuleType, tuple[str, ...]]] = {
+    "lightly": (lightly_cells, ()),
+    "sentence_transformers": (sentence_transformers_cells, ("compile",)),
+    "pyg": (pyg_cells, ("compile", "SIGKILL", "DDP")),
+    "transformers": (transformers_cells, ("compile", "SIGKILL", "DDP")),
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    toolkit, left_out = TOOLKITS[metafunc.function.__name__.removeprefix("test_")]
+    every = metafunc.config.getoption("--matrix", default=False)
+    chosen = cells(toolkit.ROWS, toolkit.MACHINERY, every, left_out)
+    # What starts processes shares the one that they are started from.
+    marks = {column: pytest.mark.xdist_group("processes") for column in ("SIGKILL", "DDP")}
+    parameters = [pytest.param(*cell, id=" - ".join(cell), marks=marks.get(cell[1], ())) for cell in chosen]
+    metafunc.parametrize(("row", "column"), parameters)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen() -> Iterator[None]:
+    """Keeps what is imported out of garbage collections, of which a Trainer makes one for each training."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def run_cell(toolkit: str, row: str, column: str, root: Path, record: Record) -> None:
+    module, _ = TOOLKITS[toolkit]
+    lack = module.LACKS.get((row, column))
+    record("cell", (toolkit, row, column))
+    place = zip((TOOLKITS, module.ROWS, module.MACHINERY), (toolkit, row, column), strict=True)
+    record("place", [list(names).index(name) for names, name in place])
+    record("of", sum(len(other.ROWS) * len(other.MACHINERY) for other, _ in TOOLKITS.values()))
+    record("words", lack.words if lack else module.NOTES.get((row, column), ""))
+    record("lacks", lack is not None)
+    weighted = check(module.MACHINERY[column], module.ROWS[row], root, lack)
+    record("breaks", None if weighted is None else weighted.breaks)
+
+
+def test_lightly(row: str, column: str, tmp_path: Path, record_property: Record) -> None:
+    run_cell("lightly", row, column, tmp_path, record_property)
+
+
+def test_sentence_transformers(row: str, column: str, tmp_path: Path, record_property: Record) -> None:
+    run_cell("sentence_transformers", row, column, tmp_path, record_property)
+
+
+def test_pyg(row: str, column: str, tmp_path: Path, record_property: Record) -> None:
+    run_cell("pyg", row, column, tmp_path, record_property)
+
+
+def test_transformers(row: str, column: str, tmp_path: Path, record_property: Record) -> None:
+    run_cell("transformers", row, column, tmp_path, record_property)

@@ -27,8 +27,8 @@ test: .venv/installed
 	.venv/bin/ruff check .
 	@echo "== mypy: strict, core and adapters"
 	.venv/bin/mypy
-	@echo "== pytest: unit tests and every toolkit's own training loop"
-	.venv/bin/python -m pytest
+	@echo "== pytest: unit tests and every toolkit's own training loop, a core each"
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
 
 speed: .venv/installed
 	@echo "== speed: the weighted losses against the hosts' plain ones, in one run"

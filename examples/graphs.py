@@ -6,6 +6,7 @@ import contextlib
 import io
 import shutil
 import tempfile
+from copy import copy
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,9 +14,8 @@ from pathlib import Path
 from torch_geometric.datasets.tu_dataset import TUDataset
 
 
-@cache
 def mutag() -> TUDataset:
-    """MUTAG, read from the raw files that the package `grakel` carries.
+    """MUTAG, read from the raw files that the package `grakel` carries: a data set of one's own, to set a transform on.
 
     Returns:
         PyG's own TUDataset of 188 molecules, in memory: `x` the one-hot atom [nodes, 7], `edge_attr` the one-hot bond
@@ -31,6 +31,11 @@ def mutag() -> TUDataset:
         >>> mutag()
         MUTAG(188)
     """
+    return copy(_mutag())
+
+
+@cache
+def _mutag() -> TUDataset:
     grakel = find_spec("grakel")
     if grakel is None or grakel.origin is None:
         raise ModuleNotFoundError("MUTAG's files come with grakel: pip install grakel")

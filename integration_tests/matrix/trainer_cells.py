@@ -6,6 +6,7 @@ import copy
 import importlib
 import os
 import pickle
+import re
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -185,14 +186,15 @@ def settings_saved(toolkit: Toolkit, row: Any, kind: str, root: Path) -> Run:
         trainer.save_model(str(root / "saved"))
         args = torch.load(root / "saved" / "training_args.bin", weights_only=False)
         assert args.to_json_string() == trainer.args.to_json_string()
-        written.append({"args": args.to_dict(), **toolkit.saved(trainer, root / "saved")})
-    for weighting in (repr(Uniform()), repr(UnDiMix())):
-        if written[1].get("weighting") == weighting:
-            del written[1]["weighting"]
-        for name, value in written[1].items():  # the loss inside another, as the card has it
-            if isinstance(value, str):
-                written[1][name] = value.replace(f", weighting={weighting!r}", "")
-    assert written[1] == written[0]
+        written.append({**toolkit.saved(trainer, root / "saved"), "args": str(args.to_dict())})
+    of_plain, of_kind = written
+    told, weighting = of_kind.pop("weighting", None), repr(UnDiMix() if kind == "undimix" else Uniform())
+    for name, value in of_kind.items():  # of a loss inside another, the card has its settings in a row
+        if isinstance(value, str) and value != of_plain[name]:
+            of_kind[name], told = value.replace(f", weighting={weighting!r}", ""), weighting
+    assert of_kind == of_plain
+    tells = kind != "plain" and re.search(r"\b(scale|temperature)\b", str(of_plain)) is not None
+    assert told == (weighting if tells else None)
     return run_of(trainer, model, start)
 
 

@@ -26,8 +26,9 @@ class HardnessWarmup(Callback):
         linear: x,    cosine: (1 - cos(pi * x)) / 2,    x = min(global_step / steps, 1).
 
     It follows the Trainer's own `global_step`, which counts the optimiser's steps, so that a resumed run goes on where
-    it was. When training ends or fails, losses have their full weighting again. Validation in between is of the loss
-    as it is then. A loss under `torch.compile` is compiled a second time, for a hardness that changes.
+    it was, and its `share` stays that of the training as it was when it began. When training ends or fails, losses have
+    their full weighting again. Validation in between is of the loss as it is then. A loss under `torch.compile` is
+    compiled a second time, for a hardness that changes.
 
     Args:
         steps: How many steps the warm-up takes, at least 1.
@@ -48,10 +49,26 @@ class HardnessWarmup(Callback):
     def __init__(self, *, steps: float | None = None, share: float | None = None, shape: str = "linear") -> None:
         check_warmup(steps, share, shape)
         self.steps, self.share, self.shape = steps, share, shape
+        self._total: float | None = None  # steps of the training that is being warmed up
         self._losses: list[WeightedLoss] = []
+
+    @property
+    def state_key(self) -> str:
+        """Where checkpoints keep the state: of a warm-up with these settings."""
+        return self._generate_state_key(steps=self.steps, share=self.share, shape=self.shape)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many steps the training has that is being warmed up."""
+        return {"total": self._total}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on with the warm-up of that training."""
+        self._total = state_dict["total"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds the losses."""
+        if trainer.global_step == 0 or self._total is None:
+            self._total = trainer.estimated_stepping_batches
         self._losses = weighted_losses(pl_module)
         if not self._losses:
             raise ValueError(
@@ -61,7 +78,7 @@ class HardnessWarmup(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Sets the hardness of the step."""
-        total = trainer.estimated_stepping_batches
+        total = trainer.estimated_stepping_batches if self._total is None else self._total
         self._set(hardness_share(trainer.global_step, total, steps=self.steps, share=self.share, shape=self.shape))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -8,14 +8,16 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from undimix_plugins import WeightedLoss, hardness_share, negative_statistics, watch
 from undimix_plugins.checks import check_number
 from undimix_plugins.schedule import check_warmup, set_hardness, weighted_losses
 from undimix_plugins.statistics import mean_statistics
+from undimix_transformers.trainer import trainers_above
 
 
-class HardnessWarmup(TrainerCallback):
+class HardnessWarmup(TrainerCallback, ExportableState):
     """Begins with the plain loss and comes to the full weighting.
 
     The share of the hardness at a step (`Weighting.softened` says of what) is
@@ -23,14 +25,16 @@ class HardnessWarmup(TrainerCallback):
         linear: x,    cosine: (1 - cos(pi * x)) / 2,    x = min(global_step / steps, 1).
 
     It follows the Trainer's own `global_step`, which counts the optimiser's steps, so that a resumed run goes on where
-    it was. When training ends, losses have their full weighting again; where it was broken off, they keep that beside
-    the softened one, and `undimix(loss)` or the next training comes to it. An evaluation in between is of the loss as
-    it is then. A loss under `torch.compile` is compiled a second time, for hardnesses in general.
+    it was. With `restore_callback_states_from_checkpoint`, the checkpoint's settings hold instead of these, and a
+    `share` stays that of the training as it was when it began. When training ends, losses have their full weighting
+    again; where it was broken off, they keep that beside the softened one, and `undimix(loss)` or the next training
+    comes to it. An evaluation in between is of the loss as it is then. A loss under `torch.compile` is compiled a
+    second time, for hardnesses in general.
 
     Args:
-        of: The Trainer, whose losses are looked up when training begins: those of sentence-transformers' trainers, the
-            `compute_loss_func`, and what is inside the model. Or a module that is the loss or has it inside, where
-            there is no Trainer yet, or where it has a function that calls the loss.
+        of: A module that is the loss or has it inside, where it isn't found: in a function that calls it. A Trainer,
+            or None for the Trainer that trains, has its losses looked up when training begins: those of
+            sentence-transformers' trainers, the `compute_loss_func`, and what is inside the model.
         steps: How many steps the warm-up takes, at least 1.
         share: How much of the training it takes instead, above 0 and at most 1.
         shape: "linear" or "cosine".
@@ -41,39 +45,54 @@ class HardnessWarmup(TrainerCallback):
             begins: where there is no weighted loss.
 
     Examples:
-        With a Trainer at hand, `trainer.add_callback(HardnessWarmup(trainer, share=0.1))`; else `Trainer(...,
-        compute_loss_func=loss, callbacks=[warmup])` with
-
+        >>> import tempfile
         >>> from undimix_transformers import SimCSELoss
-        >>> loss = SimCSELoss(temperature=0.05)
-        >>> warmup = HardnessWarmup(loss, share=0.1)
+        >>> model, loss = torch.nn.Linear(2, 2), SimCSELoss(temperature=0.05)  # any encoder
+        >>> args = TrainingArguments(tempfile.mkdtemp(), report_to="none", use_cpu=True)
+        >>> warmup = HardnessWarmup(share=0.1)
+        >>> trainer = Trainer(model=model, args=args, compute_loss_func=loss, callbacks=[warmup])
     """
 
     def __init__(
-        self, of: Trainer | nn.Module, *, steps: float | None = None, share: float | None = None, shape: str = "linear"
+        self,
+        of: Trainer | nn.Module | None = None,
+        *,
+        steps: float | None = None,
+        share: float | None = None,
+        shape: str = "linear",
     ) -> None:
-        if not isinstance(of, (Trainer, nn.Module)):
+        if of is not None and not isinstance(of, (Trainer, nn.Module)):
             raise TypeError(f"of: expected the Trainer or its loss, got {of!r}")
         check_warmup(steps, share, shape)
         self.of, self.steps, self.share, self.shape = of, steps, share, shape
+        self.total: int | None = None  # steps of the training that is being warmed up
         self._losses: list[WeightedLoss] = []
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer puts into its checkpoints."""
+        settings = {"steps": self.steps, "share": self.share, "shape": self.shape}
+        return {"args": settings, "attributes": {"total": self.total}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Finds the losses."""
-        self._losses = _losses(self.of)
+        if state.global_step == 0 or self.total is None:
+            self.total = state.max_steps
+        of = next((trainer for trainer, _ in trainers_above()), None) if self.of is None else self.of
+        self._losses = [] if of is None else _losses(of)
         if not self._losses:
             raise ValueError(
                 "HardnessWarmup: expected a weighted loss in the Trainer's loss, compute_loss_func or model, got none; "
-                "where a function calls it, pass the loss instead of the Trainer"
+                "where a function calls it, pass the loss: HardnessWarmup(loss, ...)"
             )
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Sets the hardness of the step."""
-        share = hardness_share(state.global_step, state.max_steps, steps=self.steps, share=self.share, shape=self.shape)
+        total = state.max_steps if self.total is None else self.total
+        share = hardness_share(state.global_step, total, steps=self.steps, share=self.share, shape=self.shape)
         for loss in self._losses:
             set_hardness(loss, share)
 

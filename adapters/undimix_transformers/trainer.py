@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from types import FrameType
 
 from torch import Tensor
 from transformers import Trainer
 
 from undimix_plugins import same_label
 from undimix_plugins.contrast import Verdicts
+
+
+def trainers_above() -> Iterator[tuple[Trainer, FrameType]]:
+    """The frames in which a Trainer's method calls, however far away, from the nearest on."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        trainer = frame.f_locals.get("self")
+        if isinstance(trainer, Trainer):
+            yield trainer, frame
+        frame = frame.f_back
 
 
 def calling_trainer() -> tuple[Trainer | None, int]:
@@ -18,12 +30,8 @@ def calling_trainer() -> tuple[Trainer | None, int]:
         The Trainer, or None; and what its `compute_loss` is going to multiply the loss by, as if it were a share of a
         sum over all processes.
     """
-    caller, frame = None, sys._getframe(1)
-    while frame.f_back is not None:
-        frame = frame.f_back
-        trainer = frame.f_locals.get("self")
-        if not isinstance(trainer, Trainer):
-            continue
+    caller = None
+    for trainer, frame in trainers_above():
         caller = trainer
         if trainer.loss_is_scaled_for_ga is None:
             trainer.loss_is_scaled_for_ga = False

@@ -124,7 +124,7 @@ def test_warmup_in_sentence_transformers(form: str, pairs: Dataset, tmp_path: Pa
     trainer = sentence_trainer(
         model, given, pairs, tmp_path, max_steps=-1, num_train_epochs=2, gradient_accumulation_steps=4
     )
-    trainer.add_callback(HardnessWarmup(trainer, share=0.5))
+    trainer.add_callback(HardnessWarmup(trainer if form == "of-the-model" else None, share=0.5))
     weighted = trainer.loss.loss if form == "in-a-wrapper" else trainer.loss
     recorder = Recorder(weighted)
     trainer.add_callback(recorder)
@@ -261,7 +261,7 @@ class WithLoss(BertModel):
         return {"loss": self.criterion(outputs)}
 
 
-@pytest.mark.parametrize("form", ["loss", "trainer", "in-a-function", "in-the-model"])
+@pytest.mark.parametrize("form", ["loss", "trainer", "found", "in-a-function", "in-the-model"])
 def test_warmup_in_the_plain_trainer(form: str, sentences: list[Any], tmp_path: Path) -> None:
     model, loss = bert(), SimCSELoss(weighting=FULL)
     given: Any = loss
@@ -272,7 +272,8 @@ def test_warmup_in_the_plain_trainer(form: str, sentences: list[Any], tmp_path: 
         model, given = WithLoss(model.config), None
         loss = model.criterion
     trainer = plain_trainer(model, given, sentences, tmp_path, gradient_accumulation_steps=2)
-    trainer.add_callback(HardnessWarmup(loss if form in ("loss", "in-a-function") else trainer, steps=2))
+    of = {"loss": loss, "in-a-function": loss, "trainer": trainer}.get(form)
+    trainer.add_callback(HardnessWarmup(of, steps=2))
     recorder = Recorder(loss)
     trainer.add_callback(recorder)
     trainer.train()
@@ -294,6 +295,24 @@ def test_warmup_resumed_in_the_plain_trainer(sentences: list[Any], tmp_path: Pat
     whole, resumed = run(None), run(str(tmp_path / "checkpoint-2"))
     assert len(whole) == 8
     torch.testing.assert_close(torch.tensor(resumed), torch.tensor(whole), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("restores", [False, True])
+def test_warmup_of_a_longer_training(restores: bool, sentences: list[Any], tmp_path: Path) -> None:
+    """Where the Trainer restores callbacks, the settings of then and the 4 steps of then; else those of now."""
+    begun = plain_trainer(bert(), SimCSELoss(weighting=FULL), sentences, tmp_path, save_strategy="steps")
+    begun.add_callback(HardnessWarmup(share=0.75))
+    begun.train()
+
+    loss = SimCSELoss(weighting=FULL)
+    settings = {"max_steps": 8, "restore_callback_states_from_checkpoint": restores}
+    trainer = plain_trainer(bert(), loss, sentences, tmp_path, **settings)
+    trainer.add_callback(HardnessWarmup(share=1.0))
+    recorder = Recorder(loss)
+    trainer.add_callback(recorder)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    of_then, of_now = [2 * 2 / 3, 2, 2, 2, 2, 2], [2 * step / 8 for step in range(2, 8)]
+    assert recorder.hardness == pytest.approx(of_then if restores else of_now)
 
 
 def test_statistics_in_the_plain_trainer(sentences: list[Any], tmp_path: Path) -> None:

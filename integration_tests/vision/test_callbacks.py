@@ -144,6 +144,15 @@ def test_warmup_resumed_is_warmup_whole(digits: Digits, tmp_path: Path) -> None:
     torch.testing.assert_close(torch.tensor(begun.losses + resumed.losses), torch.tensor(whole.losses))
 
 
+def test_warmup_of_a_longer_training_is_the_one_that_began(digits: Digits, tmp_path: Path) -> None:
+    """Its share is of the 5 steps of then; with other settings it is of the 10 steps of now."""
+    fit(make(hard), digits, tmp_path, HardnessWarmup(share=0.8), max_epochs=1).save_checkpoint(tmp_path / "begun.ckpt")
+    for share, expected in ((0.8, [2.0] * 5), (0.7, [2 * step / 7 for step in (5, 6, 7, 7, 7)])):
+        resumed = make(hard)
+        fit(resumed, digits, tmp_path, HardnessWarmup(share=share), ckpt=tmp_path / "begun.ckpt")
+        assert [weighting.hardness for weighting in resumed.weightings] == pytest.approx(expected)
+
+
 def test_warmup_broken_off_leaves_the_full_weighting(digits: Digits, tmp_path: Path) -> None:
     model = make(hard, breaks_at=3)
     with pytest.raises(RuntimeError, match="broken off"):

@@ -217,6 +217,8 @@ def test_plot_where_it_is_told_to() -> None:
     assert LINEAR.plot(axes, labels=["first", "second", "a third one with a long text that goes on and on"]) is axes
     names = [label.get_text() for label in axes.get_yticklabels()]
     assert names == ["a third one with a long text that goes …", "second"]
+    with pytest.raises(ValueError, match=r"^labels: expected one for each column of the pool, 3 or more, got 2$"):
+        LINEAR.plot(labels=["first", "second"])
     plain = explain(in_batch(4).contrast(), Uniform(), anchor=0, k=2).plot()
     assert [bar.get_width() for bar in plain.patches] == [1.0] * 4
     assert plain.get_legend() is None

@@ -28,6 +28,7 @@ from undimix_plugins import (
     two_views,
 )
 from undimix_plugins.schedule import set_hardness, weighted_losses
+from undimix_plugins.weightings.weighting import Softened
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -151,6 +152,7 @@ def test_ours_stay_what_they_are() -> None:
     assert Uniform().softened(0.5) == Uniform()
     assert type(UnDiMix().softened(0)) is UnDiMix
     assert repr(Uniform().softened(0.3)) == "Uniform()"
+    assert Softened(HCL(), 0.5).citation == HCL.citation
 
 
 def test_what_is_in_between() -> None:

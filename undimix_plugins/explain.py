@@ -111,6 +111,7 @@ class Explanation:
 
         Raises:
             ImportError: Where matplotlib is missing.
+            ValueError: For fewer labels than the pool has columns.
 
         Examples:
             >>> explanation = explain(two_views(torch.randn(8, 4), torch.randn(8, 4), 0.5), UnDiMix(), anchor=0)
@@ -121,6 +122,9 @@ class Explanation:
         except ImportError as error:
             raise ImportError("plot needs matplotlib, which is not installed: pip install matplotlib") from error
         shown = [*self.most, *self.least]
+        columns = 1 + max((negative.column for negative in shown), default=-1)
+        if labels is not None and len(labels) < columns:
+            raise ValueError(f"labels: expected one for each column of the pool, {columns} or more, got {len(labels)}")
         if axes is None:
             _, axes = plt.subplots(figsize=(8, 1.6 + 0.3 * len(shown)), layout="constrained")
         names = [f"column {n.column}" if labels is None else _short(labels[n.column]) for n in shown]

@@ -58,7 +58,11 @@ class ImageTextLoss(WeightedLoss):
                 "is no sum over an anchor's negatives to weight"
             )
         if not isinstance(getattr(model, "logit_scale", None), Tensor):
-            raise TypeError(f"model: expected a CLIP-type model with a logit_scale, got {name}")
+            own = [parameter for parameter, _ in model.named_parameters(recurse=False)]
+            raise TypeError(
+                f"model: expected a CLIP-type model, whose own parameter is one logit_scale for both directions, got "
+                f"{name}, whose own are {own or 'none'}"
+            )
         # Not a part of this module, whose state is not the model's.
         self.__dict__["model"] = model
         self.weigh(weighting)

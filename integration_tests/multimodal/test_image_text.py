@@ -176,9 +176,10 @@ def test_refused(pairs: list[Any]) -> None:
     expected = "model: expected a CLIP-type model, whose own parameter is one logit_scale for both directions, got "
     with pytest.raises(TypeError, match=rf"^{expected}Linear, whose own are \['weight', 'bias'\]$"):
         ImageTextLoss(torch.nn.Linear(2, 2))
+    with torch.device("meta"):
+        align = AlignModel(AlignConfig())
     with pytest.raises(TypeError, match=rf"^{expected}AlignModel, whose own are \['temperature'\]$"):
-        with torch.device("meta"):
-            ImageTextLoss(AlignModel(AlignConfig()))
+        ImageTextLoss(align)
     siglip = SiglipModel(SiglipConfig(text_config={**SMALL, "vocab_size": 100}, vision_config=VISION))
     with pytest.raises(TypeError, match=r"model: SiglipModel has a logit_bias.*a sigmoid for each pair on its own"):
         ImageTextLoss(siglip)

@@ -7,7 +7,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3 python; do \
 # A thread that waits lets others run: two busy cores else lose most of their time on small tensors.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test speed docs linkcheck
+.PHONY: demo test matrix speed docs linkcheck
 .DELETE_ON_ERROR:
 
 .venv/installed: pyproject.toml
@@ -29,6 +29,10 @@ test: .venv/installed
 	.venv/bin/mypy
 	@echo "== pytest: unit tests and every toolkit's own training loop, a core each"
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
+
+matrix: .venv/installed
+	@echo "== matrix: every supported loss in everything around it, plain, with Uniform() and with UnDiMix(), into README.md"
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest integration_tests/matrix --matrix --numprocesses auto --maxprocesses 4 --dist loadgroup
 
 speed: .venv/installed
 	@echo "== speed: the weighted losses against the hosts' plain ones, in one run"

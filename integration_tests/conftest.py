@@ -15,11 +15,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--matrix", action="store_true", help="run every loss in every machinery, and write the table")
 
 
-def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """The matrix, which is not whole yet, is run where it is asked for alone."""
-    return True if collection_path.name == "matrix" and not config.getoption("--matrix") else None
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Prints the table; of a whole run, it goes into the README."""
     if not config.getoption("--matrix"):

@@ -337,7 +337,8 @@ MACHINERY = {
     "DDP": Machinery(distributed),
 }
 NO_BANK = Lack(
-    "the memory bank is not in the checkpoint, so that a resumed training begins with a new one; MemoryBankCheckpoint puts it there"
+    "the memory bank is not in the checkpoint, so that a resumed training begins with a new one; MemoryBankCheckpoint "
+    "puts it there"
 )
 LACKS: dict[tuple[str, str], Lack] = {
     ("NTXentLoss, memory bank", "resume"): NO_BANK,

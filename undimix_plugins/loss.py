@@ -53,6 +53,7 @@ def log_sums(contrast: Contrast, weighting: Weighting) -> LogSums:
     Raises:
         ValueError: For log-weights that are no floating-point tensor [anchors, pool].
         TypeError: For something else than a Contrast and a Weighting.
+        ValueError: Also for a weighting that makes positives of negatives, of which the two numbers tell no mean.
 
     References:
         van den Oord et al., arXiv 1807.03748, equation 4; Yeh et al., arXiv 2110.06848, equation 6 (decoupled).
@@ -63,8 +64,13 @@ def log_sums(contrast: Contrast, weighting: Weighting) -> LogSums:
         >>> decoupled = (negatives - positives).mean()
     """
     _check(contrast, weighting)
+    compared = weighting.compared(contrast)
+    if compared.positive_columns is not contrast.positive_columns:
+        raise ValueError(
+            f"weighting: expected one that makes no positives, for which this loss has no place, got {weighting}"
+        )
     with full_precision(contrast.pool):
-        return _log_sums(contrast, weighting, _prepared(contrast, weighting))
+        return _log_sums(compared, weighting, _prepared(compared, weighting))
 
 
 def weighted_log_sum(contrast: Contrast, weighting: Weighting, prepared: Any, rows: slice) -> Tensor:
@@ -97,14 +103,15 @@ def weighted_log_sum(contrast: Contrast, weighting: Weighting, prepared: Any, ro
 
 def _prepared(contrast: Contrast, weighting: Weighting) -> Any:
     """What `weighted_log_sum` needs, or what the fast path does; the compiler does its own tiling."""
-    return weighting.prepare(contrast) if torch.compiler.is_compiling() else tiled.prepare(contrast, weighting)
+    weigher = weighting.weigher()
+    return weigher.prepare(contrast) if torch.compiler.is_compiling() else tiled.prepare(contrast, weigher)
 
 
 def _log_sums(contrast: Contrast, weighting: Weighting, prepared: Any) -> LogSums:
     positives, number = _positives(contrast)
-    negatives = _negatives(contrast, weighting, prepared)
+    negatives = _negatives(contrast, weighting.weigher(), prepared)
     none, combined = negatives.isneginf(), negatives
-    if type(weighting).combine is not Weighting.combine:
+    if weighting.combines():
         mean, count = positives - number.log(), contrast.count.clamp(min=1)
         combined = weighting.combine(contrast, mean, negatives.masked_fill(none, 0), count)
     if not values_are_free(contrast.pool):
@@ -115,15 +122,19 @@ def _log_sums(contrast: Contrast, weighting: Weighting, prepared: Any) -> LogSum
 def _positives(contrast: Contrast) -> tuple[Tensor, Tensor]:
     """The log of the sum of the positives' exponentials [n], and how many there are [n], at least 1."""
     if contrast.positive_columns is None:
-        logits = contrast.positive_logits()
+        logits = contrast.own_positive_logits()
         return logits, torch.ones_like(logits)
     columns = contrast.positive_columns
     of_positive = columns >= 0
-    number = of_positive.sum(dim=1).clamp(min=1).to(contrast.pool.dtype)
+    number = of_positive.sum(dim=1).to(contrast.pool.dtype)
     if columns.shape[1] * contrast.pool.shape[1] > len(contrast.pool):
-        return _by_block(_positive_log_sum, contrast), number
-    logits = (contrast.anchors[:, None] * contrast.pool[columns.clamp(min=0)]).sum(dim=2) / contrast.held_temperature
-    return masked_log_sum_exp(logits, of_positive), number
+        log_sum = _by_block(_positive_log_sum, contrast)
+    else:
+        logits = (contrast.anchors[:, None] * contrast.pool[columns.clamp(min=0)]).sum(dim=2)
+        log_sum = masked_log_sum_exp(logits / contrast.held_temperature, of_positive)
+    if contrast.has_own_positive:
+        return torch.logaddexp(log_sum, contrast.own_positive_logits()), number + 1
+    return log_sum, number.clamp(min=1)
 
 
 def _positive_log_sum(contrast: Contrast, rows: slice) -> Tensor:
@@ -175,17 +186,18 @@ def mean_loss(contrast: Contrast, weighting: Weighting, loss: tiled.Margin) -> T
         >>> loss = mean_loss(contrast, UnDiMix(), lambda margin: (margin.relu(), (margin > 0).to(margin.dtype)))
     """
     _check(contrast, weighting)
+    contrast = weighting.compared(contrast)
     with full_precision(contrast.pool):
         prepared = _prepared(contrast, weighting)
         if (
             torch.compiler.is_compiling()
             or contrast.positive_columns is not None
-            or type(weighting).combine is not Weighting.combine
-            or tiled.weights_carry_gradient(weighting, prepared)
+            or weighting.combines()
+            or tiled.weights_carry_gradient(weighting.weigher(), prepared)
         ):
             positives, negatives = _log_sums(contrast, weighting, prepared)
             return _mean_of_margins(contrast, positives, negatives, loss)
-        mean = tiled.mean_loss(contrast, weighting, prepared, loss)
+        mean = tiled.mean_loss(contrast, weighting.weigher(), prepared, loss)
         return mean if values_are_free(mean) else mean + _not_a_number_if_not_finite(contrast)
 
 

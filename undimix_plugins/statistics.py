@@ -118,6 +118,7 @@ def negative_statistics(
         most_anchors = min(MOST_ANCHORS, MOST_PAIRS // len(contrast.pool) + 1)
     rows = slice(0, int(check_number("most_anchors", most_anchors, at_least=1)))
     same = None if labels is None else _same_label(contrast, labels, rows)
+    contrast, weighting = weighting.compared(contrast), weighting.weigher()
     with full_precision(contrast.pool):
         tasks, negative = _tasks(contrast), contrast.is_negative(rows)
         assert tasks.of_anchors is not None

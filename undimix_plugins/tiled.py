@@ -65,12 +65,17 @@ def prepare(contrast: Contrast, weighting: Weighting) -> Any:
     """What `log_weights` needs; for `UnDiMix` what processes share, for the rest that this file works out nothing."""
     if type(weighting) is UnDiMix and weighting.influence and contrast.everyone is not None:
         return weighting.prepare(contrast)  # once, not in a backward pass again: it waits for the other processes
-    return None if type(weighting) in (Uniform, UnDiMix) else weighting.prepare(contrast)
+    return None if weighs_alike(weighting) or type(weighting) is UnDiMix else weighting.prepare(contrast)
+
+
+def weighs_alike(weighting: Weighting) -> bool:
+    """Whether all negatives count the same, whatever else the weighting does."""
+    return type(weighting).log_weights is Uniform.log_weights
 
 
 def weights_carry_gradient(weighting: Weighting, prepared: Any) -> bool:
     """Whether a loss has to follow the log-weights' own gradient."""
-    if not torch.is_grad_enabled() or type(weighting) in (Uniform, UnDiMix):
+    if not torch.is_grad_enabled() or weighs_alike(weighting) or type(weighting) is UnDiMix:
         return False
     log_weights = weighting.log_weights(prepared, slice(0, 1))
     return isinstance(log_weights, Tensor) and log_weights.requires_grad
@@ -754,7 +759,7 @@ def all_one(lengths: Tensor) -> bool:
 
 def scorer_of(weighting: Weighting, prepared: Any, logits: Logits, columns: Columns, out: Tensor | None) -> Scorer:
     """What gives a weighting's scores: lean ones for our own weightings, else what `log_weights` says."""
-    if type(weighting) is Uniform:
+    if weighs_alike(weighting):
         return lambda rows, block, out: block
     if type(weighting) is UnDiMix:
         return UnDiMixScores(weighting, prepared, logits, columns, out)
@@ -977,7 +982,7 @@ class MeanLoss(torch.autograd.Function):
         with Numerators.workspace(contrast) as memory:
             every, plain, by_block = slice(0, n), None, []
             out = memory.block(n, len(pool)) if fits(contrast) else None
-            if out is not None and type(weighting) is Uniform and contrast.is_own_pool and is_two_views(contrast):
+            if out is not None and weighs_alike(weighting) and contrast.is_own_pool and is_two_views(contrast):
                 plain = plain_log_sums(contrast, centre, out)
             if plain is None:
                 work = Numerators(contrast, weighting, prepared, out, memory)

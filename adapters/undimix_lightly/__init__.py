@@ -13,6 +13,11 @@ from undimix_lightly.adapter import weighted  # noqa: E402
 from undimix_lightly.dcl_loss import DCLLoss, DCLWLoss  # noqa: E402
 from undimix_lightly.detcon_loss import DetConBLoss, DetConSLoss  # noqa: E402
 from undimix_lightly.macl_loss import MACLLoss  # noqa: E402
+from undimix_lightly.non_semantic import (  # noqa: E402
+    NonSemanticNegatives,
+    NonSemanticTransform,
+    non_semantic_columns,
+)
 from undimix_lightly.ntx_ent_loss import DirectCLRLoss, NTXentLoss  # noqa: E402
 
 if TYPE_CHECKING:
@@ -31,6 +36,9 @@ __all__ = [
     "MemoryBankCheckpoint",
     "NTXentLoss",
     "NegativeStatistics",
+    "NonSemanticNegatives",
+    "NonSemanticTransform",
+    "non_semantic_columns",
     "weighted",
 ]
 

@@ -5,6 +5,7 @@ from undimix_plugins import require
 require("sentence_transformers", extra="sentence-transformers")
 
 from undimix_sentence_transformers.adapter import weighted  # noqa: E402
+from undimix_sentence_transformers.ance import ANCE  # noqa: E402
 from undimix_sentence_transformers.gist_embed import CachedGISTEmbedLoss, GISTEmbedLoss  # noqa: E402
 from undimix_sentence_transformers.multiple_negatives_ranking import (  # noqa: E402
     CachedMultipleNegativesRankingLoss,
@@ -16,6 +17,7 @@ from undimix_sentence_transformers.multiple_negatives_ranking import (  # noqa: 
 from undimix_transformers.callbacks import HardnessWarmup, NegativeStatistics  # noqa: E402
 
 __all__ = [
+    "ANCE",
     "CachedGISTEmbedLoss",
     "CachedMultipleNegativesRankingLoss",
     "CachedMultipleNegativesSymmetricRankingLoss",

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from undimix_plugins.checks import check_number
 from undimix_plugins.contrast import Contrast
+from undimix_plugins.weightings.debiased import debiased
 from undimix_plugins.weightings.weighting import Weighting, check_share, mean_one
 
 
@@ -27,7 +27,7 @@ class HCL(Weighting):
     nothing is corrected and it is left out.
 
     Attributes:
-        beta: Concentration on hard negatives, a finite number of at least 0; 0 leaves debiasing alone.
+        beta: Concentration on hard negatives, a finite number of at least 0; 0 is `Debiased`.
         tau_plus: Prior probability of the anchor's class, in [0, 1).
 
     Raises:
@@ -67,13 +67,5 @@ class HCL(Weighting):
         return mean_one(self.beta * prepared.logits(rows), prepared.is_negative(rows))
 
     def combine(self, contrast: Contrast, positives: Tensor, negatives: Tensor, count: Tensor) -> Tensor:
-        """The debiased negatives, in logarithms so that `exp(1 / t)` never overflows."""
-        if self.tau_plus == 0:
-            return negatives
-        # log of the share of the negatives' sum that is taken to be positives
-        share = (self.tau_plus * count).log() + positives - negatives
-        left = ~(share >= 0)  # NaN stays NaN
-        rest = torch.log(-torch.expm1(share.masked_fill(~left, -1)))
-        debiased = negatives + rest - torch.full_like(rest, -self.tau_plus).log1p()
-        least = count.log() - 1 / contrast.temperature
-        return torch.where(left & ~(debiased <= least), debiased, least)
+        """The debiased negatives [n]."""
+        return debiased(self.tau_plus, contrast, positives, negatives, count)

@@ -17,6 +17,7 @@ class Weighting:
 
     Attributes:
         citation: BibTeX of the method, for model cards; empty where there is none.
+        adds_negatives: Whether `combine` adds further negatives, which are none of the contrast's.
 
     Examples:
         A weighting of one's own, twice the weight on the more similar half of the anchor's negatives:
@@ -31,11 +32,19 @@ class Weighting:
     """
 
     citation: ClassVar[str] = ""
+    adds_negatives: ClassVar[bool] = False
 
     def __repr__(self) -> str:
         """The class and its settings: what model cards and printed losses say."""
         settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
         return f"{type(self).__name__}({settings})"
+
+    def compared(self, contrast: Contrast) -> Contrast:
+        """What is compared instead, before anything is weighted: fewer negatives, or some of them as positives.
+
+        `Contrast.without` and `Contrast.with_positives` make it. By default the contrast itself.
+        """
+        return contrast
 
     def prepare(self, contrast: Contrast) -> Any:
         """What `log_weights` needs of the whole contrast, worked out once; by default the contrast itself."""
@@ -69,6 +78,14 @@ class Weighting:
             What stands for `negatives` [n]; by default itself. Ignored for an anchor without negatives.
         """
         return negatives
+
+    def weigher(self) -> Weighting:
+        """Which weighting's `log_weights` these are: by default its own."""
+        return self
+
+    def combines(self) -> bool:
+        """Whether `combine` changes anything."""
+        return type(self).combine is not Weighting.combine
 
     def softened(self, share: float) -> Weighting:
         """The weighting on its way from the plain loss, at 0, to itself, at 1: what a warm-up goes through.
@@ -113,6 +130,14 @@ class Softened(Weighting):
     def citation(self) -> str:  # type: ignore[override]
         """That of the weighting."""
         return self.weighting.citation
+
+    def compared(self, contrast: Contrast) -> Contrast:
+        """What the weighting compares."""
+        return self.weighting.compared(contrast)
+
+    def combines(self) -> bool:
+        """Whether the weighting's does."""
+        return self.weighting.combines()
 
     def prepare(self, contrast: Contrast) -> Any:
         """What the weighting prepares."""
@@ -234,7 +259,7 @@ def importance_weights(contrast: Contrast, weighting: Weighting) -> Tensor:
         >>> importance_weights(contrast, Uniform())[0]
         tensor([0., 1., 1., 1., 0., 1., 1., 1.])
     """
-    rows = slice(0, len(contrast.anchors))
+    rows, contrast = slice(0, len(contrast.anchors)), weighting.compared(contrast)
     with torch.no_grad(), full_precision(contrast.pool):
         weights = weighting.log_weights(weighting.prepare(contrast), rows).exp()
         return weights.masked_fill(~contrast.is_negative(rows), 0)

@@ -1,0 +1,287 @@
+"""Negatives made of the image itself, without its semantics (Ge et al. 2021): a transform, and what weighs them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from undimix_plugins import Contrast, Uniform, Weighting, unit_rows
+from undimix_plugins.checks import check_choice, check_number
+
+CITATION = """
+@inproceedings{ge2021robust,
+    title={Robust Contrastive Learning Using Negative Samples with Diminished Semantics},
+    author={Songwei Ge and Shlok Mishra and Chun-Liang Li and Haohan Wang and David Jacobs},
+    booktitle={Advances in Neural Information Processing Systems},
+    year={2021},
+    url={https://arxiv.org/abs/2110.14189},
+}
+"""
+
+SIDE = 224  # of the images that sizes are given for
+SOURCE = 96  # the side of the two pieces that a texture is made of
+CANDIDATES = 2  # of which the one that fits best is laid: the more there are, the more of the image's layout comes back
+COLUMNS: list[Tensor] = []  # embeddings of the batch's non-semantic images, inside of `non_semantic_columns`
+
+
+class NonSemanticTransform(nn.Module):
+    """Makes of an image one with the same local features and without its layout: a negative of its own.
+
+    - "patch" tiles the image with square patches of itself, each from a random place. Their size is drawn for each
+      image.
+    - "texture" synthesises a texture from two pieces of the image, its centre and a random one, of 96 pixels in 224.
+      It is image quilting: blocks of a third of a piece, laid row by row with a quarter of overlap; of two random ones
+      that which fits better, cut through the overlap where it differs least from what is laid. The paper's textures
+      come from an external program, of another algorithm: these are none of its images.
+
+    Every pixel is one of the image's. Random numbers are torch's. A whole batch is as quick as one image: give it
+    batches, on their device, in the training step.
+
+    Args:
+        kind: "patch" or "texture".
+        patch_size: The least and the largest side of a patch, in pixels of an image whose shorter side is 224 (whole
+            numbers from 1 to 224); scaled to the image at hand. The paper has 16 to 72.
+
+    Raises:
+        ValueError: For another kind, or sizes out of these ranges.
+
+    References:
+        Ge, Mishra, Li, Wang, Jacobs: Robust Contrastive Learning Using Negative Samples with Diminished Semantics,
+        NeurIPS 2021, arXiv 2110.14189, section 3. Quilting: Efros, Freeman, SIGGRAPH 2001.
+
+    Examples:
+        >>> transform = NonSemanticTransform("patch")
+        >>> transform(torch.rand(3, 32, 32)).shape, transform(torch.rand(8, 3, 32, 32)).shape
+        (torch.Size([3, 32, 32]), torch.Size([8, 3, 32, 32]))
+        >>> transform
+        NonSemanticTransform(kind='patch', patch_size=(16, 72))
+    """
+
+    citation: ClassVar[str] = CITATION
+
+    def __init__(self, kind: str = "patch", patch_size: tuple[int, int] = (16, 72)) -> None:
+        super().__init__()
+        check_choice("kind", kind, ("patch", "texture"))
+        least, most = patch_size
+        for size in (least, most):
+            if check_number("patch_size", size, at_least=1) != int(size):
+                raise ValueError(f"patch_size: expected whole numbers, got {size!r}")
+        if not least <= most <= SIDE:
+            raise ValueError(f"patch_size: expected the least side and the largest, up to {SIDE}, got {patch_size}")
+        self.kind = kind
+        self.patch_size = (int(least), int(most))
+
+    def extra_repr(self) -> str:
+        """The settings that are used."""
+        patch_size = f", patch_size={self.patch_size}" if self.kind == "patch" else ""
+        return f"kind={self.kind!r}{patch_size}"
+
+    def forward(self, images: Tensor) -> Tensor:
+        """One non-semantic image of each.
+
+        Args:
+            images: [channels, height, width] or [batch, channels, height, width], of any dtype, of at least 4 pixels
+                a side.
+
+        Returns:
+            A tensor like it.
+
+        Raises:
+            ValueError: For what is no such tensor.
+        """
+        if not isinstance(images, Tensor) or images.dim() not in (3, 4):
+            came = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise ValueError(f"images: expected a tensor [channels, height, width], or a batch of these, got {came}")
+        if images.numel() == 0 or min(images.shape[-2:]) < 4:
+            raise ValueError(f"images: expected at least one, of at least 4 pixels a side, got {list(images.shape)}")
+        batch = images if images.dim() == 4 else images[None]
+        made = self._patches(batch) if self.kind == "patch" else _quilted(batch)
+        return made if images.dim() == 4 else made[0]
+
+    def _patches(self, images: Tensor) -> Tensor:
+        n, device = len(images), images.device
+        least, most = (_scaled(size, images) for size in self.patch_size)
+        size = torch.randint(least, most + 1, (n, 1), device=device)
+        height, width = images.shape[2:]
+        y, x = torch.arange(height, device=device), torch.arange(width, device=device)
+        # Places are drawn for as many tiles as there are of the least size.
+        down, across = math.ceil(height / least), math.ceil(width / least)
+        tile = (y // size)[:, :, None] * across + (x // size)[:, None]  # of each pixel [n, height, width]
+
+        def of_tile(most: Tensor) -> Tensor:
+            start = _drawn(most, (n, down * across))
+            return start.gather(1, tile.flatten(1)).view_as(tile)
+
+        rows = of_tile(height - size) + (y % size)[:, :, None]
+        columns = of_tile(width - size) + (x % size)[:, None]
+        return _pixels(images, rows * width + columns)
+
+
+def _quilted(images: Tensor) -> Tensor:
+    """Textures of two pieces of each image, by quilting."""
+    n, channels, height, width = images.shape
+    device, side = images.device, max(3, _scaled(SOURCE, images))
+    block = max(2, side // 3)
+    overlap = max(1, block // 4)
+    step = block - overlap
+    # The pieces' corners, of the one in the centre and of a random one [n, 2].
+    corners = [
+        torch.stack([torch.full((n,), (length - side) // 2, device=device), _drawn(length - side, (n,), device)], dim=1)
+        for length in (height, width)
+    ]
+    inside = torch.arange(block, device=device)
+    inside = inside[:, None] * width + inside
+    down, across = (math.ceil((length - overlap) / step) for length in (height, width))
+    canvas = images.new_zeros(n, channels, down * step + overlap, across * step + overlap)
+    for row in range(down):
+        for column in range(across):
+            piece = torch.randint(2, (n, CANDIDATES), device=device)
+            top, left = (of.gather(1, piece) + _drawn(side - block, (n, CANDIDATES), device) for of in corners)
+            candidates = _pixels(images, (top * width + left)[:, :, None, None] + inside)
+            rows, columns = (slice(place * step, place * step + block) for place in (row, column))
+            laid = canvas[:, :, rows, columns]
+            errors = (candidates.float() - laid[:, :, None].float()).square().sum(dim=1)
+            above, before = (overlap if place else 0 for place in (row, column))
+            fit = errors[:, :, :above].sum(dim=(2, 3)) + errors[:, :, above:, :before].sum(dim=(2, 3))
+            best = fit.argmin(dim=1)
+            chosen = candidates[torch.arange(n, device=device), :, best]
+            errors = errors[torch.arange(n, device=device), best]
+            stays = torch.zeros_like(errors, dtype=torch.bool)
+            if before:
+                stays[:, :, :before] |= _before_cut(errors[:, :, :before])
+            if above:
+                stays[:, :above] |= _before_cut(errors[:, :above].mT).mT
+            canvas[:, :, rows, columns] = torch.where(stays[:, None], laid, chosen)
+    return canvas[:, :, :height, :width]
+
+
+def _before_cut(errors: Tensor) -> Tensor:
+    """Which pixels of an overlap lie before the cut from its first row to its last along which errors are least.
+
+    Args:
+        errors: [n, length, overlap]; the cut moves by at most one column from row to row.
+
+    Returns:
+        bool [n, length, overlap].
+    """
+    sums = [errors[:, 0]]  # of the least errors of a cut that comes to a pixel from the first row
+    for row in errors[:, 1:].unbind(dim=1):
+        nearby = pad(sums[-1], (1, 1), value=math.inf).unfold(1, 3, 1)
+        sums.append(row + nearby.amin(dim=2))
+    columns = torch.arange(errors.shape[2], device=errors.device)
+    cut = [sums[-1].argmin(dim=1, keepdim=True)]
+    for total in sums[-2::-1]:
+        cut.append(total.masked_fill((columns - cut[-1]).abs() > 1, math.inf).argmin(dim=1, keepdim=True))
+    return columns < torch.stack(cut[::-1], dim=1)
+
+
+def _scaled(size: int, images: Tensor) -> int:
+    """A size in pixels of images of 224, in those of these images."""
+    return max(1, round(size * min(images.shape[-2:]) / SIDE))
+
+
+def _drawn(most: Tensor | int, shape: tuple[int, ...], device: torch.device | None = None) -> Tensor:
+    """Whole numbers from 0 to `most`, all as likely."""
+    most = most if isinstance(most, Tensor) else torch.full((), most, device=device)
+    # A product with a number below 1 may be rounded up.
+    return torch.minimum((torch.rand(shape, device=most.device) * (most + 1)).long(), most)
+
+
+def _pixels(images: Tensor, places: Tensor) -> Tensor:
+    """Pixels [n, channels, ...] of images [n, channels, height, width] at places [n, ...] of their flattened sides."""
+    channels = images.shape[1]
+    index = places.flatten(1)[:, None].expand(-1, channels, -1)
+    return images.flatten(2).gather(2, index).view(len(images), channels, *places.shape[1:])
+
+
+@contextmanager
+def non_semantic_columns(*embeddings: Tensor) -> Iterator[None]:
+    """Embeddings of a batch's non-semantic images, which join their own anchors' negatives in the losses inside.
+
+    Args:
+        embeddings: One batch or several, each [samples, width], floating point, as the loss is given the views' ones;
+            brought to length 1. Anchor i is of sample `i % samples`. Where they carry a gradient it is followed; the
+            authors encode them by the momentum encoder, without.
+
+    Raises:
+        ValueError: For no embeddings, what `check_embeddings` refuses, or batches that differ in length.
+
+    Examples:
+        >>> z0, z1, of_patches = torch.randn(3, 8, 16)
+        >>> contrast = two_views(z0, z1, temperature=0.5)
+        >>> with non_semantic_columns(of_patches):
+        ...     loss = info_nce(contrast, compose(UnDiMix(), NonSemanticNegatives(alpha=2.0)))
+    """
+    if not embeddings:
+        raise ValueError("embeddings: expected at least one batch, got none")
+    rows = unit_rows(**{f"embeddings[{place}]": batch for place, batch in enumerate(embeddings)})
+    before, COLUMNS[:] = tuple(COLUMNS), [torch.stack(rows, dim=1)]
+    try:
+        yield
+    finally:
+        COLUMNS[:] = before
+
+
+@dataclass(frozen=True)
+class NonSemanticNegatives(Weighting):
+    """Non-semantic negatives: an image's own texture or patches join the denominator of its anchor.
+
+        loss_i = -log( exp(s_i+ / t) / (exp(s_i+ / t) + sum_j exp(s_ij / t) + sum_k exp(alpha * <a_i, n_ik> / t)) )
+
+    n_ik are the embeddings of images that a `NonSemanticTransform` has made of the anchor's sample; the loss takes them
+    from `non_semantic_columns`. As in the authors' code alpha scales their similarity, not their weight. Another
+    weighting of the negatives j goes beside it: `compose(UnDiMix(), NonSemanticNegatives())`. An anchor without
+    negatives j gets none.
+
+    Attributes:
+        alpha: What the similarity of non-semantic negatives is multiplied by, a finite number above 0; the paper has 2
+            and 3 too.
+
+    Raises:
+        ValueError: For an `alpha` out of this range; in a loss, outside of `non_semantic_columns`, or for columns of
+            another width or a number of samples that does not divide that of the anchors.
+
+    References:
+        Ge, Mishra, Li, Wang, Jacobs: Robust Contrastive Learning Using Negative Samples with Diminished Semantics,
+        NeurIPS 2021, arXiv 2110.14189, section 3, as the authors' code has it.
+
+    Examples:
+        >>> z0, z1, of_patches = torch.randn(3, 8, 16)
+        >>> with non_semantic_columns(of_patches):
+        ...     loss = info_nce(two_views(z0, z1, 0.5), NonSemanticNegatives(alpha=2.0))
+    """
+
+    alpha: float = 1.0
+
+    citation: ClassVar[str] = CITATION
+
+    adds_negatives: ClassVar[bool] = True
+    log_weights = Uniform.log_weights
+
+    def __post_init__(self) -> None:
+        check_number("alpha", self.alpha, above=0)
+
+    def combine(self, contrast: Contrast, positives: Tensor, negatives: Tensor, count: Tensor) -> Tensor:
+        """The negatives with the non-semantic ones [n]."""
+        if not COLUMNS:
+            raise ValueError("non_semantic_columns: expected the loss to be called inside of it, got no columns")
+        (rows,), anchors = COLUMNS, contrast.anchors
+        samples, width = len(rows), anchors.shape[1]
+        if len(anchors) % samples or rows.shape[2] != width:
+            raise ValueError(
+                f"non_semantic_columns: expected embeddings of the batch's samples [samples, {width}], a number that "
+                f"divides the anchors' ({len(anchors)}), got {[samples, rows.shape[2]]}"
+            )
+        by_sample = anchors.view(-1, samples, width)
+        logits = torch.einsum("vsd,skd->vsk", by_sample, rows.to(anchors)).flatten(0, 1)
+        if anchors is contrast.pool:  # which then carries half of a learned temperature's gradient
+            logits = logits * (contrast.held_temperature / contrast.temperature) ** 0.5
+        further = (self.alpha * logits / contrast.held_temperature).logsumexp(dim=1)
+        return torch.logaddexp(negatives, further)

@@ -1,0 +1,412 @@
+"""Negatives from a nearest-neighbour index of the corpus, mined anew in the background during training (ANCE)."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import queue
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from datasets.arrow_dataset import Dataset
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.data_collator import DEFAULT_LABEL_COLUMNS
+from sentence_transformers.util import mine_hard_negatives
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from undimix_plugins.checks import check_choice
+from undimix_transformers.trainer import trainers_above
+
+# What may go on to mine_hard_negatives; the rest would change what comes back, or does not reach another process.
+OPTIONS = (
+    *("range_min", "max_score", "min_score", "absolute_margin", "relative_margin", "batch_size", "faiss_batch_size"),
+    *("query_prompt_name", "query_prompt", "corpus_prompt_name", "corpus_prompt", "use_multi_process"),
+)
+SERVE = "import sys; from undimix_sentence_transformers.ance import serve; serve(sys.argv[1])"
+
+
+class ANCE(TrainerCallback):
+    """Hard negatives of the whole corpus, by the model as it was a few steps ago.
+
+    With f_k the model of step k, the negatives of an anchor q are `num_negatives` texts out of
+
+        top(range_max; f_k(q), corpus) without q's positives,
+
+    which `mine_hard_negatives` finds with faiss's exact index of inner products, as the authors' code has it: the
+    similarity is the cosine. A process of its own does that while training goes on: at every `every` steps it is given
+    the weights of the step, saved whole, encodes corpus and anchors, and its result replaces the negatives between two
+    steps; where it takes longer than `every` steps, the next begins as it ends. The first, of the untrained model, is
+    waited for, as the authors do. Should a later one crash, the negatives stay, a warning has its error, and the next
+    is tried. Its process ends with the training, however that ends, and with the process that trains.
+
+    `dataset` is for the Trainer: the pairs with columns negative_1, ..., whose texts are looked up at each access. A
+    batch that a data loader has read ahead (one, and `dataloader_prefetch_factor` for each worker) has the negatives of
+    when it was read. All rows of a batch have those of one refresh, except with workers *and* several datasets, where
+    the Trainer reads rows one by one. All batch samplers work; NO_DUPLICATES looks at the negatives of now (with
+    workers, a swap can come between), NO_DUPLICATES_HASHED at those that stood there when training began. Prompts of
+    the Trainer go by column; mining has its own. Each checkpoint gets its negatives as a file, and training that is
+    resumed from it goes on with these; a refresh that was under way then begins anew. An IterableDataset, several
+    processes (`torchrun`), sparse encoders and systems other than POSIX are not supported.
+
+    Pass it in the Trainer's `callbacks`, not to `add_callback`: it has to see `train` begin and end.
+
+    Attributes:
+        dataset: The pairs with their negatives, a Dataset with a transform.
+        mined_at: The step of the weights that mined the negatives in use; -1 while these are random.
+
+    Args:
+        pairs: A Dataset without a format of its own: anchors, positives, and labels if any. An anchor that stands twice
+            has several positives.
+        corpus: The texts that negatives are taken from, besides all positives; None for the positives alone. An anchor
+            that is in here can be its own negative.
+        every: How many of the Trainer's steps from the beginning of a refresh to that of the next, at least 1; 10,000
+            in the paper.
+        num_negatives: How many for each pair, at least 1. A pair for which fewer are found keeps those that it has, at
+            first random ones; a warning says how many do.
+        range_max: Among how many nearest texts, at least `num_negatives` (after a `range_min`).
+        sampling_strategy: "random" for any of these, "top" for the nearest.
+        device: Where the refresh encodes; with "cpu" it sees no GPU.
+        use_faiss: Whether to search with faiss; else with the model's own similarity.
+        seed: Of what is random; a refresh of step k has `random.seed(seed + k)`.
+        options: More of `mine_hard_negatives`: margins, scores, prompts, batch sizes, `range_min`, `use_multi_process`.
+
+    Raises:
+        TypeError: For `pairs` that are no Dataset; options that are not those above. In training: a model that is no
+            SentenceTransformer.
+        ValueError: For other columns or texts than those above, numbers out of their range, too small a corpus. In
+            training: for another `train_dataset`, several processes.
+        RuntimeError: In training, where the first refresh fails, or `callbacks` has not got this.
+
+    Warns:
+        UserWarning: Where a later refresh fails, and where pairs keep their negatives.
+
+    References:
+        Xiong et al.: Approximate Nearest Neighbor Negative Contrastive Learning for Dense Text Retrieval, ICLR 2021,
+        arXiv 2007.00808; top 200: the authors' `run_train.sh`.
+
+    Examples:
+        >>> pairs = Dataset.from_dict({"anchor": ["2 + 2", "3 + 3"], "positive": ["four", "six"]})
+        >>> ance = ANCE(pairs, corpus=["seven"], every=100, relative_margin=0.05)
+        >>> ance.dataset.column_names, ance.dataset[0]["negative_1"] in ("six", "seven")
+        (['anchor', 'positive', 'negative_1'], True)
+        >>> # SentenceTransformerTrainer(..., train_dataset=ance.dataset, callbacks=[ance])
+    """
+
+    citation: ClassVar[str] = """
+@inproceedings{xiong2021approximate,
+    title={Approximate Nearest Neighbor Negative Contrastive Learning for Dense Text Retrieval},
+    author={Lee Xiong and Chenyan Xiong and Ye Li and Kwok-Fung Tang and Jialin Liu and Paul N. Bennett and
+            Junaid Ahmed and Arnold Overwijk},
+    booktitle={International Conference on Learning Representations},
+    year={2021},
+    url={https://arxiv.org/abs/2007.00808},
+}
+"""
+
+    def __init__(
+        self,
+        pairs: Dataset,
+        corpus: Sequence[str] | None = None,
+        *,
+        every: int,
+        num_negatives: int = 1,
+        range_max: int = 200,
+        sampling_strategy: str = "random",
+        device: str = "cpu",
+        use_faiss: bool = True,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        self.every, self.seed = _count("every", every), _count("seed", seed, 0)
+        try:
+            self.device = str(torch.device(device))
+        except RuntimeError as error:
+            raise ValueError(f"device: expected a device of torch's, got {device!r}") from error
+        check_choice("sampling_strategy", sampling_strategy, ("random", "top"))
+        if unknown := sorted(set(options) - set(OPTIONS)):
+            raise TypeError(f"options: expected some of {', '.join(OPTIONS)}, got {', '.join(unknown)}")
+        least = _count("num_negatives", num_negatives) + _count("range_min", options.get("range_min", 0), 0)
+        _count("range_max", range_max, least)
+        if use_faiss and importlib.util.find_spec("faiss") is None:
+            raise ImportError("use_faiss: faiss is not installed: pip install faiss-cpu")
+        self.mining = {"num_negatives": num_negatives, "range_max": range_max, "use_faiss": use_faiss, **options}
+        self.mining["sampling_strategy"] = sampling_strategy
+
+        pairs, anchors, positives = _checked(pairs)
+        texts = list(dict.fromkeys([*(positives if corpus is None else corpus), *positives]))
+        digest = hashlib.sha256(str(num_negatives).encode())
+        for text in (*texts, "", *anchors, "", *positives):
+            if not isinstance(text, str):
+                raise ValueError(f"pairs and corpus: expected texts, got {text!r}")
+            digest.update(len(text).to_bytes(8, "little") + text.encode())
+        self._name = f"ance-{digest.hexdigest()[:16]}.npz"  # in checkpoints: of these texts and no others
+        table = _at_random(anchors, positives, texts, num_negatives, seed)
+
+        self._temporary = tempfile.TemporaryDirectory(prefix="ance-", ignore_cleanup_errors=True)
+        self._folder = Path(self._temporary.name)
+        self._table, self._log = self._folder / "negatives.npz", self._folder / "log"
+        self._job, self._mined = self._folder / "job", self._folder / "job" / "mined.npz"
+        pairs.select_columns(pairs.column_names[:2]).save_to_disk(str(self._folder / "pairs"))
+        Dataset.from_dict({"text": texts}).save_to_disk(str(self._folder / "corpus"))
+        _write(self._table, table=table, mined_at=-1)
+        self.dataset = pairs
+        for number in range(1, num_negatives + 1):
+            self.dataset = self.dataset.add_column(f"negative_{number}", list(range(len(pairs))))
+        self.dataset.set_transform(Lookup(self._folder))
+        self._child: subprocess.Popen[bytes] | None = None
+        self._busy = False  # whether the child has a refresh to do
+        self._trainer: Trainer | None = None  # while it trains
+        self._resumed_from: Path | None = None
+        self._due = 0
+
+    @property
+    def mined_at(self) -> int:
+        """The step of the weights that mined the negatives in use; -1 while these are random."""
+        with np.load(self._table) as saved:
+            return int(saved["mined_at"])
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Comes between the Trainer and its `train`, whose end no callback is told when it fails."""
+        trainer, _ = next(trainers_above())
+        vars(trainer)["train"] = partial(self._train, trainer, trainer.train)
+
+    def _train(
+        self, trainer: Trainer, train: Callable[..., Any], resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        found = resume_from_checkpoint
+        if found is True:
+            found = get_last_checkpoint(str(trainer.args.output_dir))  # type: ignore[no-untyped-call]
+        self._trainer, self._resumed_from = trainer, Path(found) if found else None
+        try:
+            return train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._stop()
+            self._trainer = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Mines the first negatives, or finds those of the checkpoint again."""
+        self._stop()
+        if self._trainer is None:
+            raise RuntimeError("ANCE: expected in the Trainer's callbacks=[...] from the start, got added later")
+        if args.world_size > 1:
+            raise ValueError(f"ANCE: expected one process that trains, got {args.world_size}")
+        if not isinstance(kwargs["model"], SentenceTransformer):
+            raise TypeError(f"model: expected a SentenceTransformer, got {type(kwargs['model']).__name__}")
+        data: Any = self._trainer.train_dataset
+        if not any("negative_1" in part.column_names for part in (data.values() if isinstance(data, dict) else [data])):
+            raise ValueError("train_dataset: expected the callback's own `dataset`, got one without its negatives")
+        saved = self._resumed_from / self._name if self._resumed_from else None
+        if saved is not None and saved.exists():
+            with np.load(saved) as found:
+                _write(self._table, table=found["table"], mined_at=found["mined_at"])
+                self._due = int(found["due"])
+            return
+        self._start(kwargs["model"], state.global_step)
+        while not self._ended():
+            time.sleep(0.05)
+        if error := self._swap():
+            raise RuntimeError(f"ANCE: the first refresh failed, {error}")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Puts negatives that have been mined into use, and begins a refresh that is due."""
+        if self._ended() and (error := self._swap()):
+            warnings.warn(f"ANCE: a refresh failed and negatives stay as they are, {error}", stacklevel=2)
+        if not self._busy and self._due <= state.global_step < state.max_steps:
+            self._start(kwargs["model"], state.global_step)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Writes the negatives in use beside the checkpoint."""
+        checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if checkpoint.is_dir():
+            due = state.global_step if self._busy else self._due
+            with np.load(self._table) as saved:
+                _write(checkpoint / self._name, table=saved["table"], mined_at=saved["mined_at"], due=due)
+
+    def _start(self, model: SentenceTransformer, step: int) -> None:
+        """Begins a refresh by the model as it is."""
+        if self._child is not None and self._child.poll() is not None:
+            self._stop()
+        shutil.rmtree(self._job, ignore_errors=True)
+        self._job.mkdir()
+        model.save_pretrained(str(self._job / "model"), create_model_card=False)
+        loading = {"device": self.device, "trust_remote_code": model.trust_remote_code}
+        job = {"step": step, "seed": self.seed + step, "loading": loading, "mining": self.mining}
+        (self._job / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        if self._child is None:
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+            if self.device == "cpu":  # faiss would else take all GPUs
+                environment["CUDA_VISIBLE_DEVICES"] = ""
+            command = [sys.executable, "-c", SERVE, str(self._folder)]
+            with open(self._log, "wb") as log:
+                # In a group of its own, so that what it starts can be ended with it.
+                self._child = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, process_group=0
+                )
+        assert self._child.stdin is not None
+        with suppress(BrokenPipeError):  # that it has ended is seen at the next step
+            self._child.stdin.write(b"\n")
+            self._child.stdin.flush()
+        self._busy, self._due = True, step + self.every
+
+    def _ended(self) -> bool:
+        """Whether a refresh has, well or not."""
+        return self._busy and self._child is not None and (self._mined.exists() or self._child.poll() is not None)
+
+    def _swap(self) -> str:
+        """Replaces the negatives by those mined; where there are none, returns what went wrong."""
+        self._busy = False
+        if not self._mined.exists():
+            assert self._child is not None
+            lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            error = "\n".join([f"exit code {self._child.returncode}:", *lines[-20:]])
+            self._stop()
+            return error
+        with np.load(self._mined) as found:
+            kept, rows = int(found["kept"]), len(found["table"])
+        os.replace(self._mined, self._table)
+        if kept:
+            few = f"mine_hard_negatives found fewer than {self.mining['num_negatives']}"
+            warnings.warn(f"ANCE: {kept} of {rows} pairs keep earlier negatives: {few}", stacklevel=3)
+        return ""
+
+    def _stop(self) -> None:
+        """Ends the child and all that it has started."""
+        if self._child is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._child.pid, signal.SIGKILL)
+            self._child.communicate()
+        self._child, self._busy = None, False
+        shutil.rmtree(self._job, ignore_errors=True)
+
+
+class Lookup:
+    """A Dataset's transform: turns the number of a row, in a column negative_k, into its k-th negative of now."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._corpus: Dataset | None = None
+        self._seen: tuple[int, ...] = ()
+        self._table: Any = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, in a worker, reads the files itself."""
+        return Lookup, (self.folder,)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch with texts; all its rows are of one table, whole, since a file is replaced and never changed."""
+        with open(self.folder / "negatives.npz", "rb") as file:
+            stat = os.fstat(file.fileno())
+            if (seen := (stat.st_ino, stat.st_mtime_ns)) != self._seen:
+                self._seen, self._table = seen, np.load(file)["table"]
+        if self._corpus is None:
+            self._corpus = _load(self.folder / "corpus")
+        columns = {f"negative_{k + 1}": k for k in range(self._table.shape[1])}
+        return {
+            name: self._corpus[self._table[cells, columns[name]].tolist()]["text"] if name in columns else cells
+            for name, cells in batch.items()
+        }
+
+
+def serve(folder: str) -> None:
+    """What the child does: a refresh for each byte that it is sent."""
+    jobs = queue.SimpleQueue[bytes]()
+    threading.Thread(target=_listen, args=(jobs,), daemon=True).start()
+    while jobs.get():
+        refresh(Path(folder))
+
+
+def _listen(jobs: queue.SimpleQueue[bytes]) -> None:
+    while sent := os.read(0, 1):
+        jobs.put(sent)
+    os.killpg(os.getpgrp(), signal.SIGKILL)  # the process that trains is no more
+
+
+def refresh(root: Path) -> None:
+    """Mines with the weights of the job, and writes the result whole."""
+    work = root / "job"
+    job = json.loads((work / "job.json").read_text(encoding="utf-8"))
+    model = SentenceTransformer(str(work / "model"), **job["loading"])
+    pairs, texts = _load(root / "pairs"), list(_load(root / "corpus")["text"])
+    random.seed(job["seed"])
+    mined = mine_hard_negatives(pairs, model, corpus=texts, output_format="n-tuple", verbose=False, **job["mining"])
+    number = {text: place for place, text in enumerate(texts)}
+    found = {
+        (anchor, positive): [number[text] for text in negatives]
+        for anchor, positive, *negatives in zip(*(list(mined[name]) for name in mined.column_names), strict=True)
+    }
+    with np.load(root / "negatives.npz") as saved:
+        table = saved["table"]
+    rows = list(zip(*(list(pairs[name]) for name in pairs.column_names), strict=True))
+    for row, pair in enumerate(rows):
+        table[row] = found.get(pair, table[row])
+    _write(work / "mined.npz", table=table, mined_at=job["step"], kept=sum(pair not in found for pair in rows))
+
+
+def _load(path: Path) -> Dataset:
+    return Dataset.load_from_disk(str(path))
+
+
+def _write(path: Path, **arrays: Any) -> None:
+    part = path.with_name(f"{path.name}.part")
+    with open(part, "wb") as file:
+        np.savez(file, **arrays)
+    os.replace(part, path)
+
+
+def _count(name: str, value: Any, at_least: int = 1) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        raise ValueError(f"{name}: expected an integer of at least {at_least}, got {value!r}")
+    return value
+
+
+def _checked(pairs: Any) -> tuple[Dataset, list[str], list[str]]:
+    """The pairs, anchors and positives first."""
+    if not isinstance(pairs, Dataset):
+        raise TypeError(f"pairs: expected a datasets.Dataset, got {type(pairs).__name__}")
+    if pairs.format["type"] is not None:
+        raise ValueError(f"pairs: expected no format or transform, got {pairs.format['type']!r}")
+    columns = [name for name in pairs.column_names if name not in DEFAULT_LABEL_COLUMNS]
+    if len(columns) != 2 or not len(pairs):
+        raise ValueError(
+            f"pairs: expected rows of anchor and positive (and {', '.join(DEFAULT_LABEL_COLUMNS)}), "
+            f"got {len(pairs)} of {', '.join(pairs.column_names)}"
+        )
+    labels = [name for name in pairs.column_names if name not in columns]
+    return pairs.select_columns([*columns, *labels]), list(pairs[columns[0]]), list(pairs[columns[1]])
+
+
+def _at_random(anchors: list[str], positives: list[str], texts: list[str], count: int, seed: int) -> Any:
+    """The numbers of texts that are no positives of the row's anchor [pairs, count]."""
+    number, own = {text: place for place, text in enumerate(texts)}, dict[str, set[int]]()
+    for anchor, positive in zip(anchors, positives, strict=True):
+        own.setdefault(anchor, set()).add(number[positive])
+    most = max(map(len, own.values()))
+    if len(texts) < most + count:
+        raise ValueError(
+            f"corpus: expected at least {most + count} different texts, positives included, for {count} "
+            f"negatives of an anchor with {most} positives, got {len(texts)}"
+        )
+    draw, table = random.Random(seed), np.zeros((len(anchors), count), dtype=np.int64)
+    for row, anchor in enumerate(anchors):
+        drawn = draw.sample(range(len(texts)), count + len(own[anchor]))
+        table[row] = [place for place in drawn if place not in own[anchor]][:count]
+    return table

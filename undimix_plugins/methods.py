@@ -1,0 +1,204 @@
+"""All hard-negative methods that there are here: what `python -m undimix_plugins methods` lists."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import NamedTuple
+
+LINE = "one line"  # undimix(loss, weighting)
+TOOLKITS = ("lightly", "sentence-transformers", "PyG", "transformers")
+
+
+class Method(NamedTuple):
+    """A row.
+
+    Attributes:
+        name: The class, in `undimix_plugins` or, where one toolkit alone has it, in that toolkit's package.
+        source: The arXiv number of its paper.
+        does: What it does to negatives.
+        equation: The heart of it; s a similarity, t the temperature, + the positive, j and k negatives, N their number.
+        lightly, sentence_transformers, pyg, transformers: "one line" for `undimix(loss, weighting)`; what else it is,
+            with the script in `examples/` that shows how; or why not.
+    """
+
+    name: str
+    source: str
+    does: str
+    equation: str
+    lightly: str = LINE
+    sentence_transformers: str = LINE
+    pyg: str = LINE
+    transformers: str = LINE
+
+
+OF_EMBEDDINGS = "of embeddings, in a loop of one's own"
+NO_BANK = "no memory bank to fill"
+NO_MIXTURE = "no mixture of token or node inputs"
+OF_IMAGES = "of images alone"
+
+METHODS = (
+    Method(
+        "UnDiMix",
+        "2206.01197",
+        "weights by similarity, influence and diversity",
+        "w_j = mean-one exp(h (l_A A_j + l_I I_j + l_V V_j))",
+    ),
+    Method(
+        "Debiased",
+        "2007.00224",
+        "corrects the negatives' sum for those of the anchor's class",
+        "max((sum_j e^(s_j/t) - tau_plus N e^(s+/t)) / (1 - tau_plus), N e^(-1/t))",
+    ),
+    Method(
+        "HCL",
+        "2010.04592",
+        "weights by an exponential of similarity, debiased",
+        "w_j = mean-one e^(beta s_j/t)",
+    ),
+    Method(
+        "Ring",
+        "2010.02037",
+        "keeps the negatives between two percentiles of similarity",
+        "w_j = 1 if lower <= percentile of s_j <= upper, else 0",
+    ),
+    Method(
+        "BCL",
+        "2301.11673",
+        "weights by the posterior of a true and hard negative, by rank",
+        "w_j = hard_j / ((1 - tau_plus) true_j + tau_plus false_j)",
+    ),
+    Method(
+        "ProGCL",
+        "2110.02027",
+        "weights by the probability of being true, of a mixture of similarities",
+        "w_j = mean-one p_j (1 + s_j) / 2",
+    ),
+    Method(
+        "FalseNegativeElimination",
+        "2011.11765",
+        "leaves out likely false negatives, found by a support set",
+        "w_j = 0 for the k of most max_v <v, v_j> > threshold",
+    ),
+    Method(
+        "FalseNegativeAttraction",
+        "2011.11765",
+        "makes them positives",
+        "mean over p in {+} and F of -log(e^(s_p/t) / Z)",
+        lightly="one line, but for DCLWLoss",
+        sentence_transformers="one line, but for joint directions and guides",
+    ),
+    Method(
+        "MoCHi",
+        "2010.01028",
+        "adds negatives mixed from the hardest and from the anchor",
+        "+ sum_k e^(<q, h_k>/t), h_k ~ a n_i + (1 - a) n_j and b q + (1 - b) n_j",
+    ),
+    Method(
+        "AdCo",
+        "2011.08435",
+        "a pool of negatives that learns to make the loss large",
+        "r_j += lr d loss / d r_j, n_j = r_j / |r_j|",
+        lightly="a loss and its step: lightly_adco.py",
+        sentence_transformers="negatives are texts, which learn with the encoder",
+        pyg=OF_EMBEDDINGS,
+        transformers="negatives are sentences, which learn with the encoder",
+    ),
+    Method(
+        "MMCL",
+        "2112.11450",
+        "weights by the dual variables of an SVM for each anchor; no softmax",
+        "min over 0 <= a <= C of a' D a / 2 - 2 * 1'a",
+        lightly="a loss: lightly_mmcl.py",
+        sentence_transformers=OF_EMBEDDINGS,
+        pyg="a loss of two views, as lightly's",
+        transformers=OF_EMBEDDINGS,
+    ),
+    Method(
+        "ActiveSampling",
+        "2009.09805",
+        "fills a memory bank with uncertain and diverse ones",
+        "k-means++ of the gradients d l(pseudo label) / d W",
+        lightly="what to enqueue: lightly_active_sampling.py",
+        sentence_transformers=NO_BANK,
+        pyg=NO_BANK,
+        transformers=NO_BANK,
+    ),
+    Method(
+        "IMix",
+        "2010.08887",
+        "mixes inputs, and the labels that say which key is the positive",
+        "lam l(q', own) + (1 - lam) l(q', other)",
+        lightly="a transform and a loss: lightly_imix.py",
+        sentence_transformers=NO_MIXTURE,
+        pyg=NO_MIXTURE,
+        transformers=NO_MIXTURE,
+    ),
+    Method(
+        "UnMix",
+        "2003.05438",
+        "mixes a batch with itself reversed, for two further losses",
+        "L(q, k) + lam L(q', k) + (1 - lam) L(q' reversed, k)",
+        lightly="a transform and a loss: lightly_unmix.py",
+        sentence_transformers=NO_MIXTURE,
+        pyg=NO_MIXTURE,
+        transformers=NO_MIXTURE,
+    ),
+    Method(
+        "NonSemanticNegatives",
+        "2110.14189",
+        "adds each image's own patches or texture",
+        "+ sum_k e^(alpha <q, n_k>/t), n_k of the anchor's own image",
+        lightly="a transform and a weighting: lightly_non_semantic.py",
+        sentence_transformers=OF_IMAGES,
+        pyg=OF_IMAGES,
+        transformers=OF_IMAGES,
+    ),
+    Method(
+        "ANCE",
+        "2007.00808",
+        "hard negatives of the whole corpus, mined anew in the background",
+        "D- = top of f_k(q) . f_k(corpus), less q's positives",
+        lightly="no corpus of negatives",
+        sentence_transformers="a callback: sentence_transformers_ance.py",
+        pyg="no corpus of negatives",
+        transformers="no retrieval of texts in the plain Trainer",
+    ),
+)
+
+
+def table(width: int | None = None) -> str:
+    """The methods as text.
+
+    Args:
+        width: Of lines, in characters; None for no limit.
+
+    Returns:
+        A paragraph for each.
+
+    Examples:
+        >>> print(table().splitlines()[0])
+        UnDiMix, arXiv 2206.01197: weights by similarity, influence and diversity
+    """
+    paragraphs = []
+    for method in METHODS:
+        lines = [f"{method.name}, arXiv {method.source}: {method.does}", method.equation]
+        toolkits: dict[str, list[str]] = {}
+        for toolkit, where in zip(TOOLKITS, method[4:], strict=True):
+            toolkits.setdefault(where, []).append(toolkit)
+        lines += [f"{', '.join(names)}: {where}" for where, names in toolkits.items()]
+        if width is not None:
+            lines = [textwrap.fill(line, width, subsequent_indent="    ") for line in lines]
+        paragraphs.append("\n    ".join(lines))
+    return "\n\n".join(paragraphs)
+
+
+def markdown() -> str:
+    """The methods as a table of Markdown, for the manual."""
+    rows = [
+        "| " + " | ".join(("method", "source", "what it does to negatives", *TOOLKITS)) + " |",
+        "|---" * (3 + len(TOOLKITS)) + "|",
+    ]
+    for method in METHODS:
+        source = f"[{method.source}](https://arxiv.org/abs/{method.source})"
+        rows.append("| " + " | ".join((f"`{method.name}`", source, method.does, *method[4:])) + " |")
+    return "\n".join(rows) + "\n"

@@ -1,0 +1,88 @@
+"""Negatives' sum corrected for those of the anchor's own class (Chuang et al. 2020)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from undimix_plugins.checks import check_number
+from undimix_plugins.contrast import Contrast
+from undimix_plugins.weightings.weighting import Uniform, Weighting, check_share
+
+
+@dataclass(frozen=True)
+class Debiased(Weighting):
+    """The debiased contrastive loss: all negatives count the same, less what the anchor's class makes of their sum.
+
+    With N negatives of similarity s_j, a positive of similarity s+ and temperature t, the negatives' part of the
+    denominator is, as the authors' code has it,
+
+        N * g = max( (sum_j exp(s_j / t) - tau_plus * N * exp(s+ / t)) / (1 - tau_plus),  N * exp(-1 / t) ).
+
+    The lower bound assumes cosines; with `tau_plus=0` nothing is corrected and it is left out.
+
+    Attributes:
+        tau_plus: Prior probability of the anchor's class, in [0, 1).
+
+    Raises:
+        ValueError: For `tau_plus` outside [0, 1).
+
+    References:
+        Chuang, Robinson, Lin, Torralba, Jegelka: Debiased Contrastive Learning, NeurIPS 2020, arXiv 2007.00224,
+        section 4.1, equations 7 and 8, with M = 1 positive.
+
+    Examples:
+        >>> loss = info_nce(two_views(torch.randn(8, 4), torch.randn(8, 4), 0.5), Debiased(tau_plus=0.1))
+    """
+
+    tau_plus: float = 0.1
+
+    citation: ClassVar[str] = """
+@inproceedings{chuang2020debiased,
+    title={Debiased Contrastive Learning},
+    author={Ching-Yao Chuang and Joshua Robinson and Yen-Chen Lin and Antonio Torralba and Stefanie Jegelka},
+    booktitle={Advances in Neural Information Processing Systems},
+    year={2020},
+    url={https://arxiv.org/abs/2007.00224},
+}
+"""
+
+    log_weights = Uniform.log_weights
+
+    def __post_init__(self) -> None:
+        check_number("tau_plus", self.tau_plus, at_least=0, below=1)
+
+    def softened(self, share: float) -> Debiased:
+        """The same with that share of `tau_plus`."""
+        return replace(self, tau_plus=check_share(share) * self.tau_plus)
+
+    def combine(self, contrast: Contrast, positives: Tensor, negatives: Tensor, count: Tensor) -> Tensor:
+        """The debiased negatives [n]."""
+        return debiased(self.tau_plus, contrast, positives, negatives, count)
+
+
+def debiased(tau_plus: float, contrast: Contrast, positives: Tensor, negatives: Tensor, count: Tensor) -> Tensor:
+    """`N * g` as `Debiased` has it, in logarithms so that `exp(1 / t)` never overflows.
+
+    Args:
+        tau_plus: Prior probability of the anchor's class, in [0, 1).
+        contrast: As `Weighting.combine` has it, and so the rest.
+        positives: [n].
+        negatives: [n].
+        count: [n].
+
+    Returns:
+        [n].
+    """
+    if tau_plus == 0:
+        return negatives
+    # log of the share of the negatives' sum that is taken to be positives
+    share = (tau_plus * count).log() + positives - negatives
+    left = ~(share >= 0)  # NaN stays NaN
+    rest = torch.log(-torch.expm1(share.masked_fill(~left, -1)))
+    corrected = negatives + rest - torch.full_like(rest, -tau_plus).log1p()
+    least = count.log() - 1 / contrast.temperature
+    return torch.where(left & ~(corrected <= least), corrected, least)

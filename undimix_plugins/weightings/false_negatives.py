@@ -1,0 +1,184 @@
+"""Likely false negatives found by a support set, and left out or made positives (Huynh et al. 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from undimix_plugins import tiled
+from undimix_plugins.checks import check_choice, check_number
+from undimix_plugins.contrast import Contrast, full_precision, unit_rows
+from undimix_plugins.weightings.weighting import Uniform, Weighting, check_share
+
+SUPPORT: list[Tensor] = []  # further views of the batch's samples, inside of a `support_set`
+
+
+@contextmanager
+def support_set(*views: Tensor) -> Iterator[None]:
+    """Further views of a batch's samples, by which the losses inside find false negatives.
+
+    Args:
+        views: Embeddings of further views, each [samples, width], as the loss is given the first ones; brought to
+            length 1. They are constants: encode them under `torch.no_grad()`. Anchor i is of sample `i % samples`.
+
+    Raises:
+        ValueError: For no views, what `check_embeddings` refuses, or views that differ in length.
+
+    Examples:
+        >>> views = torch.randn(2, 8, 4)
+        >>> with support_set(torch.randn(8, 4), torch.randn(8, 4)):
+        ...     loss = info_nce(two_views(*views, 0.5), FalseNegativeElimination(k=2))
+    """
+    if not views:
+        raise ValueError("views: expected at least one, got none")
+    rows = unit_rows(**{f"views[{place}]": view.detach() for place, view in enumerate(views)})
+    before, SUPPORT[:] = tuple(SUPPORT), rows
+    try:
+        yield
+    finally:
+        SUPPORT[:] = before
+
+
+@dataclass(frozen=True)
+class FalseNegatives(Weighting):
+    """What `FalseNegativeElimination` and `FalseNegativeAttraction` have in common: how they find false negatives.
+
+    A candidate v_j among an anchor's negatives scores the most (or the mean) similarity to the views of the anchor's
+    sample: the anchor itself, its positive (not those that a contrast lists by their columns), and the further views of
+    a `support_set`. The k best that score above the threshold are taken to be of the anchor's class.
+
+        score_j = max over v in the support set S of <v, v_j>
+
+    Attributes:
+        k: How many are found for an anchor at most, at least 1.
+        threshold: What they score more than, a number.
+        aggregate: "max" or "mean", over the support set.
+
+    Raises:
+        ValueError: For numbers out of these ranges, another `aggregate`; in a loss, for a support set whose number of
+            samples does not divide that of anchors, or of another width.
+    """
+
+    k: int = 10
+    threshold: float = 0.7
+    aggregate: str = "max"
+
+    citation: ClassVar[str] = """
+@inproceedings{huynh2022boosting,
+    title={Boosting Contrastive Self-Supervised Learning with False Negative Cancellation},
+    author={Tri Huynh and Simon Kornblith and Matthew R. Walter and Michael Maire and Maryam Khademi},
+    booktitle={IEEE/CVF Winter Conference on Applications of Computer Vision},
+    year={2022},
+    url={https://arxiv.org/abs/2011.11765},
+}
+"""
+
+    log_weights = Uniform.log_weights
+
+    def __post_init__(self) -> None:
+        if check_number("k", self.k, at_least=1) != int(self.k):
+            raise ValueError(f"k: expected a whole number, got {self.k!r}")
+        check_number("threshold", self.threshold)
+        check_choice("aggregate", self.aggregate, ("max", "mean"))
+
+    def softened(self, share: float) -> Weighting:
+        """What is found is found at any share above 0; `Uniform()` at 0."""
+        return self if check_share(share) else Uniform()
+
+    @torch.no_grad()
+    def found(self, contrast: Contrast) -> Tensor:
+        """The columns of the false negatives of each anchor [n, k], padded with -1."""
+        support = tuple(SUPPORT)
+        n, width = len(contrast.anchors), contrast.pool.shape[1]
+        for place, view in enumerate(support):
+            if n % len(view) or view.shape[1] != width:
+                raise ValueError(
+                    f"support_set: expected views of the batch's samples [samples, {width}], a number that divides "
+                    f"the anchors' ({n}), got {list(view.shape)} at {place}"
+                )
+        views = [contrast.anchors, *[view.to(contrast.pool).repeat(n // len(view), 1) for view in support]]
+        if contrast.has_own_positive:
+            views.insert(1, contrast.positives)
+        with full_precision(contrast.pool):
+            return torch.cat([self._found(contrast, views, rows) for rows in tiled.blocks_of(contrast)])
+
+    def _found(self, contrast: Contrast, views: list[Tensor], rows: slice) -> Tensor:
+        scores = views[0][rows] @ contrast.pool.T
+        for view in views[1:]:
+            further = view[rows] @ contrast.pool.T
+            scores = torch.maximum(scores, further) if self.aggregate == "max" else scores + further
+        if self.aggregate == "mean":
+            scores = scores / len(views)
+        scores = scores.masked_fill(~contrast.is_negative(rows), -torch.inf)
+        best, columns = scores.topk(min(int(self.k), scores.shape[1]), dim=1)
+        return columns.masked_fill(~(best > self.threshold), -1)
+
+
+@dataclass(frozen=True)
+class FalseNegativeElimination(FalseNegatives):
+    """False negative cancellation by elimination: likely false negatives are left out of the denominator.
+
+        loss_i = -log( exp(s_i+ / t) / (exp(s_i+ / t) + sum over j not in F_i of exp(s_ij / t)) )
+
+    F_i are the k candidates most similar to the views of the anchor's sample, where they are more similar than the
+    threshold: to the anchor itself, its positive, and the further views of a `support_set`.
+
+        score_j = max over v in the support set of <v, v_j>
+
+    Attributes:
+        k: How many an anchor loses at most, at least 1; the authors' code has 10.
+        threshold: The score above which they are, a number; the authors' code has .7.
+        aggregate: "max" or "mean", of the similarities to the views.
+
+    Raises:
+        ValueError: For numbers out of these ranges, another `aggregate`; in a loss, for a support set whose number of
+            samples does not divide that of the anchors, or of another width.
+
+    References:
+        Huynh, Kornblith, Walter, Maire, Khademi: Boosting Contrastive Self-Supervised Learning with False Negative
+        Cancellation, WACV 2022, arXiv 2011.11765, section 3.1, equation 2, and section 3.3 (finding them).
+
+    Examples:
+        >>> contrast = two_views(torch.randn(8, 4), torch.randn(8, 4), temperature=0.5)
+        >>> loss = info_nce(contrast, FalseNegativeElimination(k=2, threshold=0.5))
+    """
+
+    def compared(self, contrast: Contrast) -> Contrast:
+        """Without the false negatives."""
+        return contrast.without(self.found(contrast))
+
+
+@dataclass(frozen=True)
+class FalseNegativeAttraction(FalseNegatives):
+    """False negative cancellation by attraction: likely false negatives are further positives.
+
+        loss_i = 1 / (1 + |F_i|) * sum over p in {+} and F_i of -log( exp(s_ip / t) / Z_i ),
+        Z_i = exp(s_i+ / t) + sum over all other candidates j of exp(s_ij / t)
+
+    F_i as `FalseNegativeElimination` finds them. Losses with a single numerator have no place for that, and refuse it.
+
+    Attributes:
+        k: How many an anchor gets at most, at least 1; the authors' code has 10.
+        threshold: The score above which they are, a number; the authors' code has .7.
+        aggregate: "max" or "mean", of the similarities to the views.
+
+    Raises:
+        ValueError: As `FalseNegativeElimination`; in a loss, where that has a single positive (sentence-transformers'
+            with `partition_mode="joint"` and several directions or with a guide, lightly's `DCLWLoss`).
+
+    References:
+        arXiv 2011.11765, section 3.2, equation 3, and section 3.3 (finding them).
+
+    Examples:
+        >>> contrast = two_views(torch.randn(8, 4), torch.randn(8, 4), temperature=0.5)
+        >>> loss = info_nce(contrast, FalseNegativeAttraction(k=2, threshold=0.5))
+    """
+
+    def compared(self, contrast: Contrast) -> Contrast:
+        """With the false negatives as positives."""
+        return contrast.with_positives(self.found(contrast))

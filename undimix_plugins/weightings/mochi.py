@@ -1,0 +1,110 @@
+"""Further negatives, mixed from the hardest and the anchor (Kalantidis et al. 2020)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from torch.utils.checkpoint import checkpoint
+
+from undimix_plugins import tiled
+from undimix_plugins.checks import check_number
+from undimix_plugins.contrast import Contrast
+from undimix_plugins.weightings.weighting import Uniform, Weighting
+
+
+@dataclass(frozen=True)
+class MoCHi(Weighting):
+    """Mixing of contrastive hard negatives: synthetic negatives join the denominator, each with weight 1.
+
+    Of the N negatives most similar to an anchor q, pairs n_i, n_j drawn at random make s synthetic ones, and single
+    ones with the anchor make s' more, which are harder still:
+
+        h_k  = alpha_k n_i + (1 - alpha_k) n_j,  alpha_k in (0, 1)
+        h'_k = beta_k q + (1 - beta_k) n_j,      beta_k in (0, .5),
+
+    all brought to length 1. They are constants, drawn anew in each call, as a memory bank's entries are: gradients
+    reach the anchor alone. An anchor without negatives gets none. Of fewer than N negatives all are the hardest.
+
+    It takes memory for n * (s + s_prime) synthetic rows for a while, by blocks of anchors.
+
+    Attributes:
+        N: How many of the hardest negatives are mixed, at least 1.
+        s: How many synthetic negatives pairs of them make, at least 0.
+        s_prime: How many they make with the anchor, at least 0.
+
+    Raises:
+        ValueError: For a number that is not whole or out of its range; for s and s_prime both 0.
+
+    References:
+        Kalantidis, Sariyildiz, Pion, Weinzaepfel, Larlus: Hard Negative Mixing for Contrastive Learning, NeurIPS 2020,
+        arXiv 2010.01028, sections 3.2 and 3.3; (N, s, s') = (1024, 1024, 128) is the paper's best.
+
+    Examples:
+        >>> contrast = two_views(torch.randn(8, 4), torch.randn(8, 4), temperature=0.5)
+        >>> loss = info_nce(contrast, MoCHi(N=6, s=4, s_prime=2))
+    """
+
+    N: int = 1024
+    s: int = 1024
+    s_prime: int = 128
+
+    citation: ClassVar[str] = """
+@inproceedings{kalantidis2020hard,
+    title={Hard Negative Mixing for Contrastive Learning},
+    author={Yannis Kalantidis and Mert Bulent Sariyildiz and Noe Pion and Philippe Weinzaepfel and Diane Larlus},
+    booktitle={Advances in Neural Information Processing Systems},
+    year={2020},
+    url={https://arxiv.org/abs/2010.01028},
+}
+"""
+
+    adds_negatives: ClassVar[bool] = True
+    log_weights = Uniform.log_weights
+
+    def __post_init__(self) -> None:
+        for name, least in (("N", 1), ("s", 0), ("s_prime", 0)):
+            value = getattr(self, name)
+            if check_number(name, value, at_least=least) != int(value):
+                raise ValueError(f"{name}: expected a whole number, got {value!r}")
+        if not self.s and not self.s_prime:
+            raise ValueError("s, s_prime: expected at least one above 0, got 0 for both")
+
+    def combine(self, contrast: Contrast, positives: Tensor, negatives: Tensor, count: Tensor) -> Tensor:
+        """The negatives with the synthetic ones [n]."""
+        size = contrast.pool.shape[1] * int(self.s + self.s_prime) + len(contrast.pool)  # rows, and what they are of
+        synthetic = [
+            checkpoint(self._log_sum, contrast.anchors[rows], contrast, rows, use_reentrant=False)
+            for rows in tiled.blocks(len(contrast.anchors), size * contrast.pool.element_size(), kept=False)
+        ]
+        return torch.logaddexp(negatives, torch.cat(synthetic))
+
+    def _log_sum(self, anchors: Tensor, contrast: Contrast, rows: slice) -> Tensor:
+        """The log of the sum of the exponentials of a block's synthetic negatives [r]."""
+        logits = torch.bmm(self.synthesised(contrast, rows), anchors[:, :, None])[:, :, 0] / contrast.held_temperature
+        if isinstance(contrast.temperature, Tensor) and contrast.anchors is contrast.pool:
+            # Half of its gradient goes through the anchors' side, half through the pool's, which is constant here.
+            logits = logits * (contrast.held_temperature / contrast.temperature).sqrt()
+        return logits.logsumexp(dim=1)
+
+    @torch.no_grad()
+    def synthesised(self, contrast: Contrast, rows: slice) -> Tensor:
+        """The synthetic negatives of a block of anchors [r, s + s_prime, d], of length 1."""
+        negative, anchors = contrast.is_negative(rows), contrast.anchors[rows]
+        logits = contrast.logits(rows).masked_fill(~negative, -torch.inf)
+        hardest = logits.topk(min(int(self.N), logits.shape[1]), dim=1).indices
+        number = negative.sum(dim=1, keepdim=True).clamp(min=1, max=hardest.shape[1])
+
+        def drawn(count: int) -> Tensor:
+            place = (torch.rand(len(anchors), count, device=anchors.device) * number).long()
+            return contrast.pool[hardest.gather(1, torch.minimum(place, number - 1))]
+
+        s, s_prime = int(self.s), int(self.s_prime)
+        alpha = torch.rand(len(anchors), s, 1, device=anchors.device, dtype=anchors.dtype)
+        beta = torch.rand(len(anchors), s_prime, 1, device=anchors.device, dtype=anchors.dtype) / 2
+        of_pairs = alpha * drawn(s) + (1 - alpha) * drawn(s)
+        of_anchor = beta * anchors[:, None] + (1 - beta) * drawn(s_prime)
+        return normalize(torch.cat([of_pairs, of_anchor], dim=1), dim=2)

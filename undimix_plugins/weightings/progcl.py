@@ -1,0 +1,186 @@
+"""Negatives weighted by the probability of being true, by a mixture of similarities (Xia et al. 2022)."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from undimix_plugins.checks import check_number
+from undimix_plugins.contrast import Contrast, full_precision
+from undimix_plugins.weightings.weighting import Uniform, Weighting, mean_one
+
+COLUMNS = 100  # of the pool, whose similarities a mixture is fitted to
+TINY = 1e-12  # what the authors' code keeps similarities and responsibilities off 0 by
+MOST = 1e8  # alpha + beta + 1 of a distribution: one of a single similarity would be infinitely high
+
+
+class Mixture(NamedTuple):
+    """Two beta distributions of similarities in (0, 1), the first that of true negatives.
+
+    Attributes:
+        alphas: [2], float64.
+        betas: [2].
+        weights: [2], their shares.
+    """
+
+    alphas: Tensor
+    betas: Tensor
+    weights: Tensor
+
+    def joint(self, similarity: Tensor) -> Tensor:
+        """Densities times shares [..., 2] of similarities in (0, 1)."""
+        log_beta = self.alphas.lgamma() + self.betas.lgamma() - (self.alphas + self.betas).lgamma()
+        logs = (self.alphas - 1) * similarity[..., None].log() + (self.betas - 1) * (-similarity[..., None]).log1p()
+        return self.weights * (logs - log_beta).exp()
+
+    def true_negative(self, similarity: Tensor) -> Tensor:
+        """The probability of the first component, of the same shape."""
+        joint = self.joint(similarity)
+        return joint[..., 0] / (joint.sum(dim=-1) + TINY)
+
+
+@dataclass(eq=False)
+class ProGCL(Weighting):
+    """ProGCL-weight: importance by the probability of being a true negative, and by similarity.
+
+    A mixture of two beta distributions is fitted to negatives' similarities x = (1 + s) / 2, by expectation and
+    maximisation (moments). With p_j the posterior of the one that begins at low similarities, that of true negatives,
+
+        w_j = p_j x_j / mean over the negatives k of p_k x_k,
+
+    constants. Graph encoders need it: nodes that are alike are likely of one class, so that the hardest negatives are
+    false ones. Until the mixture is fitted all weights are 1. Similarities are taken for cosines.
+
+    The authors' code keeps the weights of the call that fits; here, each call works them out by the fitted mixture.
+    And it gives a node within a view the weight of its other view; here, each candidate has its own. The mixture is
+    this process's, and is not in the loss's `state_dict`: a resumed training fits it again, `start` calls later, unless
+    `weighting.fit(contrast)` is called before, or `start` is 1.
+
+    Attributes:
+        start: At which call of the loss in training the mixture is fitted, from 1; the authors' `epoch_start`, as
+            their epochs are of one call. A loss of several directions calls once for each. A batch without negatives of
+            different similarities is passed over.
+        every: After how many calls it is fitted again, at least 1; None for never.
+        weight_init: The share of false negatives that the fit begins with, in (0, 1).
+        iters: How many iterations a fit has, at least 1.
+        mixture: What was fitted last; None before.
+
+    Raises:
+        ValueError: For a number that is not whole (but for `weight_init`) or out of its range.
+
+    References:
+        Xia, Wu, Wang, Chen, Li: ProGCL: Rethinking Hard Negative Mining in Graph Contrastive Learning, ICML 2022,
+        arXiv 2110.02027, section 4.1 (the mixture), section 4.2, equation 10 (ProGCL-weight); the authors' code.
+
+    Examples:
+        >>> weighting = ProGCL(start=1)
+        >>> loss = info_nce(two_views(torch.randn(8, 4), torch.randn(8, 4), 0.5), weighting)
+        >>> weighting.mixture.weights.sum().item()
+        1.0
+    """
+
+    start: int = 400
+    every: int | None = None
+    weight_init: float = 0.05
+    iters: int = 10
+    mixture: Mixture | None = field(default=None, init=False, repr=False)
+    calls: int = field(default=0, init=False, repr=False)
+
+    citation: ClassVar[str] = """
+@inproceedings{xia2022progcl,
+    title={ProGCL: Rethinking Hard Negative Mining in Graph Contrastive Learning},
+    author={Jun Xia and Lirong Wu and Ge Wang and Jintao Chen and Stan Z. Li},
+    booktitle={International Conference on Machine Learning},
+    year={2022},
+    url={https://arxiv.org/abs/2110.02027},
+}
+"""
+
+    def __post_init__(self) -> None:
+        for name in ("start", "every", "iters"):
+            value = getattr(self, name)
+            if name == "every" and value is None:
+                continue
+            if check_number(name, value, at_least=1) != int(value):
+                raise ValueError(f"{name}: expected a whole number, got {value!r}")
+        check_number("weight_init", self.weight_init, above=0, below=1)
+
+    def prepare(self, contrast: Contrast) -> tuple[Contrast, Mixture | None]:
+        """The contrast and the mixture, which is fitted first where it is time: backward is to find the same one."""
+        if torch.is_grad_enabled():
+            self.calls += 1
+            again = self.every is not None and (self.calls - self.start) % self.every == 0
+            if self.calls >= self.start and (self.mixture is None or again):
+                with suppress(ValueError):  # a last batch of one pair, say: the next call will do
+                    self.fit(contrast)
+        return contrast, self.mixture
+
+    @torch.no_grad()
+    def fit(self, contrast: Contrast) -> None:
+        """Fits the mixture to the similarities of negatives, in up to 100 columns of the pool.
+
+        Args:
+            contrast: What is compared.
+
+        Raises:
+            ValueError: For a contrast in which those have no two different similarities.
+        """
+        generator = torch.Generator().manual_seed(self.calls)  # the training's own random numbers stay as they are
+        columns = torch.randperm(len(contrast.pool), generator=generator)[:COLUMNS].to(contrast.pool.device)
+        rows = slice(0, len(contrast.anchors))
+        with full_precision(contrast.pool):
+            similarity = _between_0_and_1(contrast.anchors @ contrast.pool[columns].T)
+        similarity = similarity[contrast.is_negative(rows)[:, columns]]
+        if len(similarity) == 0 or not bool(similarity.amax() > similarity.amin()):
+            raise ValueError(f"contrast: expected negatives of different similarities to fit, got {len(similarity)}")
+        self.mixture = fitted(similarity, self.weight_init, int(self.iters))
+
+    @torch.no_grad()
+    def log_weights(self, prepared: tuple[Contrast, Mixture | None], rows: slice) -> Tensor:
+        """`log w` [r, m], without gradient."""
+        contrast, mixture = prepared
+        if mixture is None:
+            return Uniform().log_weights(contrast, rows)
+        similarity = _between_0_and_1(contrast.logits(rows) * contrast.held_temperature)
+        log_weights = (mixture.true_negative(similarity) * similarity).log().to(contrast.pool.dtype)
+        return mean_one(log_weights, contrast.is_negative(rows))
+
+
+def _between_0_and_1(cosines: Tensor) -> Tensor:
+    return ((cosines.double() + 1) / 2).clamp(TINY, 1 - TINY)
+
+
+def fitted(similarity: Tensor, weight_init: float, iters: int) -> Mixture:
+    """A mixture of two beta distributions by expectation and maximisation, from (1, 2) and (2, 1).
+
+    Args:
+        similarity: [number], in (0, 1), float64, not all the same.
+        weight_init: The share of the second, at the beginning.
+        iters: How many iterations.
+
+    Returns:
+        The mixture; the second's beta is at least 1 (1.01 then), so that it does not rise without bound at 1. One that
+        has a single similarity to itself is as narrow as `alpha + beta + 1 = 1e8` makes it.
+
+    Examples:
+        >>> mixture = fitted(torch.rand(100, dtype=torch.float64), weight_init=0.05, iters=10)
+        >>> mixture.alphas.shape
+        torch.Size([2])
+    """
+    of = similarity.new_tensor
+    mixture = Mixture(of([1.0, 2.0]), of([2.0, 1.0]), of([1 - weight_init, weight_init]))
+    for _ in range(iters):
+        shares = mixture.joint(similarity).clamp(min=TINY)
+        shares = shares / shares.sum(dim=1, keepdim=True)
+        total = shares.sum(dim=0)
+        mean = (shares * similarity[:, None]).sum(dim=0) / total
+        variance = (shares * (similarity[:, None] - mean).square()).sum(dim=0) / total
+        alphas = mean * ((mean * (1 - mean) / variance).clamp(max=MOST) - 1)
+        betas = alphas * (1 - mean) / mean
+        betas[1] = torch.where(betas[1] < 1, 1.01, betas[1])
+        mixture = Mixture(alphas, betas, total / total.sum())
+    return mixture

@@ -1,0 +1,93 @@
+"""Negatives that are neither the nearest nor far: between two percentiles of similarity (Wu et al. 2021)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from undimix_plugins.checks import check_number
+from undimix_plugins.contrast import Contrast, remembered
+from undimix_plugins.weightings.weighting import Uniform, Weighting, check_share
+
+
+@dataclass(frozen=True)
+class Ring(Weighting):
+    """Conditional negative sampling: an anchor keeps the negatives between two percentiles of similarity to it.
+
+    Of an anchor's N negatives, ordered from the most similar on, those of the places (from 0)
+
+        floor(N * (100 - upper) / 100)  to  floor(N * (100 - lower) / 100) - 1
+
+    are kept, at least one, all with weight 1; the others are no negatives. `lower=0, upper=100` is the plain loss.
+
+    The paper anneals the ring, from all negatives to this one: `HardnessWarmup(share=...)` does, as `softened` has it,
+    over `share * lower` and `100 - share * (100 - upper)`.
+
+    Attributes:
+        lower: The percentile of similarity from which negatives are kept, in [0, 100).
+        upper: That up to which they are, above `lower`, at most 100. The authors' code takes the nearest tenth, less
+            the nearest tenth of that: 90 and 99.
+
+    Raises:
+        ValueError: For percentiles out of these ranges.
+
+    References:
+        Wu, Mosse, Zhuang, Yamins, Goodman: Conditional Negative Sampling for Contrastive Learning of Visual
+        Representations, ICLR 2021, arXiv 2010.02037, section 4 (the ring, and its annealing).
+
+    Examples:
+        >>> contrast = two_views(torch.randn(64, 4), torch.randn(64, 4), temperature=0.5)
+        >>> importance_weights(contrast, Ring(lower=50, upper=90)).sum(dim=1)[0]  # 126 negatives
+        tensor(51.)
+    """
+
+    lower: float = 90.0
+    upper: float = 99.0
+
+    citation: ClassVar[str] = """
+@inproceedings{wu2021conditional,
+    title={Conditional Negative Sampling for Contrastive Learning of Visual Representations},
+    author={Mike Wu and Milan Mosse and Chengxu Zhuang and Daniel Yamins and Noah Goodman},
+    booktitle={International Conference on Learning Representations},
+    year={2021},
+    url={https://arxiv.org/abs/2010.02037},
+}
+"""
+
+    log_weights = Uniform.log_weights
+
+    def __post_init__(self) -> None:
+        check_number("lower", self.lower, at_least=0, below=100)
+        check_number("upper", self.upper, above=0)
+        if not self.lower < self.upper <= 100:
+            raise ValueError(
+                f"upper: expected a percentile above lower={self.lower!r}, at most 100, got {self.upper!r}"
+            )
+
+    def softened(self, share: float) -> Ring:
+        """The ring on its way from all negatives."""
+        share = check_share(share)
+        # So that both ends are exact.
+        upper = share * self.upper + (1 - share) * 100
+        return replace(self, lower=share * self.lower, upper=min(upper, 100.0))
+
+    def compared(self, contrast: Contrast) -> Contrast:
+        """Without what is outside of the ring."""
+        return contrast.without(verdicts=remembered(lambda rows: self._outside(contrast, rows), contrast))
+
+    @torch.no_grad()
+    def _outside(self, contrast: Contrast, rows: slice) -> Tensor:
+        """Which negatives of a block of anchors are too far or too near, bool [r, m]."""
+        negative = contrast.is_negative(rows)
+        logits = contrast.logits(rows).masked_fill(~negative, -torch.inf)
+        place = logits.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        count = negative.sum(dim=1, keepdim=True)
+        count = count.float() if count.device.type == "mps" else count.double()  # which has none
+        # What should be a whole number may be rounded to just below it.
+        first, last = ((count * (100 - percentile) / 100 + 1e-9).floor() for percentile in (self.upper, self.lower))
+        first = torch.minimum(first, count - 1)
+        last = torch.maximum(last, first + 1)
+        return (place < first) | (place >= last)

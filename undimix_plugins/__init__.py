@@ -37,6 +37,7 @@ from undimix_plugins.weightings.hcl import HCL
 from undimix_plugins.weightings.mochi import MoCHi
 from undimix_plugins.weightings.progcl import ProGCL
 from undimix_plugins.weightings.ring import Ring
+from undimix_plugins.weightings.similarity_penalty import SimilarityPenalty
 from undimix_plugins.weightings.undimix import UnDiMix
 from undimix_plugins.weightings.weighting import (
     Uniform,
@@ -66,6 +67,7 @@ __all__ = [
     "MoCHi",
     "ProGCL",
     "Ring",
+    "SimilarityPenalty",
     "UnDiMix",
     "UnMix",
     "Uniform",

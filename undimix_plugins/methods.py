@@ -74,6 +74,12 @@ METHODS = (
         "w_j = mean-one p_j (1 + s_j) / 2",
     ),
     Method(
+        "SimilarityPenalty",
+        "2503.04812",
+        "adds a multiple of the detached similarity to the logit",
+        "w_j = e^(alpha s_j)",
+    ),
+    Method(
         "FalseNegativeElimination",
         "2011.11765",
         "leaves out likely false negatives, found by a support set",

@@ -12,6 +12,7 @@ from undimix_plugins.weightings.bcl import BCL
 from undimix_plugins.weightings.debiased import Debiased
 from undimix_plugins.weightings.false_negatives import FalseNegatives
 from undimix_plugins.weightings.hcl import HCL
+from undimix_plugins.weightings.similarity_penalty import SimilarityPenalty
 from undimix_plugins.weightings.weighting import Softened, Uniform, Weighting, check_share, check_weighting
 
 
@@ -20,7 +21,7 @@ def compose(*weightings: Weighting) -> Weighting:
 
     1. What chooses negatives (`Ring`, `FalseNegativeElimination`, `FalseNegativeAttraction`) does so first, in the
        order given: the next sees what the last has left.
-    2. What weights them (`UnDiMix`, `HCL`, `BCL`, `ProGCL`) does that with those that are left; of
+    2. What weights them (`UnDiMix`, `HCL`, `BCL`, `ProGCL`, `SimilarityPenalty`) does that with those that are left; of
        several the weights are multiplied.
     3. What changes their sum (`Debiased`, `HCL`, `MoCHi`) does so in the order given.
 
@@ -66,6 +67,8 @@ def _against(parts: Sequence[Weighting]) -> str | None:
     debias = [place for place, part in enumerate(parts) if _debiases(part)]
     if len(debias) > 1:
         return "expected one that corrects for the anchor's class"
+    if debias and any(isinstance(part, SimilarityPenalty) for part in parts):
+        return "expected weights of mean 1 where their sum is debiased, which a SimilarityPenalty's are not"
     if any(not isinstance(parts[place], BCL) for place in debias) and sum(map(_weighs, parts)) > 1:
         return "expected weights of mean 1 where their sum is debiased, which a product's are not"
     adding = next((place for place, part in enumerate(parts) if part.adds_negatives), len(parts))

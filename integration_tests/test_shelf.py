@@ -1,0 +1,125 @@
+"""Every method trains through the one line, `undimix(loss, weighting)`, in every toolkit's own loop on real data."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from integration_tests.matrix import lightly_cells, pyg_cells, sentence_transformers_cells, transformers_cells
+from integration_tests.matrix.cells import TEMPERATURE, Run, apart, vector_of
+from integration_tests.matrix.trainer_cells import MIDDLE, Toolkit, run_of, train
+from undimix_plugins import (
+    BCL,
+    HCL,
+    Debiased,
+    FalseNegativeAttraction,
+    FalseNegativeElimination,
+    MoCHi,
+    ProGCL,
+    Ring,
+    SimilarityPenalty,
+    UnDiMix,
+    Uniform,
+    Weighting,
+    compose,
+    undimix,
+)
+
+MIXED = {"N": 8, "s": 4, "s_prime": 2}
+FALSE = {"k": 2, "threshold": 0.0}
+# Made anew for each training, as ProGCL remembers what it has seen.
+SHELF: dict[str, Callable[[], Weighting]] = {
+    "Debiased": Debiased,
+    "HCL": HCL,
+    "Ring": Ring,
+    "BCL": BCL,
+    "ProGCL": lambda: ProGCL(start=1),
+    "SimilarityPenalty": SimilarityPenalty,
+    "FalseNegativeElimination": lambda: FalseNegativeElimination(**FALSE),
+    "FalseNegativeAttraction": lambda: FalseNegativeAttraction(**FALSE),
+    "MoCHi": lambda: MoCHi(**MIXED),
+    "UnDiMix, Debiased": lambda: compose(UnDiMix(), Debiased(tau_plus=0.1)),
+    "UnDiMix, FalseNegativeElimination": lambda: compose(UnDiMix(), FalseNegativeElimination(**FALSE)),
+    "UnDiMix, MoCHi": lambda: compose(UnDiMix(), MoCHi(**MIXED)),
+}
+
+
+def in_lightning(row: str) -> Callable[[Weighting, Path], Run]:
+    def run(weighting: Weighting, root: Path) -> Run:
+        module = lightly_cells.make(lightly_cells.ROWS[row], "plain")
+        module.criterion = undimix(module.criterion, weighting)
+        return lightly_cells.trained(module, root, epochs=1)
+
+    return run
+
+
+def in_a_trainer(toolkit: Toolkit, row: str, kind: str) -> Callable[[Weighting, Path], Run]:
+    def run(weighting: Weighting, root: Path) -> Run:
+        model, loss = toolkit.make(toolkit.rows[row], kind)
+        start, loss = vector_of(model), undimix(loss, weighting)
+        return run_of(train(toolkit, toolkit.rows[row], model, loss, root, max_steps=MIDDLE), model, start)
+
+    return run
+
+
+def in_a_plain_loop(row: str) -> Callable[[Weighting, Path], Run]:
+    def run(weighting: Weighting, root: Path) -> Run:
+        training = pyg_cells.Training(pyg_cells.ROWS[row], "uniform")
+        training.loss = undimix(pyg_cells.ROWS[row].ours(TEMPERATURE), weighting)
+        training.train(range(1))
+        return training.run()
+
+    return run
+
+
+HOSTS: dict[str, Callable[[Weighting, Path], Run]] = {
+    "lightly - NTXentLoss": in_lightning("NTXentLoss"),
+    "lightly - NTXentLoss, memory bank": in_lightning("NTXentLoss, memory bank"),
+    "sentence_transformers - MultipleNegativesRankingLoss": in_a_trainer(
+        sentence_transformers_cells.TOOLKIT, "MultipleNegativesRankingLoss", "plain"
+    ),
+    "pyg - GraphCLLoss": in_a_plain_loop("GraphCLLoss"),
+    "pyg - GRACELoss": in_a_plain_loop("GRACELoss"),
+    "transformers - SimCSELoss": in_a_trainer(transformers_cells.TOOLKIT, "SimCSELoss", "uniform"),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen() -> Iterator[None]:
+    """Keeps what is imported out of garbage collections, of which a Trainer makes one for each training."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def uniform(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
+    """The training of a host's plain loss, once."""
+    return cache(lambda host: HOSTS[host](Uniform(), tmp_path_factory.mktemp("uniform")))
+
+
+@pytest.mark.parametrize("method", SHELF)
+@pytest.mark.parametrize("host", HOSTS)
+def test_trains(host: str, method: str, uniform: Callable[[str], Run], tmp_path: Path) -> None:
+    plain, weighted = uniform(host), HOSTS[host](SHELF[method](), tmp_path)
+    assert len(weighted.losses) >= MIDDLE
+    for run in (plain, weighted):
+        assert run.losses.isfinite().all()
+        assert run.moved.isfinite().all()
+        assert run.moved.any()
+    # The first is of the same embeddings: what is drawn for a method comes after them. Rounding is 1e-15.
+    assert apart(weighted.losses[:1], plain.losses[:1]) > 1e-4
+    assert apart(weighted.moved, plain.moved) > 1e-4
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_the_same_start(host: str, uniform: Callable[[str], Run], tmp_path: Path) -> None:
+    """What the comparison stands on: from the same seed, the plain loss trains the same."""
+    again = HOSTS[host](Uniform(), tmp_path)
+    assert apart(again.losses, uniform(host).losses) == 0
+    assert apart(again.moved, uniform(host).moved) == 0

@@ -174,4 +174,6 @@ class ActiveSampling:
             queries, candidates, temperature=self.temperature, candidate_inputs=candidate_inputs
         )
         seeds = len(queries) if self.seeds is None else self.seeds
+        if len(candidates) < seeds:
+            raise ValueError(f"candidates: expected at least {seeds}, as many as are picked, got {len(candidates)}")
         return k_means_plus_plus(gradients, seeds, generator=generator)

@@ -183,7 +183,8 @@ class AdCo(nn.Module):
 
     def _compared(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries at length 1, all processes' keys at length 1, and the queries' own among these [n]."""
-        queries, keys = unit_rows(query=query, key=key.detach())
+        queries, keys = unit_rows(query=query, key=key)
+        keys = keys.detach()
         check_embeddings(pool=self.pool, query=queries)
         check_equal_batches("query", len(queries))
         first = dist.get_rank() * len(queries) if processes() > 1 else 0

@@ -238,7 +238,8 @@ class Contrast:
         """The same with more positives, beside those that anchors have, which are no negatives then.
 
         Args:
-            columns: Negatives of each anchor in the pool [n, k], integers, padded with -1.
+            columns: Negatives of each anchor in the pool [n, k], integers, padded with -1; those that are none are left
+                as they are.
 
         Returns:
             Another Contrast of the same tensors.
@@ -251,6 +252,9 @@ class Contrast:
         new = self.without(columns)
         if columns.shape[1] == 0:
             return new
+        assert self.excluded is not None
+        none = (columns[:, :, None] == self.excluded[:, None]).any(dim=2)
+        columns = columns.masked_fill(none, -1)
         if self.positive_columns is not None:
             columns = torch.cat([self.positive_columns, columns], dim=1)
         new._set("positive_columns", distinct(columns.long()))

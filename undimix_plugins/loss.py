@@ -64,17 +64,15 @@ def log_sums(contrast: Contrast, weighting: Weighting) -> LogSums:
         >>> decoupled = (negatives - positives).mean()
     """
     _check(contrast, weighting)
-    compared = weighting.compared(contrast)
-    if compared.positive_columns is not contrast.positive_columns:
-        raise ValueError(
-            f"weighting: expected one that makes no positives, for which this loss has no place, got {weighting}"
-        )
+    compared = _compared(contrast, weighting, one_positive=True)
     with full_precision(contrast.pool):
         return _log_sums(compared, weighting, _prepared(compared, weighting))
 
 
 def weighted_log_sum(contrast: Contrast, weighting: Weighting, prepared: Any, rows: slice) -> Tensor:
-    """The plain reference of the whole computation, with gradient, which the fast path equals.
+    """The plain reference of a weighted sum, with gradient, which the fast path equals.
+
+    What a weighting does beside weights is not in it: pass `weighting.compared(contrast)`, and `combine` comes after.
 
         neg_i = log sum over j in N_i of exp(log w_ij + <a_i, v_j> / t)
 
@@ -162,7 +160,16 @@ def _negatives(contrast: Contrast, weighting: Weighting, prepared: Any) -> Tenso
     return tiled.negative_log_sums(contrast, weighting, prepared)
 
 
-def mean_loss(contrast: Contrast, weighting: Weighting, loss: tiled.Margin) -> Tensor:
+def _compared(contrast: Contrast, weighting: Weighting, one_positive: bool) -> Contrast:
+    compared = weighting.compared(contrast)
+    if one_positive and compared.positive_columns is not contrast.positive_columns:
+        raise ValueError(
+            f"weighting: expected one that makes no positives, for which this loss has no place, got {weighting}"
+        )
+    return compared
+
+
+def mean_loss(contrast: Contrast, weighting: Weighting, loss: tiled.Margin, *, one_positive: bool = False) -> Tensor:
     """The mean over the anchors of a loss that is a function of their margins, `neg - pos` as `log_sums` has them.
 
     With several positives, a loss adds what their log-sum is above the mean of their logits: `info_nce` is then the
@@ -173,6 +180,8 @@ def mean_loss(contrast: Contrast, weighting: Weighting, loss: tiled.Margin) -> T
         weighting: How much each negative counts.
         loss: From margins [r], -inf for an anchor without negatives, to losses [r] and their derivatives [r]: those
             that autograd takes of the losses, of which a part may be detached.
+        one_positive: Whether the loss has no meaning with several positives: a weighting that makes more of them is
+            refused.
 
     Returns:
         A scalar, in the embeddings' dtype (float32 for half precision, also under autocast).
@@ -186,7 +195,7 @@ def mean_loss(contrast: Contrast, weighting: Weighting, loss: tiled.Margin) -> T
         >>> loss = mean_loss(contrast, UnDiMix(), lambda margin: (margin.relu(), (margin > 0).to(margin.dtype)))
     """
     _check(contrast, weighting)
-    contrast = weighting.compared(contrast)
+    contrast = _compared(contrast, weighting, one_positive)
     with full_precision(contrast.pool):
         prepared = _prepared(contrast, weighting)
         if (
@@ -258,7 +267,7 @@ def decoupled(contrast: Contrast, weighting: Weighting) -> Tensor:
 
         loss_i = -log( exp(s_i+ / t) / sum over j of w_ij exp(s_ij / t) )
 
-    An anchor without negatives adds 0. Else as `info_nce`.
+    An anchor without negatives adds 0; with several positives, what `mean_loss` adds for these. Else as `info_nce`.
 
     Args:
         contrast: What is compared.

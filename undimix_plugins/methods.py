@@ -31,10 +31,10 @@ class Method(NamedTuple):
     transformers: str = LINE
 
 
-OF_EMBEDDINGS = "of embeddings, in a loop of one's own"
-NO_BANK = "no memory bank to fill"
-NO_MIXTURE = "no mixture of token or node inputs"
-OF_IMAGES = "of images alone"
+NO_MOMENTUM = "no: its models have no momentum encoder"
+NO_BANK = "no: its losses have no memory bank"
+NO_MIXTURE = "no: its inputs are no tensors that can be mixed"
+OF_IMAGES = "no: it is made of an image's pixels"
 
 METHODS = (
     Method(
@@ -90,7 +90,7 @@ METHODS = (
         "2011.11765",
         "makes them positives",
         "mean over p in {+} and F of -log(e^(s_p/t) / Z)",
-        lightly="one line, but for DCLWLoss",
+        lightly="one line, but for DCLWLoss, MACLLoss and a weight_fn",
         sentence_transformers="one line, but for joint directions and guides",
     ),
     Method(
@@ -105,9 +105,9 @@ METHODS = (
         "a pool of negatives that learns to make the loss large",
         "r_j += lr d loss / d r_j, n_j = r_j / |r_j|",
         lightly="a loss and its step: lightly_adco.py",
-        sentence_transformers="negatives are texts, which learn with the encoder",
-        pyg=OF_EMBEDDINGS,
-        transformers="negatives are sentences, which learn with the encoder",
+        sentence_transformers=NO_MOMENTUM,
+        pyg=NO_MOMENTUM,
+        transformers=NO_MOMENTUM,
     ),
     Method(
         "MMCL",
@@ -115,9 +115,9 @@ METHODS = (
         "weights by the dual variables of an SVM for each anchor; no softmax",
         "min over 0 <= a <= C of a' D a / 2 - 2 * 1'a",
         lightly="a loss: lightly_mmcl.py",
-        sentence_transformers=OF_EMBEDDINGS,
-        pyg="a loss of two views, as lightly's",
-        transformers=OF_EMBEDDINGS,
+        sentence_transformers="no: its losses are called with texts",
+        pyg="a loss of a model's two views",
+        transformers="a compute_loss_func of two views' rows",
     ),
     Method(
         "ActiveSampling",
@@ -164,10 +164,10 @@ METHODS = (
         "2007.00808",
         "hard negatives of the whole corpus, mined anew in the background",
         "D- = top of f_k(q) . f_k(corpus), less q's positives",
-        lightly="no corpus of negatives",
+        lightly="no: there is no corpus of texts",
         sentence_transformers="a callback: sentence_transformers_ance.py",
-        pyg="no corpus of negatives",
-        transformers="no retrieval of texts in the plain Trainer",
+        pyg="no: there is no corpus of texts",
+        transformers="no: the plain Trainer retrieves no texts",
     ),
 )
 

@@ -31,6 +31,7 @@ LOG2E = 1 / math.log(2)
 KEPT_BYTES = 2**29  # up to which a contrast's logits and numerators are kept
 BLOCK_BYTES = 2**22  # of a block of kept scores, so few that a cache holds them
 LONE_BLOCK_BYTES = 2**25  # of a block that is worked out whenever it is needed: more, for the products' sake
+FEW = 4  # excluded columns whose distances to the pool are taken off one after the other
 TILE = 512  # rows and columns of what is mirrored at once on the CPU, whose caches hold few
 DEVICE_TILE = 8192  # elsewhere, where each operation has to be a large one
 LEAST_ROWS = 64  # of a block
@@ -580,7 +581,7 @@ class UnDiMixScores:
         assert excluded is not None
         out = self.logits.scratch[0][: len(out)]
         dense = self.columns.verdicts is not None
-        if self.weighting.distance == "euclidean" and dense:
+        if self.weighting.distance == "euclidean" and (dense or excluded.shape[1] > FEW):
             self._add_euclidean_distances(1 - self.columns.marks(rows, len(pool)).to(pool.dtype), out.zero_())
         elif self.weighting.distance == "euclidean":
             out.copy_(self.rest.expand_as(out))

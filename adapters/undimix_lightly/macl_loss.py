@@ -64,7 +64,7 @@ class MACLLoss(WeightedLoss, HostMACLLoss):
         alignment = (first.detach() * second.detach()).sum(dim=1).mean()
         temperature = self.temperature * (1 + self.alpha * (alignment - self.A_0))
         contrast = contrast_of_views(self, z0, z1, temperature, labels=labels)
-        return mean_loss(contrast, self.weighting, self._of_margin)
+        return mean_loss(contrast, self.weighting, self._of_margin, one_positive=True)
 
     def _of_margin(self, margin: Tensor) -> tuple[Tensor, Tensor]:
         """Losses [r] and their derivatives [r]; 1 - P is the margin's sigmoid."""

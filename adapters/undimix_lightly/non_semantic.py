@@ -207,8 +207,8 @@ def non_semantic_columns(*embeddings: Tensor) -> Iterator[None]:
 
     Args:
         embeddings: One batch or several, each [samples, width], floating point, as the loss is given the views' ones;
-            brought to length 1. Anchor i is of sample `i % samples`. Where they carry a gradient it is followed; the
-            authors encode them by the momentum encoder, without.
+            brought to length 1. Of a loss that compares regions (DetCon), these are the samples. Where they carry a
+            gradient it is followed; the authors encode them by the momentum encoder, without.
 
     Raises:
         ValueError: For no embeddings, what `check_embeddings` refuses, or batches that differ in length.
@@ -246,7 +246,7 @@ class NonSemanticNegatives(Weighting):
 
     Raises:
         ValueError: For an `alpha` out of this range; in a loss, outside of `non_semantic_columns`, or for columns of
-            another width or a number of samples that does not divide that of the anchors.
+            another width or number of samples than the batch.
 
     References:
         Ge, Mishra, Li, Wang, Jacobs: Robust Contrastive Learning Using Negative Samples with Diminished Semantics,
@@ -274,10 +274,10 @@ class NonSemanticNegatives(Weighting):
             raise ValueError("non_semantic_columns: expected the loss to be called inside of it, got no columns")
         (rows,), anchors = COLUMNS, contrast.anchors
         samples, width = len(rows), anchors.shape[1]
-        if len(anchors) % samples or rows.shape[2] != width:
+        if len(anchors) not in (samples, 2 * samples) or rows.shape[2] != width:
             raise ValueError(
-                f"non_semantic_columns: expected embeddings of the batch's samples [samples, {width}], a number that "
-                f"divides the anchors' ({len(anchors)}), got {[samples, rows.shape[2]]}"
+                f"non_semantic_columns: expected embeddings of the batch's samples [samples, {width}], of which the "
+                f"loss has {len(anchors)} anchors, one or two for each, got {[samples, rows.shape[2]]}"
             )
         by_sample = anchors.view(-1, samples, width)
         logits = torch.einsum("vsd,skd->vsk", by_sample, rows.to(anchors)).flatten(0, 1)

@@ -67,12 +67,13 @@ def _against(parts: Sequence[Weighting]) -> str | None:
     debias = [place for place, part in enumerate(parts) if _debiases(part)]
     if len(debias) > 1:
         return "expected one that corrects for the anchor's class"
-    if debias and any(isinstance(part, SimilarityPenalty) for part in parts):
+    of_sum = [place for place in debias if not isinstance(parts[place], BCL)]
+    if of_sum and any(isinstance(part, SimilarityPenalty) for part in parts):
         return "expected weights of mean 1 where their sum is debiased, which a SimilarityPenalty's are not"
-    if any(not isinstance(parts[place], BCL) for place in debias) and sum(map(_weighs, parts)) > 1:
+    if of_sum and sum(_weighs(part) and getattr(part, "beta", 1) != 0 for part in parts) > 1:
         return "expected weights of mean 1 where their sum is debiased, which a product's are not"
     adding = next((place for place, part in enumerate(parts) if part.adds_negatives), len(parts))
-    if any(place > adding for place in debias if not isinstance(parts[place], BCL)):
+    if any(place > adding for place in of_sum):
         name = type(parts[adding]).__name__
         return f"expected debiasing before {name}, whose negatives are no draws that a class has a share of"
     return None
@@ -115,6 +116,11 @@ class Composed(Weighting):
 
     def _weighing(self) -> list[Weighting]:
         return [part for part in self.parts if _weighs(part)] or [Uniform()]
+
+    @property
+    def gradient(self) -> str:
+        """That of an `UnDiMix` among the parts, whose last layer a loss has to know."""
+        return next((str(part.gradient) for part in self.parts if hasattr(part, "gradient")), "embedding")
 
     def weigher(self) -> Weighting:
         """The one part that weighs, or equal weights; of several, itself."""

@@ -23,8 +23,9 @@ def support_set(*views: Tensor) -> Iterator[None]:
     """Further views of a batch's samples, by which the losses inside find false negatives.
 
     Args:
-        views: Embeddings of further views, each [samples, width], as the loss is given the first ones; brought to
-            length 1. They are constants: encode them under `torch.no_grad()`. Anchor i is of sample `i % samples`.
+        views: Embeddings of further views, each [samples, width], in the batch's order, as the loss is given the first
+            ones; brought to length 1. They are constants: encode them under `torch.no_grad()`. Of a loss that compares
+            regions (lightly's DetCon) or nodes, these are the samples, [batch * regions, width].
 
     Raises:
         ValueError: For no views, what `check_embeddings` refuses, or views that differ in length.
@@ -36,8 +37,8 @@ def support_set(*views: Tensor) -> Iterator[None]:
     """
     if not views:
         raise ValueError("views: expected at least one, got none")
-    rows = unit_rows(**{f"views[{place}]": view.detach() for place, view in enumerate(views)})
-    before, SUPPORT[:] = tuple(SUPPORT), rows
+    rows = unit_rows(**{f"views[{place}]": view for place, view in enumerate(views)})
+    before, SUPPORT[:] = tuple(SUPPORT), [view.detach() for view in rows]
     try:
         yield
     finally:
@@ -46,23 +47,7 @@ def support_set(*views: Tensor) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class FalseNegatives(Weighting):
-    """What `FalseNegativeElimination` and `FalseNegativeAttraction` have in common: how they find false negatives.
-
-    A candidate v_j among an anchor's negatives scores the most (or the mean) similarity to the views of the anchor's
-    sample: the anchor itself, its positive (not those that a contrast lists by their columns), and the further views of
-    a `support_set`. The k best that score above the threshold are taken to be of the anchor's class.
-
-        score_j = max over v in the support set S of <v, v_j>
-
-    Attributes:
-        k: How many are found for an anchor at most, at least 1.
-        threshold: What they score more than, a number.
-        aggregate: "max" or "mean", over the support set.
-
-    Raises:
-        ValueError: For numbers out of these ranges, another `aggregate`; in a loss, for a support set whose number of
-            samples does not divide that of anchors, or of another width.
-    """
+    """What `FalseNegativeElimination` and `FalseNegativeAttraction` have in common: how they find false negatives."""
 
     k: int = 10
     threshold: float = 0.7
@@ -96,10 +81,10 @@ class FalseNegatives(Weighting):
         support = tuple(SUPPORT)
         n, width = len(contrast.anchors), contrast.pool.shape[1]
         for place, view in enumerate(support):
-            if n % len(view) or view.shape[1] != width:
+            if n not in (len(view), 2 * len(view)) or view.shape[1] != width:
                 raise ValueError(
-                    f"support_set: expected views of the batch's samples [samples, {width}], a number that divides "
-                    f"the anchors' ({n}), got {list(view.shape)} at {place}"
+                    f"support_set: expected views of the batch's samples [samples, {width}], of which the loss has "
+                    f"{n} anchors, one or two for each, got {list(view.shape)} at {place}"
                 )
         views = [contrast.anchors, *[view.to(contrast.pool).repeat(n // len(view), 1) for view in support]]
         if contrast.has_own_positive:
@@ -126,7 +111,8 @@ class FalseNegativeElimination(FalseNegatives):
         loss_i = -log( exp(s_i+ / t) / (exp(s_i+ / t) + sum over j not in F_i of exp(s_ij / t)) )
 
     F_i are the k candidates most similar to the views of the anchor's sample, where they are more similar than the
-    threshold: to the anchor itself, its positive, and the further views of a `support_set`.
+    threshold: to the anchor itself, its positive, and the further views of a `support_set`. Similarities are taken for
+    cosines.
 
         score_j = max over v in the support set of <v, v_j>
 
@@ -136,8 +122,8 @@ class FalseNegativeElimination(FalseNegatives):
         aggregate: "max" or "mean", of the similarities to the views.
 
     Raises:
-        ValueError: For numbers out of these ranges, another `aggregate`; in a loss, for a support set whose number of
-            samples does not divide that of the anchors, or of another width.
+        ValueError: For numbers out of these ranges, another `aggregate`; in a loss, for a support set of another
+            width or number of samples than the batch.
 
     References:
         Huynh, Kornblith, Walter, Maire, Khademi: Boosting Contrastive Self-Supervised Learning with False Negative
@@ -169,7 +155,7 @@ class FalseNegativeAttraction(FalseNegatives):
 
     Raises:
         ValueError: As `FalseNegativeElimination`; in a loss, where that has a single positive (sentence-transformers'
-            with `partition_mode="joint"` and several directions or with a guide, lightly's `DCLWLoss`).
+            with `partition_mode="joint"` and several directions or with a guide, lightly's `DCLWLoss` and `MACLLoss`).
 
     References:
         arXiv 2011.11765, section 3.2, equation 3, and section 3.3 (finding them).

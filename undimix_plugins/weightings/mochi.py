@@ -28,6 +28,7 @@ class MoCHi(Weighting):
 
     all brought to length 1. They are constants, drawn anew in each call, as a memory bank's entries are: gradients
     reach the anchor alone. An anchor without negatives gets none. Of fewer than N negatives all are the hardest.
+    Similarities are taken for cosines.
 
     It takes memory for n * (s + s_prime) synthetic rows for a while, by blocks of anchors.
 
@@ -41,7 +42,7 @@ class MoCHi(Weighting):
 
     References:
         Kalantidis, Sariyildiz, Pion, Weinzaepfel, Larlus: Hard Negative Mixing for Contrastive Learning, NeurIPS 2020,
-        arXiv 2010.01028, sections 3.2 and 3.3; (N, s, s') = (1024, 1024, 128) is the paper's best.
+        arXiv 2010.01028, section 3 (the defaults are one of its settings for ImageNet).
 
     Examples:
         >>> contrast = two_views(torch.randn(8, 4), torch.randn(8, 4), temperature=0.5)

@@ -9,6 +9,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from undimix_plugins import tiled
 from undimix_plugins.checks import check_number
 from undimix_plugins.contrast import Contrast, full_precision
 from undimix_plugins.weightings.weighting import Uniform, Weighting, mean_one
@@ -33,9 +34,10 @@ class Mixture(NamedTuple):
 
     def joint(self, similarity: Tensor) -> Tensor:
         """Densities times shares [..., 2] of similarities in (0, 1)."""
-        log_beta = self.alphas.lgamma() + self.betas.lgamma() - (self.alphas + self.betas).lgamma()
-        logs = (self.alphas - 1) * similarity[..., None].log() + (self.betas - 1) * (-similarity[..., None]).log1p()
-        return self.weights * (logs - log_beta).exp()
+        alphas, betas, weights = (part.to(similarity.device) for part in self)
+        log_beta = alphas.lgamma() + betas.lgamma() - (alphas + betas).lgamma()
+        logs = (alphas - 1) * similarity[..., None].log() + (betas - 1) * (-similarity[..., None]).log1p()
+        return weights * (logs - log_beta).exp()
 
     def true_negative(self, similarity: Tensor) -> Tensor:
         """The probability of the first component, of the same shape."""
@@ -55,10 +57,11 @@ class ProGCL(Weighting):
     constants. Graph encoders need it: nodes that are alike are likely of one class, so that the hardest negatives are
     false ones. Until the mixture is fitted all weights are 1. Similarities are taken for cosines.
 
-    The authors' code keeps the weights of the call that fits; here, each call works them out by the fitted mixture.
-    And it gives a node within a view the weight of its other view; here, each candidate has its own. The mixture is
-    this process's, and is not in the loss's `state_dict`: a resumed training fits it again, `start` calls later, unless
-    `weighting.fit(contrast)` is called before, or `start` is 1.
+    The authors' code fits to similarities across the two views, here the fit is to all negatives'. That code keeps the
+    weights of the call that fits; here, each call works them out by the fitted mixture. And it gives a node within a
+    view the weight of its other view; here, each candidate has its own. The mixture is this process's, and is not in
+    the loss's `state_dict`: a resumed training fits it again, `start` calls later, unless `weighting.fit(contrast)` is
+    called before, or `start` is 1.
 
     Attributes:
         start: At which call of the loss in training the mixture is fitted, from 1; the authors' `epoch_start`, as
@@ -131,10 +134,10 @@ class ProGCL(Weighting):
         """
         generator = torch.Generator().manual_seed(self.calls)  # the training's own random numbers stay as they are
         columns = torch.randperm(len(contrast.pool), generator=generator)[:COLUMNS].to(contrast.pool.device)
-        rows = slice(0, len(contrast.anchors))
         with full_precision(contrast.pool):
             similarity = _between_0_and_1(contrast.anchors @ contrast.pool[columns].T)
-        similarity = similarity[contrast.is_negative(rows)[:, columns]]
+        negative = torch.cat([contrast.is_negative(block)[:, columns] for block in tiled.blocks_of(contrast)])
+        similarity = similarity[negative]
         if len(similarity) == 0 or not bool(similarity.amax() > similarity.amin()):
             raise ValueError(f"contrast: expected negatives of different similarities to fit, got {len(similarity)}")
         self.mixture = fitted(similarity, self.weight_init, int(self.iters))

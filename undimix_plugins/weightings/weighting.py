@@ -135,6 +135,10 @@ class Softened(Weighting):
         """What the weighting compares."""
         return self.weighting.compared(contrast)
 
+    def weigher(self) -> Weighting:
+        """Itself, or what has equal weights where the weighting's are."""
+        return Uniform() if type(self.weighting.weigher()).log_weights is Uniform.log_weights else self
+
     def combines(self) -> bool:
         """Whether the weighting's does."""
         return self.weighting.combines()

@@ -374,6 +374,13 @@ def test_softened_of_any_compares_what_it_does(form: str) -> None:
     assert_same(got, info_nce(of.contrast, Uniform()), of.inputs)
 
 
+@once
+def test_softened_mochi_leaves_the_weights_to_undimix() -> None:
+    """So that the fast path is taken in a warm-up too."""
+    assert compose(UnDiMix(), MoCHi(N=4, s=2, s_prime=1)).softened(0.5).weigher() == UnDiMix(hardness=0.5)
+
+
+@once
 def test_softened_ones_are_told_apart() -> None:
     assert Softened(BCL(), 0.5).combines() is False
     both = compose(BCL().softened(0.5), ProGCL().softened(0.5))
@@ -448,6 +455,8 @@ def test_refuses(name: str) -> None:
         (Debiased(0.0), HCL()),
         (HCL(tau_plus=0.0), Debiased()),
         (HCL(tau_plus=0.0), SimilarityPenalty()),
+        (BCL(), SimilarityPenalty()),
+        (HCL(beta=0.0), UnDiMix()),
         (Debiased(), MoCHi()),
         (HCL(), MoCHi(), RING),
         (MoCHi(), HCL(tau_plus=0.0)),

@@ -383,6 +383,8 @@ def test_support_set_refuses() -> None:
     view = random_rows(6, 4, seed=7)
     with pytest.raises(ValueError, match=r"^views: expected at least one, got none"), support_set():
         pass
+    with pytest.raises(ValueError, match=r"^views\[0\]: expected"):
+        support_set([1.0, 2.0]).__enter__()  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^views\[1\]: expected 6 rows, as views\[0\] has, got 5"):
         support_set(view, view[:5]).__enter__()
     with pytest.raises(ValueError, match=r"^views\[0\]: expected floating-point embeddings, got torch.int64"):
@@ -391,9 +393,15 @@ def test_support_set_refuses() -> None:
         support_set(view.index_fill(0, torch.tensor([2]), math.nan)).__enter__()
     assert not SUPPORT
     contrast = of_two_views(6).contrast
-    for rows, came in ((view[:5], r"\[5, 4\]"), (view[:, :3], r"\[6, 3\]"), (torch.cat([view] * 4), r"\[24, 4\]")):
+    for rows, came in (
+        (view[:5], r"\[5, 4\]"),
+        (view[:3], r"\[3, 4\]"),  # four anchors for each: of another batch
+        (view[:, :3], r"\[6, 3\]"),
+        (torch.cat([view] * 4), r"\[24, 4\]"),
+    ):
         message = (
-            rf"^support_set: expected views of the batch's samples \[samples, 4\].*anchors' \(12\), got {came} at 0"
+            r"^support_set: expected views of the batch's samples \[samples, 4\], of which the loss has 12 anchors, "
+            rf"one or two for each, got {came} at 0"
         )
         with support_set(rows), pytest.raises(ValueError, match=message):
             info_nce(contrast, FalseNegativeElimination())
@@ -527,6 +535,9 @@ def test_columns_of_any_integer_and_twice(dtype: torch.dtype) -> None:
         torch.testing.assert_close(info_nce(again, Uniform()), want, rtol=0, atol=1e-15)
         torch.testing.assert_close(again.positive_logits(), of.contrast.with_positives(once_each).positive_logits())
     assert of.contrast.without(twice).count.tolist() == [3, 4]
+    own = torch.arange(4)[:, None]  # of the positives, which are in the pool
+    pairs = in_batch_negatives(random_rows(4, 5, seed=1), random_rows(4, 5, seed=2), 0.5)
+    torch.testing.assert_close(info_nce(pairs.with_positives(own), Uniform()), info_nce(pairs, Uniform()))
     for form in (of, of_several()):
         none = torch.empty(len(form.contrast.anchors), 0, dtype=dtype)
         for same in (form.contrast.without(none), form.contrast.with_positives(none)):

@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 import undimix_lightly as ours
 from tests.cases import Case, random_rows
 from tests.references import log_weights
-from undimix_plugins import HCL, UnDiMix, Uniform, undimix
+from undimix_plugins import HCL, FalseNegativeElimination, UnDiMix, Uniform, compose, undimix
 from undimix_plugins.schedule import set_hardness
 
 WIDTH = 16
@@ -341,6 +341,20 @@ def test_gradients_at_the_weight_are_exact(name: str) -> None:
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
     at_embedding = undimix(criterion.__class__(**settings), UnDiMix(similarity=0, diversity=0, influence=1.0))
     assert (at_embedding(*out, *further) - got).abs() > 1e-4  # the control
+
+
+def test_last_layer_in_a_composition() -> None:
+    """It is asked for, taken, and its gradients weigh what false-negative elimination leaves."""
+    layer = nn.Linear(5, WIDTH)
+    weighting = compose(UnDiMix(gradient="weight"), FalseNegativeElimination(k=3, threshold=-2.0))
+    with pytest.raises(TypeError, match=r"last_layer: expected the nn\.Linear whose outputs the loss is given"):
+        undimix(host.NTXentLoss(), weighting)
+    criterion = undimix(host.NTXentLoss(), weighting, last_layer=layer)
+    first, second = (layer(torch.randn(8, 5)) for _ in range(2))
+    at_embedding = undimix(host.NTXentLoss(), compose(UnDiMix(), FalseNegativeElimination(k=3, threshold=-2.0)))
+    assert (criterion(first, second) - at_embedding(first, second)).abs() > 1e-4
+    with pytest.raises(TypeError, match="expected a weighting with gradient='weight', which uses it, got compose"):
+        undimix(host.NTXentLoss(), at_embedding.weighting, last_layer=layer)
 
 
 def test_last_layer_by_the_verb() -> None:

@@ -314,7 +314,8 @@ def test_refuses() -> None:
     z0, z1 = rows(6, 5, seed=0), rows(6, 5, seed=1)
     criterion = undimix(NTXentLoss(), NonSemanticNegatives())
     for further, message in [
-        (rows(5, 5), r"^non_semantic_columns: .*\[samples, 5\].*divides the anchors' \(12\), got \[5, 5\]"),
+        (rows(5, 5), r"^non_semantic_columns: .*\[samples, 5\].*has 12 anchors, one or two for each, got \[5, 5\]"),
+        (rows(3, 5), r"^non_semantic_columns: .*\[samples, 5\].*has 12 anchors, one or two for each, got \[3, 5\]"),
         (rows(6, 4), r"^non_semantic_columns: .*\[samples, 5\].*got \[6, 4\]"),
     ]:
         with non_semantic_columns(further), pytest.raises(ValueError, match=message):

@@ -28,11 +28,11 @@ test: .venv/installed
 	@echo "== mypy: strict, core and adapters"
 	.venv/bin/mypy
 	@echo "== pytest: unit tests and every toolkit's own training loop, a core each"
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 matrix: .venv/installed
 	@echo "== matrix: every supported loss in everything around it, plain, with Uniform() and with UnDiMix(), into README.md"
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest integration_tests/matrix --matrix --numprocesses auto --maxprocesses 4 --dist loadgroup
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest integration_tests/matrix --matrix --numprocesses auto --maxprocesses 4
 
 speed: .venv/installed
 	@echo "== speed: the weighted losses against the hosts' plain ones, in one run"

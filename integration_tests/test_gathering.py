@@ -22,8 +22,6 @@ from torch import Tensor, nn
 from integration_tests.text.tiny_models import encoder
 from undimix_plugins import HCL, UnDiMix, Uniform, undimix
 
-pytestmark = pytest.mark.xdist_group("gathering")  # all of which share the starts of processes
-
 BATCH, WIDTH, REGIONS = 5, 8, 3
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 WEIGHTINGS = {"uniform": Uniform(), "undimix": UnDiMix(), "linear": UnDiMix(mixing="linear"), "hcl": HCL()}

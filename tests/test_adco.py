@@ -255,7 +255,6 @@ def on_a_rank(rank: int, ranks: int, root: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.xdist_group("gathering")
 def test_two_processes_are_one(tmp_path: Path) -> None:
     mp.spawn(on_a_rank, (2, str(tmp_path)), nprocs=2)
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]

@@ -694,11 +694,12 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("loss", [info_nce, log_sums], ids=["info_nce", "log_sums"])
 @each("uniform", "undimix", "linear", "hcl", "harder-half", "followed")
+@once
 def test_memory_is_linear(loss: Loss, weighting: Weighting, monkeypatch: pytest.MonkeyPatch) -> None:
     """What does not fit is never held whole, neither forward nor backward."""
     for name, value in {"KEPT_BYTES": 0, "LEAST_ROWS": 16, "LONE_BLOCK_BYTES": 1}.items():
         monkeypatch.setattr(tiled, name, value)
     tiled.Workspace.spare.clear()
     with Largest() as largest:
-        outcome(pairs(700), weighting, loss)
-    assert largest.size < 1400 * 1400 / 8
+        outcome(pairs(400), weighting, loss)
+    assert largest.size < 800 * 800 / 8

@@ -193,7 +193,7 @@ def table(width: int | None = None) -> str:
             toolkits.setdefault(where, []).append(toolkit)
         lines += [f"{', '.join(names)}: {where}" for where, names in toolkits.items()]
         if width is not None:
-            lines = [textwrap.fill(line, width, subsequent_indent="    ") for line in lines]
+            lines = [textwrap.fill(line, width - 4, subsequent_indent="    ") for line in lines]
         paragraphs.append("\n    ".join(lines))
     return "\n\n".join(paragraphs)
 

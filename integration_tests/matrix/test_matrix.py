@@ -26,9 +26,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     toolkit, left_out = TOOLKITS[metafunc.function.__name__.removeprefix("test_")]
     every = metafunc.config.getoption("--matrix", default=False)
     chosen = cells(toolkit.ROWS, toolkit.MACHINERY, every, left_out)
-    # What starts processes shares the one that they are started from.
-    marks = {column: pytest.mark.xdist_group("processes") for column in ("SIGKILL", "DDP")}
-    parameters = [pytest.param(*cell, id=" - ".join(cell), marks=marks.get(cell[1], ())) for cell in chosen]
+    parameters = [pytest.param(*cell, id=" - ".join(cell)) for cell in chosen]
     metafunc.parametrize(("row", "column"), parameters)
 
 

@@ -31,10 +31,10 @@ class Method(NamedTuple):
     transformers: str = LINE
 
 
-NO_MOMENTUM = "no: its models have no momentum encoder"
-NO_BANK = "no: its losses have no memory bank"
-NO_MIXTURE = "no: its inputs are no tensors that can be mixed"
-OF_IMAGES = "no: it is made of an image's pixels"
+NO_MOMENTUM = "no, their models have no momentum encoder"
+NO_BANK = "no, their losses have no memory bank"
+NO_MIXTURE = "no, their inputs cannot be mixed"
+OF_IMAGES = "no, it is made of pixels"
 
 METHODS = (
     Method(
@@ -104,7 +104,7 @@ METHODS = (
         "2011.08435",
         "a pool of negatives that learns to make the loss large",
         "r_j += lr d loss / d r_j, n_j = r_j / |r_j|",
-        lightly="a loss and its step: lightly_adco.py",
+        lightly="a loss and its step (lightly_adco.py)",
         sentence_transformers=NO_MOMENTUM,
         pyg=NO_MOMENTUM,
         transformers=NO_MOMENTUM,
@@ -114,8 +114,8 @@ METHODS = (
         "2112.11450",
         "weights by the dual variables of an SVM for each anchor; no softmax",
         "min over 0 <= a <= C of a' D a / 2 - 2 * 1'a",
-        lightly="a loss: lightly_mmcl.py",
-        sentence_transformers="no: its losses are called with texts",
+        lightly="a loss (lightly_mmcl.py)",
+        sentence_transformers="no, its losses are called with texts",
         pyg="a loss of a model's two views",
         transformers="a compute_loss_func of two views' rows",
     ),
@@ -124,7 +124,7 @@ METHODS = (
         "2009.09805",
         "fills a memory bank with uncertain and diverse ones",
         "k-means++ of the gradients d l(pseudo label) / d W",
-        lightly="what to enqueue: lightly_active_sampling.py",
+        lightly="what to enqueue (lightly_active_sampling.py)",
         sentence_transformers=NO_BANK,
         pyg=NO_BANK,
         transformers=NO_BANK,
@@ -134,7 +134,7 @@ METHODS = (
         "2010.08887",
         "mixes inputs, and the labels that say which key is the positive",
         "lam l(q', own) + (1 - lam) l(q', other)",
-        lightly="a transform and a loss: lightly_imix.py",
+        lightly="a transform and a loss (lightly_imix.py)",
         sentence_transformers=NO_MIXTURE,
         pyg=NO_MIXTURE,
         transformers=NO_MIXTURE,
@@ -144,7 +144,7 @@ METHODS = (
         "2003.05438",
         "mixes a batch with itself reversed, for two further losses",
         "L(q, k) + lam L(q', k) + (1 - lam) L(q' reversed, k)",
-        lightly="a transform and a loss: lightly_unmix.py",
+        lightly="a transform and a loss (lightly_unmix.py)",
         sentence_transformers=NO_MIXTURE,
         pyg=NO_MIXTURE,
         transformers=NO_MIXTURE,
@@ -154,7 +154,7 @@ METHODS = (
         "2110.14189",
         "adds each image's own patches or texture",
         "+ sum_k e^(alpha <q, n_k>/t), n_k of the anchor's own image",
-        lightly="a transform and a weighting: lightly_non_semantic.py",
+        lightly="a transform and a weighting (lightly_non_semantic.py)",
         sentence_transformers=OF_IMAGES,
         pyg=OF_IMAGES,
         transformers=OF_IMAGES,
@@ -164,12 +164,27 @@ METHODS = (
         "2007.00808",
         "hard negatives of the whole corpus, mined anew in the background",
         "D- = top of f_k(q) . f_k(corpus), less q's positives",
-        lightly="no: there is no corpus of texts",
-        sentence_transformers="a callback: sentence_transformers_ance.py",
-        pyg="no: there is no corpus of texts",
-        transformers="no: the plain Trainer retrieves no texts",
+        lightly="no, there is no corpus of texts",
+        sentence_transformers="a callback (sentence_transformers_ance.py)",
+        pyg="no, there is no corpus of texts",
+        transformers="no, the plain Trainer retrieves no texts",
     ),
 )
+
+
+def places(method: Method) -> list[str]:
+    """Where a method works and how, a line for toolkits that have it alike.
+
+    Examples:
+        >>> places(METHODS[0])
+        ['everywhere: one line']
+    """
+    toolkits: dict[str, list[str]] = {}
+    for toolkit, where in zip(TOOLKITS, method[4:], strict=True):
+        toolkits.setdefault(where, []).append(toolkit)
+    if len(toolkits) == 1:
+        return [f"everywhere: {where}" for where in toolkits]
+    return [f"{', '.join(names)}: {where}" for where, names in toolkits.items()]
 
 
 def table(width: int | None = None) -> str:
@@ -187,11 +202,7 @@ def table(width: int | None = None) -> str:
     """
     paragraphs = []
     for method in METHODS:
-        lines = [f"{method.name}, arXiv {method.source}: {method.does}", method.equation]
-        toolkits: dict[str, list[str]] = {}
-        for toolkit, where in zip(TOOLKITS, method[4:], strict=True):
-            toolkits.setdefault(where, []).append(toolkit)
-        lines += [f"{', '.join(names)}: {where}" for where, names in toolkits.items()]
+        lines = [f"{method.name}, arXiv {method.source}: {method.does}", method.equation, *places(method)]
         if width is not None:
             lines = [textwrap.fill(line, width - 4, subsequent_indent="    ") for line in lines]
         paragraphs.append("\n    ".join(lines))
@@ -200,11 +211,8 @@ def table(width: int | None = None) -> str:
 
 def markdown() -> str:
     """The methods as a table of Markdown, for the manual."""
-    rows = [
-        "| " + " | ".join(("method", "source", "what it does to negatives", *TOOLKITS)) + " |",
-        "|---" * (3 + len(TOOLKITS)) + "|",
-    ]
+    rows = ["| method | source | what it does to negatives | where |", "|---|---|---|---|"]
     for method in METHODS:
         source = f"[{method.source}](https://arxiv.org/abs/{method.source})"
-        rows.append("| " + " | ".join((f"`{method.name}`", source, method.does, *method[4:])) + " |")
+        rows.append(f"| `{method.name}` | {source} | {method.does} | {'; '.join(places(method))} |")
     return "\n".join(rows) + "\n"

@@ -170,5 +170,5 @@ def test_refuses_what_does_not_fit() -> None:
         k_means_plus_plus(rows, 2.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^points: expected finite embeddings"):
         k_means_plus_plus(torch.full((2, 2), math.nan), 1)
-    with pytest.raises(ValueError, match=r"^seeds: .*below 6, got 7"):
+    with pytest.raises(ValueError, match=r"^candidates: expected at least 7, as many as are picked, got 5"):
         ActiveSampling(0.1)(torch.randn(7, 4), rows)

@@ -387,7 +387,7 @@ def test_softened_ones_are_told_apart() -> None:
     assert isinstance(both, Composed)
     with pytest.raises(ValueError, match=r"^weightings: expected each method once"):
         compose(BCL().softened(0.5), BCL())
-    with pytest.raises(ValueError, match=r"^weightings: expected one that corrects for the anchor's class"):
+    with pytest.raises(ValueError, match=r"^weightings: expected at most one that debiases (HCL(tau_plus=0) does not)"):
         compose(BCL().softened(0.5), Debiased())
 
 
@@ -413,9 +413,12 @@ REFUSED: dict[str, tuple[tuple[Weighting, ...], str]] = {
         (MORE, FEWER),
         "expected false negatives to be left out or attracted, not both, got FalseNegativeAttraction(k=2",
     ),
-    "debiased-twice": ((Debiased(), HCL()), "expected one that corrects for the anchor's class, got Debiased("),
-    "debiased-bcl": ((BCL(), Debiased()), "expected one that corrects for the anchor's class, got BCL("),
-    "hcl-bcl": ((HCL(), BCL()), "expected one that corrects for the anchor's class, got HCL("),
+    "debiased-twice": (
+        (Debiased(), HCL()),
+        "expected at most one that debiases (HCL(tau_plus=0) does not), got Debiased(",
+    ),
+    "debiased-bcl": ((BCL(), Debiased()), "expected at most one that debiases (HCL(tau_plus=0) does not), got BCL("),
+    "hcl-bcl": ((HCL(), BCL()), "expected at most one that debiases (HCL(tau_plus=0) does not), got HCL("),
     "penalty": (
         (SimilarityPenalty(), Debiased()),
         "expected weights of mean 1 where their sum is debiased, which a SimilarityPenalty's are not, got Simil",

@@ -24,8 +24,10 @@ from undimix_plugins import (
     importance_weights,
     info_nce,
     log_sums,
+    negative_statistics,
     same_label,
     two_views,
+    watch,
     weighted_log_sum,
 )
 from undimix_plugins.weightings import progcl
@@ -504,3 +506,12 @@ def test_an_anchor_without_negatives() -> None:
 def test_refuses(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         ProGCL(**settings)  # type: ignore[arg-type]
+
+
+def test_what_is_watched_is_fitted() -> None:
+    """Statistics worked out while the loss that fits is called are of the weights that it uses."""
+    contrast, weighting, seen = in_batch(9).contrast(), ProGCL(start=1), list[float]()
+    with watch(lambda *compared: seen.append(negative_statistics(*compared)["effective_number"])):
+        info_nce(contrast, weighting)
+        info_nce(contrast, weighting)
+    assert seen[0] == seen[1] < contrast.count[0]

@@ -66,7 +66,9 @@ def log_sums(contrast: Contrast, weighting: Weighting) -> LogSums:
     _check(contrast, weighting)
     compared = _compared(contrast, weighting, one_positive=True)
     with full_precision(contrast.pool):
-        return _log_sums(compared, weighting, _prepared(compared, weighting))
+        prepared = _prepared(compared, weighting)
+        _show(contrast, weighting)
+        return _log_sums(compared, weighting, prepared)
 
 
 def weighted_log_sum(contrast: Contrast, weighting: Weighting, prepared: Any, rows: slice) -> Tensor:
@@ -195,9 +197,10 @@ def mean_loss(contrast: Contrast, weighting: Weighting, loss: tiled.Margin, *, o
         >>> loss = mean_loss(contrast, UnDiMix(), lambda margin: (margin.relu(), (margin > 0).to(margin.dtype)))
     """
     _check(contrast, weighting)
-    contrast = _compared(contrast, weighting, one_positive)
+    given, contrast = contrast, _compared(contrast, weighting, one_positive)
     with full_precision(contrast.pool):
         prepared = _prepared(contrast, weighting)
+        _show(given, weighting)
         if (
             torch.compiler.is_compiling()
             or contrast.positive_columns is not None
@@ -222,6 +225,10 @@ def _check(contrast: Contrast, weighting: Weighting) -> None:
     if not isinstance(contrast, Contrast):
         raise TypeError(f"contrast: expected a Contrast, got {type(contrast).__name__}")
     check_weighting(weighting)
+
+
+def _show(contrast: Contrast, weighting: Weighting) -> None:
+    """Shows observers what is compared, once a weighting that learns has learnt of it."""
     if not torch.compiler.is_compiling():  # the compiler is not even to look at the list, which changes
         for observer in tuple(OBSERVERS):
             observer(contrast, weighting)

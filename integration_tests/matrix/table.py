@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ NAMES = {
     "pyg": "PyG",
     "transformers": "transformers",
 }
+LETTERS = string.ascii_lowercase
 ABSENT = "the toolkit's loop has no such thing"
 Results = Mapping[tuple[str, str, str], Mapping[str, Any]]
 
@@ -34,7 +36,7 @@ def markdown(results: Results) -> str:
         own = [column for column in columns if column in by_toolkit[name] and shared and column not in shared]
         if own:
             parts.append(_table(results, [name], own, footnotes))
-    notes = [f"<sup>{number}</sup> {words[0].upper()}{words[1:]}." for words, number in footnotes.items()]
+    notes = [f"({LETTERS[number - 1]}) {words[0].upper()}{words[1:]}." for words, number in footnotes.items()]
     return "\n\n".join([*parts, "  \n".join(notes)]).rstrip() + "\n"
 
 
@@ -52,7 +54,7 @@ def _text(result: Mapping[str, Any] | None, footnotes: dict[str, int]) -> str:
     if result.get("failed"):
         return "✗"
     words = result["words"]
-    note = f"<sup>{footnotes.setdefault(words, len(footnotes) + 1)}</sup>" if words else ""
+    note = f" ({LETTERS[footnotes.setdefault(words, len(footnotes) + 1) - 1]})" if words else ""
     breaks = result.get("breaks")
     return ("-" if result["lacks"] else "✓" if breaks is None else f"✓ {breaks}") + note
 

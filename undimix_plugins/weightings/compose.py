@@ -66,7 +66,7 @@ def _against(parts: Sequence[Weighting]) -> str | None:
         return "expected false negatives to be left out or attracted, not both"
     debias = [place for place, part in enumerate(parts) if _debiases(part)]
     if len(debias) > 1:
-        return "expected one that corrects for the anchor's class"
+        return "expected at most one that debiases (HCL(tau_plus=0) does not)"
     of_sum = [place for place in debias if not isinstance(parts[place], BCL)]
     if of_sum and any(isinstance(part, SimilarityPenalty) for part in parts):
         return "expected weights of mean 1 where their sum is debiased, which a SimilarityPenalty's are not"

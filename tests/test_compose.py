@@ -387,7 +387,7 @@ def test_softened_ones_are_told_apart() -> None:
     assert isinstance(both, Composed)
     with pytest.raises(ValueError, match=r"^weightings: expected each method once"):
         compose(BCL().softened(0.5), BCL())
-        with pytest.raises(ValueError, match=r"^weightings: expected at most one that debiases"):
+    with pytest.raises(ValueError, match=r"^weightings: expected at most one that debiases"):
         compose(BCL().softened(0.5), Debiased())
 
 

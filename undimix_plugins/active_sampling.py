@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from undimix_plugins.checks import check_embeddings, check_inputs, check_number
+from undimix_plugins.checks import check_embeddings, check_inputs, check_number, check_whole
 from undimix_plugins.components import task_gradients
 from undimix_plugins.contrast import as_full_precision, full_precision
 
@@ -86,8 +86,7 @@ def k_means_plus_plus(points: Tensor, seeds: int, *, generator: torch.Generator 
     """
     check_embeddings(points=points)
     m = len(points)
-    if check_number("seeds", seeds, at_least=1, below=m + 1) != int(seeds):
-        raise ValueError(f"seeds: expected a whole number, got {seeds!r}")
+    check_whole("seeds", seeds, at_least=1, below=m + 1)
     points = as_full_precision(points)
     longest = points.abs().amax()
     points = points / longest.masked_fill(longest == 0, 1)  # so that no square underflows
@@ -145,8 +144,8 @@ class ActiveSampling:
 
     def __post_init__(self) -> None:
         check_number("temperature", self.temperature, above=0)
-        if self.seeds is not None and check_number("seeds", self.seeds, at_least=1) != int(self.seeds):
-            raise ValueError(f"seeds: expected a whole number, got {self.seeds!r}")
+        if self.seeds is not None:
+            check_whole("seeds", self.seeds, at_least=1)
 
     def __call__(
         self,

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from undimix_plugins.checks import check_embeddings, check_number
+from undimix_plugins.checks import check_embeddings, check_number, check_whole
 from undimix_plugins.contrast import Contrast, full_precision, unit_rows
 from undimix_plugins.distributed import check_equal_batches, gather_constants, processes
 from undimix_plugins.loss import info_nce
@@ -93,8 +93,7 @@ class AdCo(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("width", width), ("size", size)):
-            if check_number(name, value, at_least=1) != int(value):
-                raise ValueError(f"{name}: expected a whole number, got {value!r}")
+            check_whole(name, value, at_least=1)
         self.temperature = check_number("temperature", temperature, above=0)
         self.weighting = Uniform() if weighting is None else weighting
         check_weighting(self.weighting)

@@ -162,6 +162,22 @@ def check_number(
     return number
 
 
+def check_whole(name: str, value: float, *, at_least: float, below: float = math.inf) -> int:
+    """Checks that `value` is a whole number in a range, as `check_number` does, and returns it as an int.
+
+    Raises:
+        ValueError: Naming the argument, what came and what was expected.
+
+    Examples:
+        >>> check_whole("k", 2.5, at_least=1)
+        Traceback (most recent call last):
+        ValueError: k: expected a whole number, got 2.5
+    """
+    if check_number(name, value, at_least=at_least, below=below) != int(value):
+        raise ValueError(f"{name}: expected a whole number, got {value!r}")
+    return int(value)
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Checks that `value` is one of `choices`; a ValueError names the argument and lists them."""
     if value not in choices:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from undimix_plugins.checks import check_choice, check_number
+from undimix_plugins.checks import check_choice, check_number, check_whole
 from undimix_plugins.contrast import full_precision, unit_rows
 
 STEPS_BETWEEN_LOOKS = 10  # at whether all anchors have stopped, for which a device waits for the host
@@ -91,9 +91,7 @@ class MMCL(nn.Module):
         self.reg = check_number("reg", reg, above=0)
         check_choice("solver", solver, ("pgd", "inverse"))
         self.solver = solver
-        if check_number("num_iters", num_iters, at_least=1) != int(num_iters):
-            raise ValueError(f"num_iters: expected a whole number, got {num_iters!r}")
-        self.num_iters = int(num_iters)
+        self.num_iters = check_whole("num_iters", num_iters, at_least=1)
         self.eta = None if eta is None else check_number("eta", eta, above=0)
         self.stop_condition = check_number("stop_condition", stop_condition, at_least=0)
 

@@ -25,7 +25,7 @@ from undimix_plugins.checks import values_are_free
 from undimix_plugins.components import TaskGradients, equality_key, euclidean_distances
 from undimix_plugins.contrast import WIDE, Contrast, full_precision, sum_of_rows
 from undimix_plugins.weightings.undimix import ROUNDING, Prepared, UnDiMix
-from undimix_plugins.weightings.weighting import Uniform, Weighting, checked
+from undimix_plugins.weightings.weighting import Weighting, checked, weighs_alike
 
 LOG2E = 1 / math.log(2)
 KEPT_BYTES = 2**29  # up to which a contrast's logits and numerators are kept
@@ -67,11 +67,6 @@ def prepare(contrast: Contrast, weighting: Weighting) -> Any:
     if type(weighting) is UnDiMix and weighting.influence and contrast.everyone is not None:
         return weighting.prepare(contrast)  # once, not in a backward pass again: it waits for the other processes
     return None if weighs_alike(weighting) or type(weighting) is UnDiMix else weighting.prepare(contrast)
-
-
-def weighs_alike(weighting: Weighting) -> bool:
-    """Whether all negatives count the same, whatever else the weighting does."""
-    return type(weighting).log_weights is Uniform.log_weights
 
 
 def weights_carry_gradient(weighting: Weighting, prepared: Any) -> bool:

@@ -78,8 +78,10 @@ class HardnessWarmup(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Sets the hardness of the step."""
-        total = trainer.estimated_stepping_batches if self._total is None else self._total
-        self._set(hardness_share(trainer.global_step, total, steps=self.steps, share=self.share, shape=self.shape))
+        assert self._total is not None  # since training began
+        self._set(
+            hardness_share(trainer.global_step, self._total, steps=self.steps, share=self.share, shape=self.shape)
+        )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sets the full weighting."""

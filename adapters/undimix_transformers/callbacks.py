@@ -91,8 +91,8 @@ class HardnessWarmup(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Sets the hardness of the step."""
-        total = state.max_steps if self.total is None else self.total
-        share = hardness_share(state.global_step, total, steps=self.steps, share=self.share, shape=self.shape)
+        assert self.total is not None  # since training began
+        share = hardness_share(state.global_step, self.total, steps=self.steps, share=self.share, shape=self.shape)
         for loss in self._losses:
             set_hardness(loss, share)
 

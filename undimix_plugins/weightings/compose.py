@@ -13,7 +13,14 @@ from undimix_plugins.weightings.debiased import Debiased
 from undimix_plugins.weightings.false_negatives import FalseNegatives
 from undimix_plugins.weightings.hcl import HCL
 from undimix_plugins.weightings.similarity_penalty import SimilarityPenalty
-from undimix_plugins.weightings.weighting import Softened, Uniform, Weighting, check_share, check_weighting
+from undimix_plugins.weightings.weighting import (
+    Softened,
+    Uniform,
+    Weighting,
+    check_share,
+    check_weighting,
+    weighs_alike,
+)
 
 
 def compose(*weightings: Weighting) -> Weighting:
@@ -85,7 +92,7 @@ def _debiases(part: Weighting) -> bool:
 
 def _weighs(part: Weighting) -> bool:
     """Whether its weights are not all 1."""
-    return type(part.weigher()).log_weights is not Uniform.log_weights
+    return not weighs_alike(part.weigher())
 
 
 class Composed(Weighting):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from undimix_plugins import tiled
-from undimix_plugins.checks import check_choice, check_number
+from undimix_plugins.checks import check_choice, check_number, check_whole
 from undimix_plugins.contrast import Contrast, full_precision, unit_rows
 from undimix_plugins.weightings.weighting import Uniform, Weighting, check_share
 
@@ -66,8 +66,7 @@ class FalseNegatives(Weighting):
     log_weights = Uniform.log_weights
 
     def __post_init__(self) -> None:
-        if check_number("k", self.k, at_least=1) != int(self.k):
-            raise ValueError(f"k: expected a whole number, got {self.k!r}")
+        check_whole("k", self.k, at_least=1)
         check_number("threshold", self.threshold)
         check_choice("aggregate", self.aggregate, ("max", "mean"))
 

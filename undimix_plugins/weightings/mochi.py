@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
 
 from undimix_plugins import tiled
-from undimix_plugins.checks import check_number
+from undimix_plugins.checks import check_whole
 from undimix_plugins.contrast import Contrast
 from undimix_plugins.weightings.weighting import Uniform, Weighting
 
@@ -68,9 +68,7 @@ class MoCHi(Weighting):
 
     def __post_init__(self) -> None:
         for name, least in (("N", 1), ("s", 0), ("s_prime", 0)):
-            value = getattr(self, name)
-            if check_number(name, value, at_least=least) != int(value):
-                raise ValueError(f"{name}: expected a whole number, got {value!r}")
+            check_whole(name, getattr(self, name), at_least=least)
         if not self.s and not self.s_prime:
             raise ValueError("s, s_prime: expected at least one above 0, got 0 for both")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from undimix_plugins import tiled
-from undimix_plugins.checks import check_number
+from undimix_plugins.checks import check_number, check_whole
 from undimix_plugins.contrast import Contrast, full_precision
 from undimix_plugins.weightings.weighting import Uniform, Weighting, mean_one
 
@@ -108,8 +108,7 @@ class ProGCL(Weighting):
             value = getattr(self, name)
             if name == "every" and value is None:
                 continue
-            if check_number(name, value, at_least=1) != int(value):
-                raise ValueError(f"{name}: expected a whole number, got {value!r}")
+            check_whole(name, value, at_least=1)
         check_number("weight_init", self.weight_init, above=0, below=1)
 
     def prepare(self, contrast: Contrast) -> tuple[Contrast, Mixture | None]:

@@ -137,7 +137,7 @@ class Softened(Weighting):
 
     def weigher(self) -> Weighting:
         """Itself, or what has equal weights where the weighting's are."""
-        return Uniform() if type(self.weighting.weigher()).log_weights is Uniform.log_weights else self
+        return Uniform() if weighs_alike(self.weighting.weigher()) else self
 
     def combines(self) -> bool:
         """Whether the weighting's does."""
@@ -173,6 +173,11 @@ class Uniform(Weighting):
         """Itself."""
         check_share(share)
         return self
+
+
+def weighs_alike(weighting: Weighting) -> bool:
+    """Whether all negatives count the same, whatever else the weighting does."""
+    return type(weighting).log_weights is Uniform.log_weights
 
 
 def check_share(share: float) -> float:

@@ -281,7 +281,8 @@ class Interrupt(TrainerCallback):
         assert self.ance._child is None
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        assert len(processes_of(self.ance)) == 1  # the refresh that was under way in the checkpoint
+        # The refresh that was under way in the checkpoint; a process just begun has no command line for a moment.
+        wait_for(lambda: len(processes_of(self.ance)) == 1)
         raise self.error
 
 

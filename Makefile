@@ -7,7 +7,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3 python; do \
 # A thread that waits lets others run: two busy cores else lose most of their time on small tensors.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test matrix speed docs linkcheck
+.PHONY: demo test matrix speed tables docs linkcheck
 .DELETE_ON_ERROR:
 
 .venv/installed: pyproject.toml
@@ -37,6 +37,10 @@ matrix: .venv/installed
 speed: .venv/installed
 	@echo "== speed: the weighted losses against the hosts' plain ones, in one run"
 	.venv/bin/python -m benchmarks.speed
+
+tables: .venv/installed
+	@echo "== tables: what benchmarks/results holds, into README.md, docs/results.md and docs/pictures"
+	.venv/bin/python -m benchmarks.tables
 
 docs: .venv/installed
 	@echo "== docs: the manual, into docs/_build/html; a warning or a link that leads nowhere is an error"

@@ -1,0 +1,183 @@
+"""What the benchmarks of embeddings share: a run is one training, its result one JSON file, and what is there stays."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import undimix_plugins
+from undimix_plugins import Contrast, Weighting, negative_statistics
+from undimix_plugins.statistics import mean_statistics
+
+RESULTS = Path(__file__).parent / "results"
+UNTRAINED = "untrained"
+PACKAGES = ("torch", "lightly", "sentence-transformers", "transformers", "torch-geometric", "scikit-learn")
+SCALES = ("tiny", "small", "full")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training and the evaluation of its encoder.
+
+    Attributes:
+        modality: "vision", "text" or "graph".
+        recipe: The method that trains, such as "SimCLR".
+        data: What it trains on, by its public name.
+        weighting: The loss's, a Python expression of names of `undimix_plugins`; or `UNTRAINED`.
+        temperature: The loss's.
+        batch_size: 0 where the recipe has no batches.
+        seed: Of all that is random; of random splits, too.
+        split: What the encoder is evaluated on, "validation" or "test".
+        warmup: The share of the training in which the weighting grows from none to its full hardness.
+        scale: "small"; "full" for the papers' settings; "tiny" to see whether all works.
+    """
+
+    modality: str
+    recipe: str
+    data: str
+    weighting: str
+    temperature: float
+    batch_size: int
+    seed: int
+    split: str = "validation"
+    warmup: float = 0.0
+    scale: str = "small"
+
+    @property
+    def trains(self) -> bool:
+        return self.weighting != UNTRAINED
+
+    def loss_weighting(self) -> Weighting:
+        """The weighting that the expression stands for."""
+        # The expression is the caller's own, from this package's tables or from their command line.
+        weighting = eval(self.weighting, {**vars(undimix_plugins)})
+        if not isinstance(weighting, Weighting):
+            raise ValueError(f"weighting: expected an expression for a Weighting, got {self.weighting!r}")
+        return weighting
+
+    def path(self, folder: Path = RESULTS) -> Path:
+        """Where the result is: a name that tells the run, and a few digits that no other has."""
+        told = asdict(self)
+        digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
+        weighting = re.sub(r"[^A-Za-z0-9.=-]+", "-", self.weighting).strip("-")[:60]
+        name = f"{weighting}-t{self.temperature:g}-b{self.batch_size}-s{self.seed}-{self.split}-{digest}.json"
+        return folder / self.modality / f"{self.data}-{self.recipe}" / name
+
+
+Train = Callable[[Run, Path | None], dict[str, Any]]
+
+
+class Statistics:
+    """Collects `negative_statistics` of a training, to be told for its first and its last quarter."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, float]] = []
+
+    def observe(self, contrast: Contrast, weighting: Weighting, labels: torch.Tensor | None = None) -> None:
+        self.seen.append(negative_statistics(contrast, weighting, labels=labels))
+
+    def told(self) -> dict[str, dict[str, float]]:
+        return quarters(self.seen)
+
+
+def quarters(seen: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """The means of the first and of the last quarter of what was seen; empty for nothing."""
+    if not seen:
+        return {}
+    quarter = max(1, len(seen) // 4)
+    return {"first_quarter": mean_statistics(seen[:quarter]), "last_quarter": mean_statistics(seen[-quarter:])}
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A file that is there is complete, and no older one is lost on the way."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def rounded(value: Any) -> Any:
+    """With six digits, which is more than any result is worth."""
+    if isinstance(value, dict):
+        return {name: rounded(part) for name, part in value.items()}
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def result_of(train: Train, run: Run, data_dir: Path | None, folder: Path = RESULTS) -> dict[str, Any]:
+    """The result of a run: read, or made and written."""
+    path = run.path(folder)
+    if path.exists():
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    start = time.perf_counter()
+    made = rounded(train(run, data_dir))
+    result = {
+        "modality": run.modality,
+        "configuration": asdict(run),
+        "seed": run.seed,
+        "local_copies": data_dir is not None,
+        **made,
+        "seconds": round(time.perf_counter() - start, 2),
+        "versions": {name: version(name) for name in ("undimix-plugins", *PACKAGES)},
+    }
+    write_whole(path, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _in_process(train: Train, run: Run, data_dir: Path | None, folder: Path, threads: int) -> None:
+    torch.set_num_threads(threads)
+    result_of(train, run, data_dir, folder)
+
+
+def sweep(
+    train: Train, runs: Iterable[Run], data_dir: Path | None = None, *, folder: Path = RESULTS, jobs: int = 1
+) -> list[Run]:
+    """Makes the results that are missing, some at once, each in a process of its own.
+
+    Returns:
+        The runs that failed; what went wrong is printed.
+    """
+    todo = [run for run in dict.fromkeys(runs) if not run.path(folder).exists()]
+    if not todo:
+        return []
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    # Waiting threads of one process must not take the other's core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    failed = []
+    with (
+        ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool,
+        tqdm(total=len(todo), unit="run", smoothing=0) as bar,
+    ):
+        work = partial(_in_process, train, data_dir=data_dir, folder=folder, threads=threads)
+        futures = {pool.submit(work, run): run for run in todo}
+        try:
+            for future in as_completed(futures):
+                if error := future.exception():
+                    failed.append(futures[future])
+                    bar.write("".join(traceback.format_exception(error)), file=sys.stderr)
+                bar.update()
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return failed
+
+
+def load(folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """All results that are there."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob("*.json"))]

@@ -1,0 +1,446 @@
+"""Makes the tables and plots of the results that are there: `python -m benchmarks.tables` (or `make tables`).
+
+Tables go between the marks of README.md and docs/results.md, `<!-- results: name -->` and `<!-- /results -->`; plots to
+docs/pictures.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib import pyplot as plt
+from scipy.stats import bootstrap, ttest_rel
+from statsmodels.formula.api import ols
+from statsmodels.stats.multitest import multipletests
+
+from benchmarks import graphs, text, vision
+from benchmarks.runs import RESULTS, UNTRAINED, Run, load, write_whole
+from benchmarks.tiers import CONTENDERS, FLAT, HCL, PLAIN, SEEDS, TRIALS, UNDIMIX, Benchmark
+
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+PICTURES = ROOT / "docs" / "pictures"
+BENCHMARKS = [*vision.BENCHMARKS, *text.BENCHMARKS, *graphs.BENCHMARKS]
+BASELINES = (PLAIN, HCL)
+# A measure counts where training with the plain loss moves it by more than three deviations.
+DEVIATIONS = 3
+METRICS = {
+    "knn": "k-NN accuracy",
+    "linear": "linear probe",
+    "accuracy": "linear probe",
+    "mrr": "MRR",
+    "spearman": "STS-B Spearman",
+    "STS12-16": "STS12-16 Spearman",
+    "svm": "SVM accuracy",
+    "nearest": "5-NN accuracy",
+}
+STATISTICS = {
+    "effective_number": "effective negatives, share",
+    "false_negatives": "false negatives, share",
+    "weight_on_false_negatives": "weight on them",
+    "similarity_influence": "r(similarity, influence)",
+    "similarity_diversity": "r(similarity, diversity)",
+    "influence_diversity": "r(influence, diversity)",
+}
+COLOURS = dict(zip(CONTENDERS, ("#777777", "#d55e00", "#0072b2"), strict=True))
+
+
+@dataclass(frozen=True)
+class Results:
+    """What is there, by run."""
+
+    found: dict[Run, dict[str, Any]]
+
+    @classmethod
+    def read(cls, folder: Path = RESULTS) -> Results:
+        return cls({Run(**result["configuration"]): result for result in load(folder)})
+
+    @cached_property
+    def metrics(self) -> dict[Run, dict[str, float]]:
+        return {run: result["metrics"] for run, result in self.found.items()}
+
+    def scores(self, runs: Iterable[Run], metric: str) -> np.ndarray | None:
+        """In percent; None where one is missing."""
+        runs = list(runs)
+        if any(metric not in self.metrics.get(run, {}) for run in runs):
+            return None
+        return 100 * np.array([self.metrics[run][metric] for run in runs])
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A metric of a benchmark on test data, a score per seed: of the untrained encoder and of each contender."""
+
+    benchmark: Benchmark
+    metric: str
+    settings: dict[str, tuple[str, float]]
+    scores: dict[str, np.ndarray]
+
+    @property
+    def counts(self) -> bool:
+        trained, untrained = self.scores[PLAIN], self.scores[UNTRAINED]
+        return bool((trained - untrained).mean() > DEVIATIONS * max(trained.std(ddof=1), untrained.std(ddof=1)))
+
+    def over(self, baseline: str) -> np.ndarray:
+        return self.scores[UNDIMIX] - self.scores[baseline]
+
+
+def measured(results: Results, benchmarks: Sequence[Benchmark] = BENCHMARKS) -> list[Measured]:
+    """What the test data say, of the benchmarks whose runs are all there."""
+    found = []
+    for benchmark in benchmarks:
+        try:
+            settings = {UNTRAINED: (UNTRAINED, 0.0)} | {
+                contender: benchmark.chosen(contender, results.metrics) for contender in TRIALS
+            }
+        except ValueError:
+            continue
+        for metric in (benchmark.metric, *benchmark.further):
+            scores = {
+                name: results.scores([benchmark.at(*setting, seed, "test") for seed in SEEDS], metric)
+                for name, setting in settings.items()
+            }
+            if all(values is not None for values in scores.values()):
+                found.append(Measured(benchmark, metric, settings, scores))
+    return found
+
+
+def spread(values: np.ndarray) -> str:
+    return f"{values.mean():.2f} ± {values.std(ddof=1):.2f}"
+
+
+def name_of(benchmark: Benchmark) -> str:
+    return f"{benchmark.base.data}, {benchmark.base.recipe}"
+
+
+def of_p(p: float) -> str:
+    return "< .001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
+
+
+def interval(values: np.ndarray, statistic: Callable[..., Any]) -> tuple[float, float]:
+    """The 95 % interval over seeds, bootstrapped (BCa)."""
+    limits = bootstrap((values,), statistic, n_resamples=9999, rng=np.random.default_rng(0)).confidence_interval
+    return float(limits.low), float(limits.high)
+
+
+def effect(values: np.ndarray, axis: int = -1) -> Any:
+    """The paired effect size: mean difference over its standard deviation."""
+    return values.mean(axis=axis) / values.std(axis=axis, ddof=1)
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    rows = list(rows)
+    if not rows:
+        return "*Not measured yet.*"
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def confirmatory(results: Results) -> str:
+    """Test data: what each contender scores."""
+    rows = []
+    for one in measured(results):
+        base = one.benchmark.base
+        settings = ", ".join(f"{one.settings[name][1]:g}" for name in TRIALS)
+        differences = [
+            f"{one.over(name).mean():+.2f} (p {of_p(ttest_rel(one.scores[UNDIMIX], one.scores[name]).pvalue)})"
+            for name in BASELINES
+        ]
+        counts = "" if one.counts else " (does not count)"
+        metric = METRICS.get(one.metric, one.metric) + counts
+        scores = [spread(one.scores[name]) for name in (UNTRAINED, *TRIALS)]
+        rows.append([base.modality, name_of(one.benchmark), metric, *scores, *differences, settings])
+    head = [
+        "modality",
+        "data, recipe",
+        "score, %",
+        UNTRAINED,
+        *TRIALS,
+        *(f"UnDiMix - {name}" for name in BASELINES),
+        "t",
+    ]
+    return markdown(head, rows)
+
+
+def models(results: Results) -> pd.DataFrame:
+    """A row for each modality and baseline: the mean difference over data sets, its p, and Holm's over all of these.
+
+    The model is difference ~ 1 + data set, the data sets' effects summing to 0, on the metric that decides in each
+    benchmark, where it counts; the intercept is tested.
+    """
+    rows = []
+    for modality in ("vision", "text", "graph"):
+        for baseline in BASELINES:
+            parts = [
+                pd.DataFrame({"difference": one.over(baseline), "data": name_of(one.benchmark)})
+                for one in measured(results)
+                if one.benchmark.base.modality == modality and one.metric == one.benchmark.metric and one.counts
+            ]
+            if not parts:
+                continue
+            table = pd.concat(parts)
+            fit = ols("difference ~ 1" + (" + C(data, Sum)" if len(parts) > 1 else ""), data=table).fit()
+            low, high = fit.conf_int().loc["Intercept"]
+            size = fit.params["Intercept"] / np.sqrt(fit.scale)
+            rows.append(
+                [modality, baseline, len(parts), fit.params["Intercept"], low, high, size, fit.pvalues["Intercept"]]
+            )
+    columns = ["modality", "baseline", "data sets", "difference", "low", "high", "effect", "p"]
+    table = pd.DataFrame(rows, columns=columns)
+    # Of six comparisons, those that are not there yet count as lost.
+    p = [*table["p"], *[1.0] * (3 * len(BASELINES) - len(table))]
+    table["holm"] = multipletests(p, method="holm")[1][: len(table)]
+    return table
+
+
+def claims(results: Results) -> str:
+    rows = [
+        [
+            f"{row.modality} ({row['data sets']})",
+            row.baseline,
+            f"{row.difference:+.2f} [{row.low:+.2f}, {row.high:+.2f}]",
+            f"{row.effect:+.2f}",
+            of_p(row.p),
+            of_p(row.holm),
+        ]
+        for _, row in models(results).iterrows()
+    ]
+    head = [
+        "modality (data sets)",
+        "UnDiMix() against",
+        "difference, points [95 %]",
+        "effect size",
+        "p",
+        "p, Holm of six",
+    ]
+    return markdown(head, rows)
+
+
+def effects(results: Results) -> str:
+    rows = []
+    for one in measured(results):
+        for baseline in BASELINES:
+            difference = one.over(baseline)
+            low, high = interval(difference, np.mean)
+            small, large = interval(difference, effect)
+            rows.append(
+                [
+                    name_of(one.benchmark),
+                    METRICS.get(one.metric, one.metric),
+                    baseline,
+                    f"{difference.mean():+.2f} [{low:+.2f}, {high:+.2f}]",
+                    f"{effect(difference):+.2f} [{small:+.2f}, {large:+.2f}]",
+                    of_p(ttest_rel(one.scores[UNDIMIX], one.scores[baseline]).pvalue),
+                ]
+            )
+    head = ["data, recipe", "score", "UnDiMix() against", "difference, points [95 %]", "effect size [95 %]", "p"]
+    return markdown(head, rows)
+
+
+def explored(results: Results, benchmark: Benchmark) -> dict[str, np.ndarray]:
+    """By what was tried its scores on validation data, of the seeds that are there."""
+    try:
+        runs = benchmark.explored(results.metrics) if benchmark.explores else {}
+    except ValueError:
+        return {}
+    found = {}
+    for name, of_one in runs.items():
+        scores = results.scores([run for run in of_one if run in results.metrics], benchmark.metric)
+        if scores is not None and len(scores):
+            found[name] = scores
+    return found
+
+
+def exploratory(results: Results) -> str:
+    """All that was tried, a column for each benchmark: differences from the plain loss with its temperature tuned."""
+    by_benchmark = {name_of(benchmark): explored(results, benchmark) for benchmark in BENCHMARKS}
+    by_benchmark = {name: scores for name, scores in by_benchmark.items() if len(scores) > 1 and PLAIN in scores}
+    rows = []
+    for tried in dict.fromkeys(name for scores in by_benchmark.values() for name in scores if name != PLAIN):
+        cells, differences = [], []
+        for scores in by_benchmark.values():
+            if tried not in scores:
+                cells.append("")
+                continue
+            seeds = min(len(scores[tried]), len(scores[PLAIN]))
+            differences.append((scores[tried][:seeds] - scores[PLAIN][:seeds]).mean())
+            cells.append(f"{differences[-1]:+.2f} ({seeds})")
+        everywhere = len(differences) == len(by_benchmark)
+        worst, mean = (f"{of(differences):+.2f}" if everywhere else "" for of in (min, np.mean))
+        name = tried if tried.startswith("plain") else f"`{tried}`"
+        rows.append((np.mean(differences), [name, *cells, worst, mean]))
+    rows.sort(key=lambda row: -row[0])
+    if not rows:
+        return markdown([], [])
+    plain = ["plain, tuned: its score", *(f"{scores[PLAIN].mean():.2f}" for scores in by_benchmark.values()), "", ""]
+    return markdown(["tried", *by_benchmark, "worst", "mean"], [plain, *(cells for _, cells in rows)])
+
+
+def curve(results: Results, benchmark: Benchmark, contender: str) -> list[tuple[float, float]]:
+    """Temperatures and mean scores on validation data, of the seeds that are there for all of them."""
+    points = []
+    for temperature in FLAT:
+        runs = [run for run in benchmark.flat(contender, temperature) if run in results.metrics]
+        scores = results.scores(runs, benchmark.metric)
+        if scores is not None and len(scores):
+            points.append((temperature, float(scores.mean())))
+    return points
+
+
+def flatness(results: Results) -> str:
+    rows = []
+    for benchmark in BENCHMARKS:
+        for contender in TRIALS:
+            points = curve(results, benchmark, contender)
+            if len(points) < len(FLAT):
+                continue
+            scores = [score for _, score in points]
+            best = max(points, key=lambda point: point[1])
+            rows.append(
+                [
+                    name_of(benchmark),
+                    CONTENDERS[contender],
+                    f"{best[1]:.2f} (t = {best[0]:g})",
+                    f"{np.mean(scores):.2f}",
+                    f"{min(scores):.2f}",
+                    f"{best[1] - np.mean(scores):.2f}",
+                ]
+            )
+    return markdown(["data, recipe", "weighting", "best", "mean", "worst", "best - mean"], rows)
+
+
+def diagnosis(results: Results) -> str:
+    """What the weights did, in the first and in the last quarter of training, at each contender's chosen setting."""
+    rows = []
+    for benchmark in BENCHMARKS:
+        for contender in TRIALS:
+            try:
+                run = benchmark.at(*benchmark.chosen(contender, results.metrics), 100)
+            except ValueError:
+                continue
+            told = results.found[run]["statistics"]
+            cells = []
+            for name in STATISTICS:
+                both = [dict(told[part]) for part in ("first_quarter", "last_quarter")]
+                for part in both:
+                    part["effective_number"] /= part["count"]
+                cells.append(" → ".join(f"{part[name]:.3f}" for part in both) if name in both[0] else "-")
+            rows.append([name_of(benchmark), run.weighting, f"{run.temperature:g}", *cells])
+    return markdown(["data, recipe", "weighting", "t", *STATISTICS.values()], rows)
+
+
+def took(results: Results) -> str:
+    """How many trainings there are, and how long they took."""
+    table = pd.DataFrame(
+        [
+            [run.modality, f"{run.data}, {run.recipe}", run.split, result["seconds"] / 3600]
+            for run, result in results.found.items()
+        ],
+        columns=["modality", "data", "split", "hours"],
+    )
+    groups = table.groupby(["modality", "data", "split"])["hours"].agg(["size", "sum"]).reset_index()
+    rows = [[*row[:3], str(row[3]), f"{row[4]:.1f}"] for row in groups.itertuples(index=False, name=None)]
+    return markdown(["modality", "data, recipe", "split", "trainings", "hours of one core"], rows)
+
+
+def differences(results: Results) -> str:
+    """The plot, where there is one."""
+    return (
+        "![Differences on test data](pictures/differences.svg)" if any(one.counts for one in measured(results)) else ""
+    )
+
+
+TABLES: dict[str, Callable[[Results], str]] = {
+    "confirmatory": confirmatory,
+    "claims": claims,
+    "effects": effects,
+    "differences": differences,
+    "exploratory": exploratory,
+    "flatness": flatness,
+    "diagnosis": diagnosis,
+    "took": took,
+}
+
+
+def filled(page: str, results: Results) -> str:
+    """The page with its tables made anew."""
+
+    def table(mark: re.Match[str]) -> str:
+        return f"<!-- results: {mark[1]} -->\n{TABLES[mark[1]](results)}\n<!-- /results -->"
+
+    return re.sub(r"<!-- results: (\w+) -->\n.*?<!-- /results -->", table, page, flags=re.DOTALL)
+
+
+def plot_flatness(results: Results) -> plt.Figure | None:
+    shown = [b for b in BENCHMARKS if all(len(curve(results, b, name)) == len(FLAT) for name in TRIALS)]
+    if not shown:
+        return None
+    rows = (len(shown) + 1) // 2
+    figure, axes = plt.subplots(rows, 2, figsize=(7, 2.4 * rows), layout="constrained", squeeze=False)
+    for axis, benchmark in zip(axes.flat, shown, strict=False):
+        for contender in TRIALS:
+            temperatures, scores = zip(*curve(results, benchmark, contender), strict=True)
+            axis.plot(temperatures, scores, marker="o", ms=3, color=COLOURS[contender], label=CONTENDERS[contender])
+        axis.set_xscale("log")
+        axis.set_xticks(FLAT, [f"{temperature:g}" for temperature in FLAT])
+        axis.minorticks_off()
+        axis.set_title(f"{name_of(benchmark)}: {METRICS[benchmark.metric]}, %")
+        axis.set_xlabel("temperature")
+    for axis in list(axes.flat)[len(shown) :]:
+        axis.axis("off")
+    figure.legend(
+        *axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(TRIALS), frameon=False
+    )
+    return figure
+
+
+def plot_differences(results: Results) -> plt.Figure | None:
+    shown = [one for one in measured(results) if one.counts]
+    if not shown:
+        return None
+    figure, axis = plt.subplots(figsize=(7, 0.8 + 0.42 * len(shown)), layout="constrained")
+    for place, one in enumerate(shown):
+        for shift, baseline in zip((-0.14, 0.14), BASELINES, strict=True):
+            difference = one.over(baseline)
+            low, high = interval(difference, np.mean)
+            label = f"UnDiMix() - {baseline}" if place == 0 else None
+            axis.plot([low, high], [place + shift] * 2, color=COLOURS[baseline], lw=2)
+            axis.plot(difference.mean(), place + shift, "o", color=COLOURS[baseline], label=label)
+    axis.axvline(0, color="black", lw=0.8)
+    labels = [f"{name_of(one.benchmark)}: {METRICS.get(one.metric, one.metric)}" for one in shown]
+    axis.set_yticks(range(len(shown)), labels)
+    axis.invert_yaxis()
+    axis.set_xlabel("difference on test data, points, with 95 % interval over seeds")
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    return figure
+
+
+def save(figure: plt.Figure | None, name: str) -> None:
+    if figure is not None:
+        PICTURES.mkdir(exist_ok=True)
+        part = PICTURES / f"{name}.partial"
+        figure.savefig(part, format="svg", metadata={"Date": None}, facecolor="white")
+        part.replace(PICTURES / f"{name}.svg")
+        plt.close(figure)
+
+
+def main() -> None:
+    results = Results.read()
+    for page in PAGES:
+        write_whole(page, filled(page.read_text(encoding="utf-8"), results))
+    mpl.use("agg")
+    with mpl.rc_context({"font.size": 9, "axes.titlesize": 9, "svg.hashsalt": "undimix", "svg.fonttype": "path"}):
+        save(plot_flatness(results), "flatness")
+        save(plot_differences(results), "differences")
+
+
+if __name__ == "__main__":
+    main()

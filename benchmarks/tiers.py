@@ -1,0 +1,215 @@
+"""Which runs answer which question: tuning and test of the main contenders, the other weightings, flat curves."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from benchmarks.runs import RESULTS, SCALES, UNTRAINED, Run, Train, load, result_of, sweep
+
+PLAIN, HCL, UNDIMIX = "plain, tuned", "HCL, tuned", "UnDiMix()"
+CONTENDERS = {PLAIN: "Uniform()", HCL: "HCL(beta=1.0, tau_plus=0.1)", UNDIMIX: "UnDiMix()"}
+TEMPERATURES = (0.05, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+FLAT = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
+# Twelve trials each.
+TRIALS = {
+    PLAIN: [("Uniform()", temperature) for temperature in TEMPERATURES],
+    HCL: [(hcl, temperature) for hcl in (CONTENDERS[HCL], "HCL(beta=0.5, tau_plus=0.0)") for temperature in FLAT],
+    UNDIMIX: [("UnDiMix()", temperature) for temperature in TEMPERATURES],
+}
+SEEDS = range(12)
+TUNING_SEED = 100
+FLATNESS_SEEDS = (100, 101)
+EXPLORING_SEEDS = (100, 101, 102)
+TIERS = ("tuning", "test", "exploratory", "flatness")
+
+EXPLORED = [
+    "UnDiMix()",
+    # The components alone, in pairs, and turned round.
+    "UnDiMix(influence=0, diversity=0)",
+    "UnDiMix(similarity=0, diversity=0)",
+    "UnDiMix(similarity=0, influence=0)",
+    "UnDiMix(diversity=0)",
+    "UnDiMix(influence=0)",
+    "UnDiMix(similarity=0)",
+    "UnDiMix(similarity=-0.5, influence=0, diversity=0)",
+    "UnDiMix(similarity=0, influence=-0.5, diversity=0)",
+    "UnDiMix(similarity=0, influence=0, diversity=-0.5)",
+    "UnDiMix(diversity=-0.5)",
+    "UnDiMix(hardness=0.5)",
+    "UnDiMix(hardness=2.0)",
+    "UnDiMix(diversity=0, hardness=2.0)",
+    # The paper's mixing.
+    "UnDiMix(mixing='linear')",
+    "UnDiMix(mixing='linear', hardness=2.0)",
+    # The other methods.
+    "Debiased(tau_plus=0.1)",
+    "HCL(beta=1.0, tau_plus=0.1)",
+    "HCL(beta=0.5, tau_plus=0.0)",
+    "Ring()",
+    "BCL()",
+    "SimilarityPenalty()",
+    "FalseNegativeElimination()",
+    "MoCHi()",
+    "compose(UnDiMix(), Debiased(tau_plus=0.1))",
+    "compose(UnDiMix(), FalseNegativeElimination())",
+]
+
+
+Results = dict[Run, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A recipe on a data set, and the metric that settings are chosen by.
+
+    Attributes:
+        base: The run that the others are variants of.
+        metric: The name of the metric that decides.
+        further: The names of those that are reported beside it.
+        batch_sizes: Those of the flatness; none where there are no batches.
+        explores: Whether the other weightings are tried as well.
+        chosen_on: The data sets that choose settings, where it is not this one's own validation data.
+    """
+
+    base: Run
+    metric: str
+    further: tuple[str, ...] = ()
+    batch_sizes: tuple[int, ...] = ()
+    explores: bool = True
+    chosen_on: tuple[str, ...] = ()
+
+    def at(self, weighting: str, temperature: float, seed: int, split: str = "validation", **changes: Any) -> Run:
+        return replace(self.base, weighting=weighting, temperature=temperature, seed=seed, split=split, **changes)
+
+    def untrained(self, seed: int, split: str = "validation") -> Run:
+        return self.at(UNTRAINED, 0.0, seed, split)
+
+    def trials(self, contender: str) -> list[list[Run]]:
+        """The runs of each of its settings."""
+        data_sets = self.chosen_on or (self.base.data,)
+        return [
+            [replace(self.at(*setting, TUNING_SEED), data=data) for data in data_sets] for setting in TRIALS[contender]
+        ]
+
+    def chosen(self, contender: str, results: Results) -> tuple[str, float]:
+        """The setting that is best on validation data; a ValueError where trials are missing."""
+        trials = self.trials(contender)
+        if missing := [run for trial in trials for run in trial if run not in results]:
+            raise ValueError(
+                f"{contender} on {self.base.data}: {len(missing)} trials are missing; run the tier 'tuning'"
+            )
+        best, *_ = max(trials, key=lambda trial: mean(results[run][self.metric] for run in trial))
+        return best.weighting, best.temperature
+
+    def tuning(self, results: Results) -> list[Run]:
+        """Twelve settings of each contender on validation data, with one seed."""
+        runs = [run for contender in TRIALS for trial in self.trials(contender) for run in trial]
+        return [self.untrained(TUNING_SEED), *runs]
+
+    def test(self, results: Results) -> list[Run]:
+        """What was chosen, on test data."""
+        settings = [(UNTRAINED, 0.0), *(self.chosen(contender, results) for contender in TRIALS)]
+        return [self.at(*setting, seed, "test") for seed in SEEDS for setting in settings]
+
+    def explored(self, results: Results) -> dict[str, list[Run]]:
+        """By what is tried its runs, a seed each: the plain loss at its best temperature, all else at UnDiMix's."""
+        (plain, at_plain), (_, temperature) = self.chosen(PLAIN, results), self.chosen(UNDIMIX, results)
+        settings: dict[str, dict[str, Any]] = {
+            PLAIN: {"weighting": plain, "temperature": at_plain},
+            "plain": {"weighting": plain},
+            **{weighting: {"weighting": weighting} for weighting in EXPLORED},
+            "UnDiMix(), warmed up over half the training": {"weighting": "UnDiMix()", "warmup": 0.5},
+        }
+        return {
+            name: [self.at(**{"temperature": temperature, "seed": seed, **setting}) for seed in EXPLORING_SEEDS]
+            for name, setting in settings.items()
+        }
+
+    def exploratory(self, results: Results) -> list[Run]:
+        """All that could be better, on validation data."""
+        if not self.explores:
+            return []
+        runs = [run for of_one in self.explored(results).values() for run in of_one]
+        return sorted(runs, key=lambda run: run.seed)
+
+    def flat(self, contender: str, temperature: float, **changes: Any) -> list[Run]:
+        """A contender's runs at a temperature, a seed each."""
+        return [self.at(CONTENDERS[contender], temperature, seed, **changes) for seed in FLATNESS_SEEDS]
+
+    def flatness(self, results: Results) -> list[Run]:
+        """The contenders over temperatures, and over batch sizes at the plain loss's best temperature."""
+        runs = [run for temperature in FLAT for contender in CONTENDERS for run in self.flat(contender, temperature)]
+        if self.batch_sizes:
+            _, temperature = self.chosen(PLAIN, results)
+            runs += [
+                run
+                for size in self.batch_sizes
+                for contender in CONTENDERS
+                for run in self.flat(contender, temperature, batch_size=size)
+            ]
+        return sorted(runs, key=lambda run: run.seed)
+
+
+def metrics_of(folder: Path = RESULTS) -> Results:
+    """The metrics of all runs that are there."""
+    return {Run(**result["configuration"]): result["metrics"] for result in load(folder)}
+
+
+def main(description: str, train: Train, benchmarks: list[Benchmark]) -> None:
+    """The command line of a benchmark.
+
+    Args:
+        description: Whose first line `--help` shows.
+        train: Makes a run's metrics, and what else its result is to hold.
+        benchmarks: Each recipe and data set of the modality.
+    """
+    base = [benchmark.base for benchmark in benchmarks]
+    parser = argparse.ArgumentParser(
+        description=description.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("tiers", nargs="*", help=f"{', '.join(TIERS)}; all of them if none is named")
+    parser.add_argument("--recipe", help="only this one: " + ", ".join(sorted({run.recipe for run in base})))
+    parser.add_argument("--data", help="only this one: " + ", ".join(sorted({run.data for run in base})))
+    parser.add_argument("--data-dir", type=Path, help="where data sets are; they are downloaded where it lacks them")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where results are and go")
+    parser.add_argument("--jobs", type=int, default=1, help="how many trainings at once")
+    parser.add_argument(
+        "--scale", choices=SCALES, default="small", help="full: the papers' settings; tiny: to see it work"
+    )
+    parser.add_argument("--weighting", help="train this alone, such as 'UnDiMix(hardness=2.0)', and print its metrics")
+    parser.add_argument("--temperature", type=float, help="with --weighting")
+    parser.add_argument("--seed", type=int, default=0, help="with --weighting")
+    options = parser.parse_args()
+    if unknown := set(options.tiers) - set(TIERS):
+        parser.error(f"expected some of {', '.join(TIERS)}, got {', '.join(sorted(unknown))}")
+
+    wanted = [
+        replace(benchmark, base=replace(benchmark.base, scale=options.scale))
+        for benchmark in benchmarks
+        if options.recipe in (None, benchmark.base.recipe) and options.data in (None, benchmark.base.data)
+    ]
+    failed = []
+    if options.weighting:
+        runs = [
+            benchmark.at(options.weighting, options.temperature or benchmark.base.temperature, options.seed)
+            for benchmark in wanted
+        ]
+        failed += sweep(train, runs, options.data_dir, folder=options.results, jobs=options.jobs)
+        for run in runs:
+            if run not in failed:
+                metrics = result_of(train, run, options.data_dir, options.results)["metrics"]
+                print(run.data, run.recipe, *(f"{name} {value:.4f}" for name, value in metrics.items()), sep="  ")
+    else:
+        for tier in options.tiers or TIERS:
+            results = metrics_of(options.results)
+            runs = [run for benchmark in wanted for run in getattr(benchmark, tier)(results)]
+            there = sum(run.path(options.results).exists() for run in runs)
+            print(f"{tier}: {len(runs)} runs, {there} of them there already", flush=True)
+            failed += sweep(train, runs, options.data_dir, folder=options.results, jobs=options.jobs)
+    if failed:
+        sys.exit(f"{len(failed)} runs failed")

@@ -1,0 +1,309 @@
+"""Embeddings of images, trained by lightly and Lightning: SimCLR and MoCo on CIFAR-10.
+
+    python -m benchmarks.vision --jobs 2
+    python -m benchmarks.vision --recipe SimCLR --weighting "UnDiMix(hardness=2.0)"
+
+The encoder learns from 10,000 images without their labels. lightly's own evaluation scores its features: a weighted
+k-NN classifier and a linear probe, both taught by these images and their labels. 5,000 other training images choose
+settings; the 10,000 test images are for what was chosen.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from lightly.data import LightlyDataset
+from lightly.data.multi_view_collate import MultiViewCollate
+from lightly.loss import NTXentLoss
+from lightly.models.modules import MoCoProjectionHead, SimCLRProjectionHead
+from lightly.models.utils import deactivate_requires_grad, update_momentum
+from lightly.transforms.simclr_transform import SimCLRTransform
+from lightly.utils.benchmarking import KNNClassifier, LinearClassifier
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torchvision.datasets import CIFAR10, VisionDataset
+from torchvision.models import resnet18
+from torchvision.transforms import ToTensor
+
+from benchmarks.runs import Run, quarters
+from benchmarks.tiers import Benchmark, main
+from undimix_lightly import HardnessWarmup, NegativeStatistics
+from undimix_plugins import undimix
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is trained: the first `images` of the training images, those of `validation` choosing settings."""
+
+    images: int
+    validation: tuple[int, int]
+    test: int
+    epochs: int
+    bank: int  # MoCo's memory bank
+    keeps_views: bool = True
+    resnet: bool = False
+    workers: int = 0
+
+
+SCALES = {
+    "tiny": Scale(512, (512, 1024), 512, 1, 256),
+    "small": Scale(10_000, (45_000, 50_000), 10_000, 6, 2048),
+    "full": Scale(45_000, (45_000, 50_000), 10_000, 200, 4096, keeps_views=False, resnet=True, workers=8),
+}
+STEPS_BETWEEN_STATISTICS = 15
+
+
+# Views cost a CPU three times what training costs: all losses with one seed are trained on the same ones.
+KEPT_VIEWS = Path("datasets/views")
+
+
+class Images(VisionDataset):
+    """Images in memory and their classes, used as torchvision's data sets are."""
+
+    def __init__(self, images: list[tuple[Any, int]], transform: Any = None) -> None:
+        super().__init__(transform=transform)
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image, label = self.images[index]
+        return self.transform(image) if self.transform else image, label
+
+
+@cache
+def cifar10(train: bool, first: int, stop: int, data_dir: Path | None) -> list[tuple[Any, int]]:
+    """PIL images of 32 by 32 pixels, and their classes."""
+    path = None if data_dir is None else data_dir / "cifar10" / f"cifar10_{'train' if train else 'test'}_jpeg.npz"
+    if path is None or not path.exists():
+        dataset = CIFAR10("datasets/cifar10", train=train, download=True)
+        return [dataset[index] for index in range(first, stop)]
+    with np.load(path) as packed:  # JPEGs, one after the other
+        jpeg, offsets, labels = packed["jpeg"].tobytes(), packed["offsets"], packed["labels"].tolist()
+    images = (Image.open(io.BytesIO(jpeg[offsets[index] : offsets[index + 1]])) for index in range(first, stop))
+    return [(image.convert("RGB"), labels[first + place]) for place, image in enumerate(images)]
+
+
+def transform() -> SimCLRTransform:
+    return SimCLRTransform(input_size=32, cj_strength=0.5, gaussian_blur=0.0, normalize=None)
+
+
+class KeptViews(Dataset[Any]):
+    """Two views of each image for each epoch, made once for each seed and read from a file from then on.
+
+    An item is what lightly's data sets have: a list of two views, the class and a name. Set `epoch` to have its views.
+    """
+
+    def __init__(self, run: Run, data_dir: Path | None) -> None:
+        scale = SCALES[run.scale]
+        images = cifar10(True, 0, scale.images, data_dir)
+        self.labels, self.epoch = [label for _, label in images], 0
+        path = KEPT_VIEWS / f"{run.data}-{len(images)}-{scale.epochs}-{run.seed}.npy"
+        if not path.exists():
+            pl.seed_everything(run.seed, verbose=False)
+            made, view = np.empty((scale.epochs, len(images), 2, 3, 32, 32), dtype=np.uint8), transform()
+            for of_epoch in made:
+                for place, (image, _) in enumerate(images):
+                    of_epoch[place] = (torch.stack(view(image)) * 255).round().byte().numpy()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(f"{path.name}.{os.getpid()}.part")
+            with part.open("wb") as file:
+                np.save(file, made)
+            part.replace(path)
+        self.views = np.load(path, mmap_mode="r")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[list[Tensor], int, str]:
+        views = torch.from_numpy(self.views[self.epoch, index].astype(np.float32)) / 255
+        return [views[0], views[1]], self.labels[index], str(index)
+
+
+@cache
+def pixels(train: bool, first: int, stop: int, data_dir: Path | None) -> TensorDataset:
+    """Images [n, 3, 32, 32] as they are, and classes [n]."""
+    images, labels = zip(*cifar10(train, first, stop, data_dir), strict=True)
+    return TensorDataset(torch.stack([ToTensor()(image) for image in images]), torch.tensor(labels))
+
+
+def backbone_of(scale: Scale) -> tuple[nn.Module, int]:
+    """An encoder of images of 32 pixels, and its number of features."""
+    if scale.resnet:
+        resnet = resnet18()
+        resnet.conv1, resnet.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+        return nn.Sequential(*list(resnet.children())[:-1], nn.Flatten()), 512
+    layers: list[nn.Module] = []
+    widths = (3, 32, 64, 128)
+    for before, after in pairwise(widths):
+        layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten()), 4 * widths[-1]
+
+
+class SimCLR(pl.LightningModule):
+    def __init__(self, run: Run, criterion: nn.Module) -> None:
+        super().__init__()
+        self.backbone, width = backbone_of(SCALES[run.scale])
+        self.projection_head = SimCLRProjectionHead(width, 256, 128)
+        self.criterion = criterion
+        self.batch_size = run.batch_size
+        self.seen: list[dict[str, float]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.projection_head(self.backbone(x.contiguous(memory_format=torch.channels_last)))
+
+    def training_step(self, batch: tuple[list[Tensor], Tensor, list[str]], batch_idx: int) -> Tensor:
+        (x0, x1), _, _ = batch
+        return self.criterion(self(x0), self(x1))
+
+    def on_train_epoch_start(self) -> None:
+        self.trainer.train_dataloader.dataset.epoch = self.current_epoch
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        logged = {name.removeprefix("negatives/"): value for name, value in self.trainer.callback_metrics.items()}
+        if logged and self.trainer.global_step % STEPS_BETWEEN_STATISTICS == 0:
+            self.seen.append({name: float(value) for name, value in logged.items()})
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.06 * self.batch_size / 256, momentum=0.9, weight_decay=5e-4)
+
+
+class MoCo(SimCLR):
+    """Its negatives are in the loss's memory bank, which its keys fill."""
+
+    def __init__(self, run: Run, criterion: nn.Module) -> None:
+        super().__init__(run, criterion)
+        _, width = backbone_of(SCALES[run.scale])
+        # As in MoCo v3: without it the embeddings of so small a backbone start out almost all alike.
+        self.projection_head = MoCoProjectionHead(width, 256, 128, batch_norm=True)
+        self.backbone_momentum = copy.deepcopy(self.backbone)
+        self.projection_head_momentum = copy.deepcopy(self.projection_head)
+        deactivate_requires_grad(self.backbone_momentum)
+        deactivate_requires_grad(self.projection_head_momentum)
+
+    def training_step(self, batch: tuple[list[Tensor], Tensor, list[str]], batch_idx: int) -> Tensor:
+        update_momentum(self.backbone, self.backbone_momentum, m=0.99)
+        update_momentum(self.projection_head, self.projection_head_momentum, m=0.99)
+        (query, key), _, _ = batch
+        with torch.no_grad():
+            keys = self.projection_head_momentum(
+                self.backbone_momentum(key.contiguous(memory_format=torch.channels_last))
+            )
+        return self.criterion(self(query), keys)
+
+
+RECIPES = {"SimCLR": SimCLR, "MoCo": MoCo}
+
+
+def quiet_trainer(epochs: int, callbacks: list[pl.Callback]) -> pl.Trainer:
+    return pl.Trainer(
+        max_epochs=epochs,
+        devices=1,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+
+
+@torch.no_grad()
+def features(backbone: nn.Module, images: TensorDataset) -> TensorDataset:
+    device = next(backbone.parameters()).device
+    batches = [
+        (backbone(x.to(device, memory_format=torch.channels_last)).cpu(), y)
+        for x, y in DataLoader(images, batch_size=500)
+    ]
+    rows, labels = zip(*batches, strict=True)
+    return TensorDataset(torch.cat(rows), torch.cat(labels))
+
+
+def evaluate(backbone: nn.Module, run: Run, data_dir: Path | None) -> dict[str, float]:
+    """lightly's k-NN classifier and linear probe on the features, shares of 1."""
+    scale, validates = SCALES[run.scale], run.split == "validation"
+    known = features(backbone, pixels(True, 0, scale.images, data_dir))
+    told = features(backbone, pixels(validates, *(scale.validation if validates else (0, scale.test)), data_dir))
+    mean, deviation = known.tensors[0].mean(dim=0), known.tensors[0].std(dim=0).clamp(min=1e-6)
+    metrics = {}
+
+    nearest = KNNClassifier(nn.Identity(), 10, knn_k=20, knn_t=0.1, train_dataloader_idx=0, val_dataloader_idx=1)
+    loaders = [DataLoader(part, batch_size=500) for part in (known, told)]
+    metrics["knn"] = top1(quiet_trainer(1, []).validate(nearest, loaders, verbose=False))
+
+    pl.seed_everything(run.seed, verbose=False)
+    known, told = (TensorDataset((part.tensors[0] - mean) / deviation, part.tensors[1]) for part in (known, told))
+    width = known.tensors[0].shape[1]
+    probe = LinearClassifier(nn.Identity(), batch_size_per_device=256, lr=0.1, feature_dim=width, num_classes=10)
+    trainer = quiet_trainer(20, [])
+    trainer.fit(probe, DataLoader(known, batch_size=256, shuffle=True))
+    metrics["linear"] = top1(trainer.validate(probe, DataLoader(told, batch_size=500), verbose=False))
+    return metrics
+
+
+def top1(found: list[Any]) -> float:
+    return next(float(value) for part in found for name, value in part.items() if "top1" in name)
+
+
+def quiet() -> None:
+    """Takes away Lightning's talk of devices and workers."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    for message in (".*does not have many workers.*", ".*LeafSpec.*", ".*val_dataloader.*", ".*lr_scheduler.*"):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def training_images(run: Run, data_dir: Path | None) -> Dataset[Any]:
+    scale = SCALES[run.scale]
+    if scale.keeps_views:
+        return KeptViews(run, data_dir)
+    images = Images(cifar10(True, 0, scale.images, data_dir))
+    return LightlyDataset.from_torch_dataset(images, transform=transform())
+
+
+def train(run: Run, data_dir: Path | None) -> dict[str, Any]:
+    quiet()
+    scale, images = SCALES[run.scale], training_images(run, data_dir) if run.trains else None
+    pl.seed_everything(run.seed, verbose=False)
+    bank = {"memory_bank_size": (scale.bank, 128)} if run.recipe == "MoCo" else {}
+    criterion = NTXentLoss(temperature=run.temperature if run.trains else 0.5, **bank)
+    if run.trains:
+        criterion = undimix(criterion, run.loss_weighting())
+    model = RECIPES[run.recipe](run, criterion).to(memory_format=torch.channels_last)
+    if images is not None:
+        loader = DataLoader(
+            images,
+            batch_size=run.batch_size,
+            collate_fn=MultiViewCollate(),
+            shuffle=True,
+            drop_last=True,
+            num_workers=scale.workers,
+        )
+        callbacks: list[pl.Callback] = [NegativeStatistics(STEPS_BETWEEN_STATISTICS, labels=lambda batch: batch[1])]
+        if run.warmup:
+            callbacks.append(HardnessWarmup(share=run.warmup))
+        quiet_trainer(scale.epochs, callbacks).fit(model, loader)
+    model.eval()
+    return {"metrics": evaluate(model.backbone, run, data_dir), "statistics": quarters(model.seen)}
+
+
+SMALL = [Run("vision", recipe, "CIFAR-10", "UnDiMix()", 0.2, 256, 0) for recipe in RECIPES]
+BENCHMARKS = [
+    Benchmark(SMALL[0], "knn", ("linear",), batch_sizes=(64, 128, 256, 512)),
+    Benchmark(SMALL[1], "knn", ("linear",), explores=False),
+]
+
+if __name__ == "__main__":
+    main(str(__doc__), train, BENCHMARKS)

@@ -1,0 +1,307 @@
+"""The benchmarks of embeddings: their commands on tiny data, their tables, and the pages that show these."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from dataclasses import asdict, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.sparse
+from PIL import Image
+from scipy import stats
+
+from benchmarks import graphs, tables, text, vision
+from benchmarks.runs import UNTRAINED, Run, result_of, sweep, write_whole
+from benchmarks.tiers import CONTENDERS, FLAT, HCL, PLAIN, SEEDS, TEMPERATURES, TRIALS, UNDIMIX, Benchmark, metrics_of
+
+ROOT = Path(__file__).parent.parent
+WORDS = ("card", "bank", "money", "lost", "transfer", "rate", "account", "top", "limit", "pin", "fee", "cash")
+
+
+def images(path: Path, count: int) -> None:
+    """JPEGs of noise about a colour that is the class's."""
+    draw, files, labels = np.random.default_rng(count), [], []
+    for number in range(count):
+        labels.append(number % 10)
+        pixels = draw.normal(25 * labels[-1], 20, (32, 32, 3)).clip(0, 255).astype("uint8")
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "jpeg")
+        files.append(file.getvalue())
+    offsets = np.array([0, *accumulate(map(len, files))])
+    np.savez(path, jpeg=np.frombuffer(b"".join(files), np.uint8), offsets=offsets, labels=np.array(labels))
+
+
+def texts(folder: Path) -> None:
+    draw = random.Random(0)
+
+    def sentence() -> str:
+        return " ".join(draw.choice(WORDS) for _ in range(8))
+
+    def write(name: str, rows: list[list[Any]], **options: Any) -> None:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file, **options).writerows(rows)
+
+    tabs: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    for part, count in (("train", 400), ("test", 40)):
+        questions = [[f"{sentence()} {number % 4}", f"intent {number % 4}"] for number in range(count)]
+        write(f"banking77/{part}.csv", [["text", "category"], *questions])
+    rows = [["snli", sentence(), sentence(), sentence()] for _ in range(300)]
+    write("triplets/train.tsv", [["source", "anchor", "positive", "hard_negative"], *rows], **tabs)
+    for part in ("dev", "test"):
+        write(f"stsb/stsb-en-{part}.csv", [[sentence(), sentence(), number % 6] for number in range(30)])
+    for year in range(12, 17):
+        scored = [[number % 6, sentence(), sentence()] for number in range(20)]
+        write(f"sts12-16/20{year}/one.test.tsv", [*scored, ["", sentence(), sentence()]], **tabs)
+
+
+def citations(folder: Path) -> None:
+    """A graph of 900 nodes in Planetoid's raw form: words and links tell the class."""
+    draw = np.random.default_rng(0)
+    labels = np.arange(900) % 7
+    words = scipy.sparse.csr_matrix(
+        (draw.random((900, 70)) < 0.05 + 0.5 * (np.arange(70) % 7 == labels[:, None])) * 1.0
+    )
+    classes = np.eye(7)[labels]
+    linked: dict[int, list[int]] = defaultdict(list)
+    for node in range(900):
+        for other in draw.choice(900 // 7, 3) * 7 + labels[node]:
+            linked[node].append(int(other))
+            linked[int(other)].append(node)
+    parts = {"x": slice(0, 140), "tx": slice(800, 900), "allx": slice(0, 800)}
+    raw = folder / "Cora" / "raw"
+    raw.mkdir(parents=True)
+    for name, rows in parts.items():
+        (raw / f"ind.cora.{name}").write_bytes(pickle.dumps(words[rows]))
+        (raw / f"ind.cora.{name.replace('x', 'y')}").write_bytes(pickle.dumps(classes[rows]))
+    (raw / "ind.cora.graph").write_bytes(pickle.dumps(dict(linked)))
+    (raw / "ind.cora.test.index").write_text("\n".join(map(str, range(800, 900))))
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "cifar10").mkdir()
+    images(folder / "cifar10" / "cifar10_train_jpeg.npz", 1024)
+    images(folder / "cifar10" / "cifar10_test_jpeg.npz", 512)
+    texts(folder / "text")
+    citations(folder / "Planetoid")
+    return folder
+
+
+def command(module: str, *arguments: object, data_dir: Path, folder: Path) -> subprocess.Popen[str]:
+    """The benchmark, as its user calls it, in another folder."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    told = [*arguments, "--scale", "tiny", "--data-dir", data_dir, "--results", folder / "results"]
+    return subprocess.Popen(
+        [sys.executable, "-m", f"benchmarks.{module}", *map(str, told)],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(module: str, *arguments: object, data_dir: Path, folder: Path) -> str:
+    process = command(module, *arguments, data_dir=data_dir, folder=folder)
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("module", "recipes"),
+    [
+        ("vision", {("CIFAR-10", "SimCLR"), ("CIFAR-10", "MoCo")}),
+        ("text", {("banking77", "Static"), ("all-nli", "Static")}),
+    ],
+)
+def test_trains_one_weighting(module: str, recipes: set[tuple[str, str]], data_dir: Path, tmp_path: Path) -> None:
+    arguments = ("--weighting", "UnDiMix(hardness=0.5)", "--temperature", 0.3, "--seed", 5)
+    said = run(module, *arguments, data_dir=data_dir, folder=tmp_path)
+    results = [json.loads(path.read_text()) for path in (tmp_path / "results").rglob("*.json")]
+    told = [result["configuration"] for result in results]
+    assert {(one["data"], one["recipe"]) for one in told} == recipes
+    for result, configuration in zip(results, told, strict=True):
+        assert result["modality"] == module
+        assert result["seed"] == configuration["seed"] == 5
+        assert configuration["weighting"] == "UnDiMix(hardness=0.5)"
+        assert configuration["temperature"] == 0.3
+        assert all(-1 <= value <= 1 for value in result["metrics"].values())
+        assert {"torch", "undimix-plugins"} <= set(result["versions"])
+        for value in result["metrics"].values():
+            assert f"{value:.4f}" in said
+
+
+def test_goes_on_after_a_kill(data_dir: Path, tmp_path: Path) -> None:
+    """All that was there stays as it was, and nothing is there by half."""
+    arguments = ("tuning", "--data", "Cora", "--jobs", 2)
+    process = command("graphs", *arguments, data_dir=data_dir, folder=tmp_path)
+    end = time.monotonic() + 240
+    while len(list(tmp_path.rglob("*.json"))) < 3:
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    before = {path: path.read_bytes() for path in (tmp_path / "results").rglob("*.json")}
+    assert 3 <= len(before) < 37
+    for content in before.values():
+        json.loads(content)
+
+    said = run("graphs", *arguments, data_dir=data_dir, folder=tmp_path)
+    assert f"tuning: 37 runs, {len(before)} of them there already" in said
+    after = metrics_of(tmp_path / "results")
+    assert len(after) == 37
+    assert all(path.read_bytes() == content for path, content in before.items())
+    grace = replace(graphs.BENCHMARKS[0], base=replace(graphs.BENCHMARKS[0].base, scale="tiny"))
+    assert set(after) == set(grace.tuning(after))
+    # On a graph whose links and words tell the class, an encoder is better than chance, which is 1 in 7.
+    assert all(metrics["accuracy"] > 0.3 for metrics in after.values())
+
+
+def test_a_run_that_fails_is_told_and_leaves_no_result(data_dir: Path, tmp_path: Path) -> None:
+    process = command(
+        "graphs", "--data", "Cora", "--weighting", "UnDiMix(hardness=-1)", data_dir=data_dir, folder=tmp_path
+    )
+    said, _ = process.communicate()
+    assert process.returncode == 1
+    assert "hardness: expected a finite number of at least 0, got -1" in said
+    assert said.strip().endswith("1 runs failed")
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_every_benchmark_asks_for_what_it_reports() -> None:
+    for benchmark in tables.BENCHMARKS:
+        for contender, settings in TRIALS.items():
+            assert len(settings) == len(set(settings)) == 12, contender
+        assert set(FLAT) <= set(TEMPERATURES)
+        assert benchmark.base.weighting == "UnDiMix()"
+        tuned = {run: {benchmark.metric: 0.0} for run in benchmark.tuning({})}
+        assert {run.split for run in tuned} == {"validation"}
+        assert {run.split for run in benchmark.test(tuned)} == {"test"}
+        assert len(set(benchmark.test(tuned))) == 4 * len(SEEDS)
+        for runs in (benchmark.exploratory(tuned), benchmark.flatness(tuned)):
+            assert {run.split for run in runs} <= {"validation"}
+        # No seed chooses that also reports.
+        assert {run.seed for run in tuned}.isdisjoint(SEEDS)
+
+
+# What results would be, were they these.
+
+
+def made_up(folder: Path, benchmark: Benchmark, lifts: dict[str, float]) -> dict[str, np.ndarray]:
+    """Results of a benchmark in which t = .2 is best, and contenders are better by `lifts` on test data."""
+    best = {name: next(setting for setting in TRIALS[name] if setting[1] == 0.2) for name in TRIALS}
+    draw, scores = np.random.default_rng(3), {}
+    metrics: dict[Run, float] = {
+        run: 0.5 - abs(run.temperature - 0.2) - 0.01 * ("beta=0.5" in run.weighting) for run in benchmark.tuning({})
+    }
+    for name, setting in {UNTRAINED: (UNTRAINED, 0.0), **best}.items():
+        scores[name] = lifts[name] + draw.normal(0, 0.01, len(SEEDS))
+        for seed in SEEDS:
+            metrics[benchmark.at(*setting, seed, "test")] = float(scores[name][seed])
+    for one, value in metrics.items():
+        result = {"configuration": asdict(one), "metrics": {benchmark.metric: value}, "statistics": {}, "seconds": 1.0}
+        write_whole(one.path(folder), json.dumps(result))
+    return scores
+
+
+LIFTS = {UNTRAINED: 0.3, PLAIN: 0.5, HCL: 0.51, UNDIMIX: 0.52}
+
+
+def test_claims_equal_the_textbook(tmp_path: Path) -> None:
+    """One data set: the paired t-test; two: their mean difference, each with its own mean; Holm over six."""
+    cora, citeseer = graphs.BENCHMARKS[:2]
+    scores = [
+        made_up(tmp_path, cora, LIFTS),
+        made_up(tmp_path, citeseer, {**LIFTS, UNDIMIX: 0.53}),
+        made_up(tmp_path, vision.BENCHMARKS[0], LIFTS),
+    ]
+    table = tables.models(tables.Results.read(tmp_path)).set_index(["modality", "baseline"])
+    ps = []
+    for baseline in (PLAIN, HCL):
+        (one, other, alone) = (100 * (score[UNDIMIX] - score[baseline]) for score in scores)
+        row = table.loc["vision", baseline]
+        assert row["p"] == pytest.approx(stats.ttest_1samp(alone, 0).pvalue)
+        assert row["effect"] == pytest.approx(alone.mean() / alone.std(ddof=1))
+        row = table.loc["graph", baseline]
+        squares = ((one - one.mean()) ** 2).sum() + ((other - other.mean()) ** 2).sum()
+        degrees = 2 * len(SEEDS) - 2
+        error = np.sqrt(squares / degrees / (2 * len(SEEDS)))
+        difference = (one.mean() + other.mean()) / 2
+        assert row["difference"] == pytest.approx(difference)
+        assert row["p"] == pytest.approx(2 * stats.t.sf(abs(difference) / error, degrees))
+        reach = stats.t.ppf(0.975, degrees) * error
+        assert (row["low"], row["high"]) == pytest.approx((difference - reach, difference + reach))
+    ps = table["p"].sort_values()
+    largest = 0.0
+    for place, (name, p) in enumerate(ps.items()):
+        largest = max(largest, min(1.0, (6 - place) * p))
+        assert table.loc[name, "holm"] == pytest.approx(largest)
+
+
+def test_a_measure_that_training_does_not_move_makes_no_claim(tmp_path: Path) -> None:
+    made_up(tmp_path, graphs.BENCHMARKS[0], {**LIFTS, UNTRAINED: 0.49})
+    results = tables.Results.read(tmp_path)
+    assert tables.models(results).empty
+    assert "linear probe (does not count)" in tables.confirmatory(results)
+
+
+def test_what_is_chosen_is_best_on_validation_data(tmp_path: Path) -> None:
+    made_up(tmp_path, text.BENCHMARKS[0], LIFTS)
+    metrics = metrics_of(tmp_path)
+    chosen = {name: text.BENCHMARKS[0].chosen(name, metrics) for name in TRIALS}
+    assert chosen == {name: (weighting, 0.2) for name, weighting in CONTENDERS.items()}
+    with pytest.raises(ValueError, match="run the tier 'tuning'"):
+        text.BENCHMARKS[1].chosen(PLAIN, metrics)
+
+
+def test_pages_show_the_results_that_are_there() -> None:
+    """No number was typed: what `make tables` would write is what the pages have."""
+    results = tables.Results.read()
+    assert len(results.found) > 100
+    for page in tables.PAGES:
+        content = page.read_text(encoding="utf-8")
+        assert "<!-- results: " in content
+        assert tables.filled(content, results) == content, f"{page.name} is not what `make tables` makes"
+
+
+def test_results_are_whole_and_where_they_belong() -> None:
+    for path in tables.RESULTS.rglob("*"):
+        if path.is_file():
+            result = json.loads(path.read_text(encoding="utf-8"))
+            configuration = Run(**result["configuration"])
+            assert configuration.path() == path
+            assert result["modality"] == configuration.modality
+            assert result["seed"] == configuration.seed
+            assert result["seconds"] > 0
+            assert all(-1 <= value <= 1 for value in result["metrics"].values())
+
+
+def test_a_result_that_is_there_is_not_made_again(tmp_path: Path) -> None:
+    one = graphs.BENCHMARKS[0].at("Uniform()", 0.4, 0)
+    write_whole(one.path(tmp_path), '{"metrics": {"accuracy": 0.5}}')
+
+    def never(run: Run, data_dir: Path | None) -> dict[str, Any]:
+        raise AssertionError
+
+    assert result_of(never, one, None, tmp_path) == {"metrics": {"accuracy": 0.5}}
+    assert sweep(never, [one, one], folder=tmp_path) == []

@@ -193,12 +193,18 @@ def main(description: str, train: Train, benchmarks: list[Benchmark]) -> None:
         for benchmark in benchmarks
         if options.recipe in (None, benchmark.base.recipe) and options.data in (None, benchmark.base.data)
     ]
+    if not wanted:
+        parser.error(f"expected a recipe and data set that go together, got {options.recipe} and {options.data}")
     failed = []
     if options.weighting:
         runs = [
             benchmark.at(options.weighting, options.temperature or benchmark.base.temperature, options.seed)
             for benchmark in wanted
         ]
+        try:
+            runs[0].loss_weighting()
+        except Exception as error:  # an expression can raise anything
+            parser.error(f"--weighting: {error}")
         failed += sweep(train, runs, options.data_dir, folder=options.results, jobs=options.jobs)
         for run in runs:
             if run not in failed:

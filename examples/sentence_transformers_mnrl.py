@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from compare import compare
+from datasets import Dataset, load_dataset
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -23,7 +24,6 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from texts import MINILM, halves, lee_articles, lee_correlation, quiet
 from transformers import PrinterCallback, set_seed
 
-from datasets import Dataset, load_dataset
 from undimix_plugins import undimix
 
 DATA = ("lee", "all-nli")

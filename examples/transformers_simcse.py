@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from compare import compare
+from datasets import Dataset, load_dataset
 from texts import MINILM, lee_articles, lee_correlation, quiet
 from torch import Tensor
 from transformers import (
@@ -27,7 +28,6 @@ from transformers import (
     set_seed,
 )
 
-from datasets import Dataset, load_dataset
 from undimix_plugins import UnDiMix, Uniform
 from undimix_transformers import SimCSELoss, TwoViews
 

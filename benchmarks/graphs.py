@@ -12,8 +12,11 @@ how often the 5 nearest graphs tell the class of one that is left out.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +34,9 @@ from torch_geometric.loader import DataLoader
 from torch_geometric.nn import GCN, GIN
 from torch_geometric.transforms import NormalizeFeatures, OneHotDegree
 
-from benchmarks.runs import Run, Statistics
+from benchmarks.runs import Run, quarters
 from benchmarks.tiers import Benchmark, main
-from undimix_plugins import hardness_share, watch
+from undimix_plugins import hardness_share, negative_statistics, watch
 from undimix_pyg import GRACE, GRACELoss, GraphCL, GraphCLLoss, evaluate_embedding
 
 DATASETS = Path("datasets")
@@ -102,6 +105,31 @@ def probe(rows: np.ndarray, labels: np.ndarray, known: np.ndarray, told: np.ndar
     return float(GridSearchCV(model, grid, cv=5).fit(rows[known], labels[known]).score(rows[told], labels[told]))
 
 
+def fit(
+    model: GRACE | GraphCL,
+    criterion: GRACELoss | GraphCLLoss,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[Data],
+    steps: int,
+    warmup: float,
+) -> dict[str, Any]:
+    """A step for each batch; returns what the weights did to the negatives."""
+    full, seen = criterion.weighting, list[dict[str, float]]()
+    for step, batch in enumerate(batches):
+        if warmup:
+            criterion.weighting = full.softened(hardness_share(step, steps, share=warmup))
+        optimizer.zero_grad()
+        views = model(batch)
+        with ExitStack() as watching:
+            if step % max(1, steps // 20) == 0:
+                observer = watch(lambda *compared, y=batch.y: seen.append(negative_statistics(*compared, labels=y)))
+                watching.enter_context(observer)
+            loss = criterion(*views)
+        loss.backward()
+        optimizer.step()
+    return quarters(seen)
+
+
 def train_nodes(run: Run, data_dir: Path | None) -> dict[str, Any]:
     graph = nodes(run.data, data_dir)
     settings = (PAPER if run.scale == "full" else SMALL)[run.data]
@@ -110,28 +138,15 @@ def train_nodes(run: Run, data_dir: Path | None) -> dict[str, Any]:
     act = torch.nn.PReLU() if settings.activation == "prelu" else settings.activation
     encoder = GCN(graph.num_features, settings.hidden, num_layers=2, act=act)
     model = GRACE(encoder, settings.hidden, *settings.drop_edges, *settings.drop_features)
-    statistics = Statistics()
+    statistics = {}
     if run.trains:
-        full = run.loss_weighting()
-        criterion = GRACELoss(temperature=run.temperature, weighting=full)
+        criterion = GRACELoss(temperature=run.temperature, weighting=run.loss_weighting())
         optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate, weight_decay=1e-5)
-        every = max(1, epochs // 20)
-        for step in range(epochs):
-            if run.warmup:
-                criterion.weighting = full.softened(hardness_share(step, epochs, share=run.warmup))
-            optimizer.zero_grad()
-            views = model(graph)
-            if step % every:
-                loss = criterion(*views)
-            else:
-                with watch(lambda *compared: statistics.observe(*compared, labels=graph.y)):
-                    loss = criterion(*views)
-            loss.backward()
-            optimizer.step()
+        statistics = fit(model, criterion, optimizer, repeat(graph, epochs), epochs, run.warmup)
     with torch.no_grad():
         rows = model.eval().embed(graph).numpy()
     metrics = {"accuracy": probe(rows, graph.y.numpy(), *node_splits(graph, run))}
-    return {"metrics": metrics, "statistics": statistics.told()}
+    return {"metrics": metrics, "statistics": statistics}
 
 
 def train_graphs(run: Run, data_dir: Path | None) -> dict[str, Any]:
@@ -139,37 +154,23 @@ def train_graphs(run: Run, data_dir: Path | None) -> dict[str, Any]:
     seed_everything(run.seed)
     encoder = GIN(dataset.num_features, 32, num_layers=3, norm="batch_norm", jk="cat")
     model = GraphCL(encoder, 32)
-    statistics = Statistics()
-    loader = DataLoader(dataset, batch_size=run.batch_size, shuffle=True)
+    statistics = {}
     if run.trains:
-        full = run.loss_weighting()
-        criterion = GraphCLLoss(temperature=run.temperature, weighting=full)
+        loader = DataLoader(dataset, batch_size=run.batch_size, shuffle=True)
+        criterion = GraphCLLoss(temperature=run.temperature, weighting=run.loss_weighting())
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
         epochs = 1 if run.scale == "tiny" else 20
-        step, total = 0, epochs * len(loader)
-        for _ in range(epochs):
-            for batch in loader:
-                if run.warmup:
-                    criterion.weighting = full.softened(hardness_share(step, total, share=run.warmup))
-                optimizer.zero_grad()
-                views = model(batch)
-                if step % max(1, total // 20):
-                    loss = criterion(*views)
-                else:
-                    with watch(lambda *compared, labels=batch.y: statistics.observe(*compared, labels=labels)):
-                        loss = criterion(*views)
-                loss.backward()
-                optimizer.step()
-                step += 1
+        batches = chain.from_iterable(repeat(loader, epochs))
+        statistics = fit(model, criterion, optimizer, batches, epochs * len(loader), run.warmup)
     with torch.no_grad():
         model.eval()
-        batches = [(model.embed(batch), batch.y) for batch in DataLoader(dataset, batch_size=128)]
-    rows, labels = (torch.cat(parts).numpy() for parts in zip(*batches, strict=True))
+        embedded = [(model.embed(batch), batch.y) for batch in DataLoader(dataset, batch_size=128)]
+    rows, labels = (torch.cat(parts).numpy() for parts in zip(*embedded, strict=True))
     nearest = make_pipeline(StandardScaler(), KNeighborsClassifier(5))
     metrics = {"nearest": float(cross_val_score(nearest, rows, labels, cv=LeaveOneOut()).mean())}
     if len(rows) <= LARGEST_FOR_SVM:
         metrics["svm"] = evaluate_embedding(rows, labels, seed=run.seed).accuracy
-    return {"metrics": metrics, "statistics": statistics.told()}
+    return {"metrics": metrics, "statistics": statistics}
 
 
 def train(run: Run, data_dir: Path | None) -> dict[str, Any]:

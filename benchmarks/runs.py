@@ -9,20 +9,19 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 import undimix_plugins
-from undimix_plugins import Contrast, Weighting, negative_statistics
+from undimix_plugins import Weighting
 from undimix_plugins.statistics import mean_statistics
 
 RESULTS = Path(__file__).parent / "results"
@@ -83,19 +82,6 @@ class Run:
 Train = Callable[[Run, Path | None], dict[str, Any]]
 
 
-class Statistics:
-    """Collects `negative_statistics` of a training, to be told for its first and its last quarter."""
-
-    def __init__(self) -> None:
-        self.seen: list[dict[str, float]] = []
-
-    def observe(self, contrast: Contrast, weighting: Weighting, labels: torch.Tensor | None = None) -> None:
-        self.seen.append(negative_statistics(contrast, weighting, labels=labels))
-
-    def told(self) -> dict[str, dict[str, float]]:
-        return quarters(self.seen)
-
-
 def quarters(seen: list[dict[str, float]]) -> dict[str, dict[str, float]]:
     """The means of the first and of the last quarter of what was seen; empty for nothing."""
     if not seen:
@@ -104,12 +90,19 @@ def quarters(seen: list[dict[str, float]]) -> dict[str, dict[str, float]]:
     return {"first_quarter": mean_statistics(seen[:quarter]), "last_quarter": mean_statistics(seen[-quarter:])}
 
 
-def write_whole(path: Path, text: str) -> None:
-    """A file that is there is complete, and no older one is lost on the way."""
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of `path` when it is complete: no older file is lost on the way."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
+    yield part
     part.replace(path)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file, whole or not at all."""
+    with whole(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def rounded(value: Any) -> Any:
@@ -139,11 +132,6 @@ def result_of(train: Train, run: Run, data_dir: Path | None, folder: Path = RESU
     return result
 
 
-def _in_process(train: Train, run: Run, data_dir: Path | None, folder: Path, threads: int) -> None:
-    torch.set_num_threads(threads)
-    result_of(train, run, data_dir, folder)
-
-
 def sweep(
     train: Train, runs: Iterable[Run], data_dir: Path | None = None, *, folder: Path = RESULTS, jobs: int = 1
 ) -> list[Run]:
@@ -155,17 +143,15 @@ def sweep(
     todo = [run for run in dict.fromkeys(runs) if not run.path(folder).exists()]
     if not todo:
         return []
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    # Waiting threads of one process must not take the other's core.
+    # For the processes: each has its share of the cores, and threads that wait must not take another's.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     failed = []
     with (
         ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool,
         tqdm(total=len(todo), unit="run", smoothing=0) as bar,
     ):
-        work = partial(_in_process, train, data_dir=data_dir, folder=folder, threads=threads)
-        futures = {pool.submit(work, run): run for run in todo}
+        futures = {pool.submit(result_of, train, run, data_dir, folder): run for run in todo}
         try:
             for future in as_completed(futures):
                 if error := future.exception():
@@ -178,6 +164,12 @@ def sweep(
     return failed
 
 
-def load(folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """All results that are there."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob("*.json"))]
+def load(folder: Path = RESULTS) -> dict[Run, dict[str, Any]]:
+    """All results that are there, by run."""
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob("*.json"))]
+    return {Run(**result["configuration"]): result for result in results}
+
+
+def metrics_of(results: dict[Run, dict[str, Any]]) -> dict[Run, dict[str, float]]:
+    """Their metrics alone."""
+    return {run: result["metrics"] for run, result in results.items()}

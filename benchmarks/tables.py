@@ -22,8 +22,8 @@ from statsmodels.formula.api import ols
 from statsmodels.stats.multitest import multipletests
 
 from benchmarks import graphs, text, vision
-from benchmarks.runs import RESULTS, UNTRAINED, Run, load, write_whole
-from benchmarks.tiers import CONTENDERS, FLAT, HCL, PLAIN, SEEDS, TRIALS, UNDIMIX, Benchmark
+from benchmarks.runs import RESULTS, UNTRAINED, Run, load, metrics_of, whole, write_whole
+from benchmarks.tiers import CONTENDERS, FLAT, HCL, PLAIN, SEEDS, TRIALS, TUNING_SEED, UNDIMIX, Benchmark
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
@@ -61,11 +61,11 @@ class Results:
 
     @classmethod
     def read(cls, folder: Path = RESULTS) -> Results:
-        return cls({Run(**result["configuration"]): result for result in load(folder)})
+        return cls(load(folder))
 
     @cached_property
     def metrics(self) -> dict[Run, dict[str, float]]:
-        return {run: result["metrics"] for run, result in self.found.items()}
+        return metrics_of(self.found)
 
     def scores(self, runs: Iterable[Run], metric: str) -> np.ndarray | None:
         """In percent; None where one is missing."""
@@ -98,9 +98,7 @@ def measured(results: Results, benchmarks: Sequence[Benchmark] = BENCHMARKS) -> 
     found = []
     for benchmark in benchmarks:
         try:
-            settings = {UNTRAINED: (UNTRAINED, 0.0)} | {
-                contender: benchmark.chosen(contender, results.metrics) for contender in TRIALS
-            }
+            settings = benchmark.settings(results.metrics)
         except ValueError:
             continue
         for metric in (benchmark.metric, *benchmark.further):
@@ -323,16 +321,19 @@ def diagnosis(results: Results) -> str:
     for benchmark in BENCHMARKS:
         for contender in TRIALS:
             try:
-                run = benchmark.at(*benchmark.chosen(contender, results.metrics), 100)
+                run = benchmark.at(*benchmark.chosen(contender, results.metrics), TUNING_SEED)
             except ValueError:
                 continue
+            if run not in results.found:  # its settings were chosen on other data sets
+                continue
             told = results.found[run]["statistics"]
-            cells = []
-            for name in STATISTICS:
-                both = [dict(told[part]) for part in ("first_quarter", "last_quarter")]
-                for part in both:
-                    part["effective_number"] /= part["count"]
-                cells.append(" → ".join(f"{part[name]:.3f}" for part in both) if name in both[0] else "-")
+            both = [
+                {**told[part], "effective_number": told[part]["effective_number"] / told[part]["count"]}
+                for part in ("first_quarter", "last_quarter")
+            ]
+            cells = [
+                " → ".join(f"{part[name]:.3f}" for part in both) if name in both[0] else "-" for name in STATISTICS
+            ]
             rows.append([name_of(benchmark), run.weighting, f"{run.temperature:g}", *cells])
     return markdown(["data, recipe", "weighting", "t", *STATISTICS.values()], rows)
 
@@ -425,10 +426,8 @@ def plot_differences(results: Results) -> plt.Figure | None:
 
 def save(figure: plt.Figure | None, name: str) -> None:
     if figure is not None:
-        PICTURES.mkdir(exist_ok=True)
-        part = PICTURES / f"{name}.partial"
-        figure.savefig(part, format="svg", metadata={"Date": None}, facecolor="white")
-        part.replace(PICTURES / f"{name}.svg")
+        with whole(PICTURES / f"{name}.svg") as part:
+            figure.savefig(part, format="svg", metadata={"Date": None}, facecolor="white")
         plt.close(figure)
 
 

@@ -9,16 +9,17 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.runs import RESULTS, SCALES, UNTRAINED, Run, Train, load, result_of, sweep
+from benchmarks.runs import RESULTS, SCALES, UNTRAINED, Run, Train, load, metrics_of, result_of, sweep
 
 PLAIN, HCL, UNDIMIX = "plain, tuned", "HCL, tuned", "UnDiMix()"
-CONTENDERS = {PLAIN: "Uniform()", HCL: "HCL(beta=1.0, tau_plus=0.1)", UNDIMIX: "UnDiMix()"}
+HCLS = ("HCL(beta=1.0, tau_plus=0.1)", "HCL(beta=0.5, tau_plus=0.0)")  # the first is the paper's
+CONTENDERS = {PLAIN: "Uniform()", HCL: HCLS[0], UNDIMIX: "UnDiMix()"}
 TEMPERATURES = (0.05, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 FLAT = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 # Twelve trials each.
 TRIALS = {
     PLAIN: [("Uniform()", temperature) for temperature in TEMPERATURES],
-    HCL: [(hcl, temperature) for hcl in (CONTENDERS[HCL], "HCL(beta=0.5, tau_plus=0.0)") for temperature in FLAT],
+    HCL: [(hcl, temperature) for hcl in HCLS for temperature in FLAT],
     UNDIMIX: [("UnDiMix()", temperature) for temperature in TEMPERATURES],
 }
 SEEDS = range(12)
@@ -48,8 +49,7 @@ EXPLORED = [
     "UnDiMix(mixing='linear', hardness=2.0)",
     # The other methods.
     "Debiased(tau_plus=0.1)",
-    "HCL(beta=1.0, tau_plus=0.1)",
-    "HCL(beta=0.5, tau_plus=0.0)",
+    *HCLS,
     "Ring()",
     "BCL()",
     "SimilarityPenalty()",
@@ -60,7 +60,7 @@ EXPLORED = [
 ]
 
 
-Results = dict[Run, dict[str, float]]
+Metrics = dict[Run, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,6 @@ class Benchmark:
     def at(self, weighting: str, temperature: float, seed: int, split: str = "validation", **changes: Any) -> Run:
         return replace(self.base, weighting=weighting, temperature=temperature, seed=seed, split=split, **changes)
 
-    def untrained(self, seed: int, split: str = "validation") -> Run:
-        return self.at(UNTRAINED, 0.0, seed, split)
-
     def trials(self, contender: str) -> list[list[Run]]:
         """The runs of each of its settings."""
         data_sets = self.chosen_on or (self.base.data,)
@@ -96,7 +93,7 @@ class Benchmark:
             [replace(self.at(*setting, TUNING_SEED), data=data) for data in data_sets] for setting in TRIALS[contender]
         ]
 
-    def chosen(self, contender: str, results: Results) -> tuple[str, float]:
+    def chosen(self, contender: str, results: Metrics) -> tuple[str, float]:
         """The setting that is best on validation data; a ValueError where trials are missing."""
         trials = self.trials(contender)
         if missing := [run for trial in trials for run in trial if run not in results]:
@@ -106,17 +103,20 @@ class Benchmark:
         best, *_ = max(trials, key=lambda trial: mean(results[run][self.metric] for run in trial))
         return best.weighting, best.temperature
 
-    def tuning(self, results: Results) -> list[Run]:
+    def settings(self, results: Metrics) -> dict[str, tuple[str, float]]:
+        """What is compared: the untrained encoder, and each contender as it was chosen."""
+        return {UNTRAINED: (UNTRAINED, 0.0)} | {contender: self.chosen(contender, results) for contender in TRIALS}
+
+    def tuning(self, results: Metrics) -> list[Run]:
         """Twelve settings of each contender on validation data, with one seed."""
         runs = [run for contender in TRIALS for trial in self.trials(contender) for run in trial]
-        return [self.untrained(TUNING_SEED), *runs]
+        return [self.at(UNTRAINED, 0.0, TUNING_SEED), *runs]
 
-    def test(self, results: Results) -> list[Run]:
+    def test(self, results: Metrics) -> list[Run]:
         """What was chosen, on test data."""
-        settings = [(UNTRAINED, 0.0), *(self.chosen(contender, results) for contender in TRIALS)]
-        return [self.at(*setting, seed, "test") for seed in SEEDS for setting in settings]
+        return [self.at(*setting, seed, "test") for seed in SEEDS for setting in self.settings(results).values()]
 
-    def explored(self, results: Results) -> dict[str, list[Run]]:
+    def explored(self, results: Metrics) -> dict[str, list[Run]]:
         """By what is tried its runs, a seed each: the plain loss at its best temperature, all else at UnDiMix's."""
         (plain, at_plain), (_, temperature) = self.chosen(PLAIN, results), self.chosen(UNDIMIX, results)
         settings: dict[str, dict[str, Any]] = {
@@ -130,7 +130,7 @@ class Benchmark:
             for name, setting in settings.items()
         }
 
-    def exploratory(self, results: Results) -> list[Run]:
+    def exploratory(self, results: Metrics) -> list[Run]:
         """All that could be better, on validation data."""
         if not self.explores:
             return []
@@ -141,7 +141,7 @@ class Benchmark:
         """A contender's runs at a temperature, a seed each."""
         return [self.at(CONTENDERS[contender], temperature, seed, **changes) for seed in FLATNESS_SEEDS]
 
-    def flatness(self, results: Results) -> list[Run]:
+    def flatness(self, results: Metrics) -> list[Run]:
         """The contenders over temperatures, and over batch sizes at the plain loss's best temperature."""
         runs = [run for temperature in FLAT for contender in CONTENDERS for run in self.flat(contender, temperature)]
         if self.batch_sizes:
@@ -153,11 +153,6 @@ class Benchmark:
                 for run in self.flat(contender, temperature, batch_size=size)
             ]
         return sorted(runs, key=lambda run: run.seed)
-
-
-def metrics_of(folder: Path = RESULTS) -> Results:
-    """The metrics of all runs that are there."""
-    return {Run(**result["configuration"]): result["metrics"] for result in load(folder)}
 
 
 def main(description: str, train: Train, benchmarks: list[Benchmark]) -> None:
@@ -212,7 +207,7 @@ def main(description: str, train: Train, benchmarks: list[Benchmark]) -> None:
                 print(run.data, run.recipe, *(f"{name} {value:.4f}" for name, value in metrics.items()), sep="  ")
     else:
         for tier in options.tiers or TIERS:
-            results = metrics_of(options.results)
+            results = metrics_of(load(options.results))
             runs = [run for benchmark in wanted for run in getattr(benchmark, tier)(results)]
             there = sum(run.path(options.results).exists() for run in runs)
             print(f"{tier}: {len(runs)} runs, {there} of them there already", flush=True)

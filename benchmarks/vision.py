@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import io
 import logging
-import os
 import warnings
 from dataclasses import dataclass
 from functools import cache
@@ -38,7 +37,7 @@ from torchvision.datasets import CIFAR10, VisionDataset
 from torchvision.models import resnet18
 from torchvision.transforms import ToTensor
 
-from benchmarks.runs import Run, quarters
+from benchmarks.runs import Run, quarters, whole
 from benchmarks.tiers import Benchmark, main
 from undimix_lightly import HardnessWarmup, NegativeStatistics
 from undimix_plugins import undimix
@@ -119,11 +118,8 @@ class KeptViews(Dataset[Any]):
             for of_epoch in made:
                 for place, (image, _) in enumerate(images):
                     of_epoch[place] = (torch.stack(view(image)) * 255).round().byte().numpy()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(f"{path.name}.{os.getpid()}.part")
-            with part.open("wb") as file:
+            with whole(path) as part, part.open("wb") as file:
                 np.save(file, made)
-            part.replace(path)
         self.views = np.load(path, mmap_mode="r")
 
     def __len__(self) -> int:

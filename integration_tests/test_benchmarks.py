@@ -26,7 +26,7 @@ from PIL import Image
 from scipy import stats
 
 from benchmarks import graphs, tables, text, vision
-from benchmarks.runs import UNTRAINED, Run, result_of, sweep, write_whole
+from benchmarks.runs import UNTRAINED, Run, load, metrics_of, result_of, sweep, write_whole
 from benchmarks.tiers import (
     CONTENDERS,
     FLAT,
@@ -38,7 +38,6 @@ from benchmarks.tiers import (
     UNDIMIX,
     Benchmark,
     main,
-    metrics_of,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -186,7 +185,7 @@ def test_goes_on_after_a_kill(data_dir: Path, tmp_path: Path) -> None:
 
     said = run("graphs", *arguments, data_dir=data_dir, folder=tmp_path)
     assert f"tuning: 37 runs, {len(before)} of them there already" in said
-    after = metrics_of(tmp_path / "results")
+    after = metrics_of(load(tmp_path / "results"))
     assert len(after) == 37
     assert all(path.read_bytes() == content for path, content in before.items())
     grace = replace(graphs.BENCHMARKS[0], base=replace(graphs.BENCHMARKS[0].base, scale="tiny"))
@@ -300,7 +299,7 @@ def test_a_measure_that_training_does_not_move_makes_no_claim(tmp_path: Path) ->
 
 def test_what_is_chosen_is_best_on_validation_data(tmp_path: Path) -> None:
     made_up(tmp_path, text.BENCHMARKS[0], LIFTS)
-    metrics = metrics_of(tmp_path)
+    metrics = metrics_of(load(tmp_path))
     chosen = {name: text.BENCHMARKS[0].chosen(name, metrics) for name in TRIALS}
     assert chosen == {name: (weighting, 0.2) for name, weighting in CONTENDERS.items()}
     with pytest.raises(ValueError, match="run the tier 'tuning'"):

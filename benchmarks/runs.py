@@ -70,6 +70,10 @@ class Run:
             raise ValueError(f"weighting: expected an expression for a Weighting, got {self.weighting!r}")
         return weighting
 
+    def settings(self) -> str:
+        """The weighting with all its settings, which defaults may change."""
+        return repr(self.loss_weighting()) if self.trains else UNTRAINED
+
     def path(self, folder: Path = RESULTS) -> Path:
         """Where the result is: a name that tells the run, and a few digits that no other has."""
         told = asdict(self)
@@ -122,6 +126,7 @@ def result_of(train: Train, run: Run, data_dir: Path | None, folder: Path = RESU
     result = {
         "modality": run.modality,
         "configuration": asdict(run),
+        "weighting": run.settings(),
         "seed": run.seed,
         "local_copies": data_dir is not None,
         **made,

@@ -39,6 +39,7 @@ from benchmarks.tiers import (
     Benchmark,
     main,
 )
+from undimix_plugins import UnDiMix
 
 ROOT = Path(__file__).parent.parent
 WORDS = ("card", "bank", "money", "lost", "transfer", "rate", "account", "top", "limit", "pin", "fee", "cash")
@@ -160,6 +161,7 @@ def test_trains_one_weighting(module: str, recipes: set[tuple[str, str]], data_d
         assert result["modality"] == module
         assert result["seed"] == configuration["seed"] == 5
         assert configuration["weighting"] == "UnDiMix(hardness=0.5)"
+        assert result["weighting"] == repr(UnDiMix(hardness=0.5))
         assert configuration["temperature"] == 0.3
         assert all(-1 <= value <= 1 for value in result["metrics"].values())
         assert {"torch", "undimix-plugins"} <= set(result["versions"])
@@ -322,6 +324,7 @@ def test_results_are_whole_and_where_they_belong() -> None:
             result = json.loads(path.read_text(encoding="utf-8"))
             configuration = Run(**result["configuration"])
             assert configuration.path() == path
+            assert result["weighting"] == configuration.settings(), f"{path.name} was made with other defaults"
             assert result["modality"] == configuration.modality
             assert result["seed"] == configuration.seed
             assert result["seconds"] > 0

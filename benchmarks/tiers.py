@@ -72,7 +72,7 @@ class Benchmark:
         metric: The name of the metric that decides.
         further: The names of those that are reported beside it.
         batch_sizes: Those of the flatness; none where there are no batches.
-        explores: Whether the other weightings are tried as well.
+        explores: Whether other weightings, more seeds for flat curves and other batch sizes are tried as well.
         chosen_on: The data sets that choose settings, where it is not this one's own validation data.
     """
 
@@ -114,7 +114,8 @@ class Benchmark:
 
     def test(self, results: Metrics) -> list[Run]:
         """What was chosen, on test data."""
-        return [self.at(*setting, seed, "test") for seed in SEEDS for setting in self.settings(results).values()]
+        # Not seed by seed: trainings at once would make the same views of the same images.
+        return [self.at(*setting, seed, "test") for setting in self.settings(results).values() for seed in SEEDS]
 
     def explored(self, results: Metrics) -> dict[str, list[Run]]:
         """By what is tried its runs, a seed each: the plain loss at its best temperature, all else at UnDiMix's."""
@@ -144,6 +145,8 @@ class Benchmark:
 
     def flatness(self, results: Metrics) -> list[Run]:
         """The contenders over temperatures, and over batch sizes at the plain loss's best temperature."""
+        if not self.explores:  # the tuning has one seed of each temperature
+            return []
         runs = [run for temperature in FLAT for contender in CONTENDERS for run in self.flat(contender, temperature)]
         if self.batch_sizes:
             _, temperature = self.chosen(PLAIN, results)

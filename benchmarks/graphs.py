@@ -111,20 +111,20 @@ def fit(
     optimizer: torch.optim.Optimizer,
     batches: Iterable[Data],
     steps: int,
-    warmup: float,
+    run: Run,
 ) -> dict[str, Any]:
     """A step for each batch; returns what the weights did to the negatives."""
     full, seen = criterion.weighting, list[dict[str, float]]()
     for step, batch in enumerate(batches):
-        if warmup:
-            criterion.weighting = full.softened(hardness_share(step, steps, share=warmup))
+        if run.warmup:
+            criterion.weighting = full.softened(hardness_share(step, steps, share=run.warmup))
         optimizer.zero_grad()
         views = model(batch)
         with ExitStack() as watching:
             if step % max(1, steps // 20) == 0:
                 observer = watch(lambda *compared, y=batch.y: seen.append(negative_statistics(*compared, labels=y)))
                 watching.enter_context(observer)
-            loss = criterion(*views)
+            loss = criterion(*views, labels=batch.y if run.class_known else None)
         loss.backward()
         optimizer.step()
     return quarters(seen)
@@ -142,7 +142,7 @@ def train_nodes(run: Run, data_dir: Path | None) -> dict[str, Any]:
     if run.trains:
         criterion = GRACELoss(temperature=run.temperature, weighting=run.loss_weighting())
         optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate, weight_decay=1e-5)
-        statistics = fit(model, criterion, optimizer, repeat(graph, epochs), epochs, run.warmup)
+        statistics = fit(model, criterion, optimizer, repeat(graph, epochs), epochs, run)
     with torch.no_grad():
         rows = model.eval().embed(graph).numpy()
     metrics = {"accuracy": probe(rows, graph.y.numpy(), *node_splits(graph, run))}
@@ -161,7 +161,7 @@ def train_graphs(run: Run, data_dir: Path | None) -> dict[str, Any]:
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
         epochs = 1 if run.scale == "tiny" else 20
         batches = chain.from_iterable(repeat(loader, epochs))
-        statistics = fit(model, criterion, optimizer, batches, epochs * len(loader), run.warmup)
+        statistics = fit(model, criterion, optimizer, batches, epochs * len(loader), run)
     with torch.no_grad():
         model.eval()
         embedded = [(model.embed(batch), batch.y) for batch in DataLoader(dataset, batch_size=128)]

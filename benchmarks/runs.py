@@ -45,6 +45,7 @@ class Run:
         split: What the encoder is evaluated on, "validation" or "test".
         warmup: The share of the training in which the weighting grows from none to its full hardness.
         scale: "small"; "full" for the papers' settings; "tiny" to see whether all works.
+        class_known: Whether labels take the anchor's class out of its negatives, to see what false negatives cost.
     """
 
     modality: str
@@ -57,6 +58,7 @@ class Run:
     split: str = "validation"
     warmup: float = 0.0
     scale: str = "small"
+    class_known: bool = False
 
     @property
     def trains(self) -> bool:
@@ -77,6 +79,8 @@ class Run:
     def path(self, folder: Path = RESULTS) -> Path:
         """Where the result is: a name that tells the run, and a few digits that no other has."""
         told = asdict(self)
+        if not self.class_known:  # results are there from before it
+            del told["class_known"]
         digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
         weighting = re.sub(r"[^A-Za-z0-9.=-]+", "-", self.weighting).strip("-")[:60]
         name = f"{weighting}-t{self.temperature:g}-b{self.batch_size}-s{self.seed}-{self.split}-{digest}.json"

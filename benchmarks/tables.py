@@ -338,6 +338,24 @@ def diagnosis(results: Results) -> str:
     return markdown(["data, recipe", "weighting", "t", *STATISTICS.values()], rows)
 
 
+def without_false_negatives(results: Results) -> str:
+    """What the contenders score on validation data, as they are and without false negatives among their negatives."""
+    rows = []
+    for benchmark in BENCHMARKS:
+        try:
+            by_contender = benchmark.without_false_negatives(results.metrics)
+        except ValueError:
+            continue
+        for pair in by_contender.values():
+            there = [(one, other) for one, other in zip(*pair, strict=True) if {one, other} <= results.found.keys()]
+            if not there:
+                continue
+            one, other = (results.scores(runs, benchmark.metric) for runs in zip(*there, strict=True))
+            run, scores = pair[0][0], [f"{one.mean():.2f}", f"{other.mean():.2f}", f"{(other - one).mean():+.2f}"]
+            rows.append([name_of(benchmark), run.weighting, f"{run.temperature:g}", *scores, str(len(there))])
+    return markdown(["data, recipe", "weighting", "t", "as it is", "none of the class", "difference", "seeds"], rows)
+
+
 def took(results: Results) -> str:
     """How many trainings there are, and how long they took."""
     table = pd.DataFrame(
@@ -367,6 +385,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "exploratory": exploratory,
     "flatness": flatness,
     "diagnosis": diagnosis,
+    "without_false_negatives": without_false_negatives,
     "took": took,
 }
 

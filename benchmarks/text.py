@@ -247,7 +247,7 @@ def ranking(run: Run, folder: str, data_dir: Path | None) -> tuple[Trainer, Sent
         model.max_seq_length = 32
     loss = MultipleNegativesRankingLoss(model, scale=1 / run.temperature if run.trains else 20.0)
     if run.trains:
-        loss = undimix(loss, run.loss_weighting())
+        loss = undimix(loss, run.loss_weighting(), exclude_same_class=run.class_known)
     args = SentenceTransformerTrainingArguments(**settings(run, folder), batch_sampler="no_duplicates")
     data = training_data(run, data_dir)
     return SentenceTransformerTrainer(model, args, data, loss=loss, callbacks=callbacks(run)), model
@@ -278,7 +278,7 @@ OF_INTENTS, OF_SIMILARITY = ("mrr", ("accuracy",)), ("spearman", ("STS12-16",))
 BATCH_SIZES = (32, 64, 128, 256)
 BENCHMARKS = [
     Benchmark(STATIC, *OF_INTENTS, batch_sizes=BATCH_SIZES),
-    Benchmark(replace(STATIC, data="all-nli"), *OF_SIMILARITY, batch_sizes=BATCH_SIZES),
+    Benchmark(replace(STATIC, data="all-nli"), *OF_SIMILARITY, batch_sizes=BATCH_SIZES, has_classes=False),
     Benchmark(MINILM_RUN, *OF_INTENTS, explores=False),
     Benchmark(replace(MINILM_RUN, data="all-nli"), "spearman", explores=False),
     Benchmark(replace(MINILM_RUN, data="wiki", recipe="SimCSE"), "spearman", explores=False),

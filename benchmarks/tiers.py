@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -74,6 +75,7 @@ class Benchmark:
         batch_sizes: Those of the flatness; none where there are no batches.
         explores: Whether other weightings, more seeds for flat curves and other batch sizes are tried as well.
         chosen_on: The data sets that choose settings, where it is not this one's own validation data.
+        has_classes: Whether the training data have classes, so that false negatives can be told.
     """
 
     base: Run
@@ -82,6 +84,7 @@ class Benchmark:
     batch_sizes: tuple[int, ...] = ()
     explores: bool = True
     chosen_on: tuple[str, ...] = ()
+    has_classes: bool = True
 
     def at(self, weighting: str, temperature: float, seed: int, split: str = "validation", **changes: Any) -> Run:
         return replace(self.base, weighting=weighting, temperature=temperature, seed=seed, split=split, **changes)
@@ -132,11 +135,24 @@ class Benchmark:
             for name, setting in settings.items()
         }
 
+    def without_false_negatives(self, results: Metrics) -> dict[str, list[list[Run]]]:
+        """By contender the runs of its chosen setting, as they are and with no negative of the anchor's class."""
+        if not (self.explores and self.has_classes):
+            return {}
+        return {
+            contender: [
+                [self.at(*self.chosen(contender, results), seed, class_known=known) for seed in EXPLORING_SEEDS]
+                for known in (False, True)
+            ]
+            for contender in TRIALS
+        }
+
     def exploratory(self, results: Metrics) -> list[Run]:
-        """All that could be better, on validation data."""
+        """All that could be better, on validation data, and what false negatives cost."""
         if not self.explores:
             return []
-        runs = [run for of_one in self.explored(results).values() for run in of_one]
+        both = [*self.explored(results).values(), *chain(*self.without_false_negatives(results).values())]
+        runs = [run for of_one in both for run in of_one]
         return sorted(runs, key=lambda run: run.seed)
 
     def flat(self, contender: str, temperature: float, **changes: Any) -> list[Run]:

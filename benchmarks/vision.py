@@ -156,15 +156,15 @@ class SimCLR(pl.LightningModule):
         self.backbone, width = backbone_of(SCALES[run.scale])
         self.projection_head = SimCLRProjectionHead(width, 256, 128)
         self.criterion = criterion
-        self.batch_size = run.batch_size
+        self.batch_size, self.class_known = run.batch_size, run.class_known
         self.seen: list[dict[str, float]] = []
 
     def forward(self, x: Tensor) -> Tensor:
         return self.projection_head(self.backbone(x.contiguous(memory_format=torch.channels_last)))
 
     def training_step(self, batch: tuple[list[Tensor], Tensor, list[str]], batch_idx: int) -> Tensor:
-        (x0, x1), _, _ = batch
-        return self.criterion(self(x0), self(x1))
+        (x0, x1), classes, _ = batch
+        return self.criterion(self(x0), self(x1), *((classes,) if self.class_known else ()))
 
     def on_train_epoch_start(self) -> None:
         self.trainer.train_dataloader.dataset.epoch = self.current_epoch

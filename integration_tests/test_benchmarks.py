@@ -29,6 +29,7 @@ from benchmarks import graphs, tables, text, vision
 from benchmarks.runs import UNTRAINED, Run, load, metrics_of, result_of, sweep, write_whole
 from benchmarks.tiers import (
     CONTENDERS,
+    EXPLORING_SEEDS,
     FLAT,
     HCL,
     PLAIN,
@@ -169,6 +170,21 @@ def test_trains_one_weighting(module: str, recipes: set[tuple[str, str]], data_d
             assert f"{value:.4f}" in said
 
 
+@pytest.mark.parametrize("module", [vision, text, graphs])
+def test_labels_take_false_negatives_out(
+    module: Any, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "STEPS_BETWEEN_STATISTICS", 1, raising=False)
+    one = replace(module.BENCHMARKS[0].base, scale="tiny", batch_size=64)
+    shares = [
+        module.train(replace(one, class_known=known), data_dir)["statistics"]["first_quarter"]["false_negatives"]
+        for known in (False, True)
+    ]
+    assert shares[0] > 0.05
+    assert shares[1] == 0
+
+
 def test_goes_on_after_a_kill(data_dir: Path, tmp_path: Path) -> None:
     """All that was there stays as it was, and nothing is there by half."""
     arguments = ("tuning", "--data", "Cora", "--jobs", 2)
@@ -234,6 +250,7 @@ def test_every_benchmark_asks_for_what_it_reports() -> None:
         assert len(set(benchmark.test(tuned))) == 4 * len(SEEDS)
         for runs in (benchmark.exploratory(tuned), benchmark.flatness(tuned)):
             assert {run.split for run in runs} <= {"validation"}
+        assert sum(run.class_known for run in benchmark.exploratory(tuned)) in (0, 3 * len(EXPLORING_SEEDS))
         # No seed chooses that also reports.
         assert {run.seed for run in tuned}.isdisjoint(SEEDS)
 

@@ -168,6 +168,16 @@ def confirmatory(results: Results) -> str:
     return markdown(head, rows)
 
 
+def published(results: Results) -> str:
+    """Whole graphs under the literature's protocol, beside the authors' own figures."""
+    rows = [
+        [one.benchmark.base.data, *(spread(one.scores[name]) for name in (UNTRAINED, *TRIALS)), figure]
+        for one in measured(results)
+        if one.metric == "svm" and (figure := graphs.PUBLISHED.get(one.benchmark.base.data))
+    ]
+    return markdown(["data", UNTRAINED, *TRIALS, "GraphCL, published"], rows)
+
+
 def models(results: Results) -> pd.DataFrame:
     """A row for each modality and baseline: the mean difference over data sets, its p, and Holm's over all of these.
 
@@ -379,6 +389,7 @@ def differences(results: Results) -> str:
 
 TABLES: dict[str, Callable[[Results], str]] = {
     "confirmatory": confirmatory,
+    "published": published,
     "claims": claims,
     "effects": effects,
     "differences": differences,

@@ -142,12 +142,19 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def confirmatory(results: Results) -> str:
-    """Test data: what each contender scores."""
+def chosen(settings: dict[str, tuple[str, float]]) -> str:
+    """The settings of the contenders, those of one that has but one weighting by their temperature alone."""
+    return "; ".join(
+        f"`{weighting}` at {temperature:g}" if weighting != CONTENDERS[name] else f"{temperature:g}"
+        for name, (weighting, temperature) in settings.items()
+        if name in CONTENDERS
+    )
+
+
+def confirmatory(results: Results, settings: bool = True) -> str:
+    """Test data: what each contender scores, and how far `UnDiMix()` is from the others; and at what settings."""
     rows = []
     for one in measured(results):
-        base = one.benchmark.base
-        settings = ", ".join(f"{one.settings[name][1]:g}" for name in TRIALS)
         differences = [
             f"{one.over(name).mean():+.2f} (p {of_p(ttest_rel(one.scores[UNDIMIX], one.scores[name]).pvalue)})"
             for name in BASELINES
@@ -155,17 +162,16 @@ def confirmatory(results: Results) -> str:
         counts = "" if one.counts else " (does not count)"
         metric = METRICS.get(one.metric, one.metric) + counts
         scores = [spread(one.scores[name]) for name in (UNTRAINED, *TRIALS)]
-        rows.append([base.modality, name_of(one.benchmark), metric, *scores, *differences, settings])
-    head = [
-        "modality",
-        "data, recipe",
-        "score, %",
-        UNTRAINED,
-        *TRIALS,
-        *(f"UnDiMix - {name}" for name in BASELINES),
-        "t",
-    ]
-    return markdown(head, rows)
+        rows.append(
+            [name_of(one.benchmark), metric, *scores, *differences, *([chosen(one.settings)] if settings else [])]
+        )
+    head = ["data, recipe", "score, %", UNTRAINED, *TRIALS, *(f"UnDiMix() - {name}" for name in BASELINES)]
+    return markdown([*head, *(["temperatures"] if settings else [])], rows)
+
+
+def verdict(results: Results) -> str:
+    """The same in short."""
+    return confirmatory(results, settings=False)
 
 
 def published(results: Results) -> str:
@@ -388,6 +394,7 @@ def differences(results: Results) -> str:
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
+    "verdict": verdict,
     "confirmatory": confirmatory,
     "published": published,
     "claims": claims,

@@ -299,14 +299,10 @@ def exploratory(results: Results) -> str:
 
 
 def curve(results: Results, benchmark: Benchmark, contender: str) -> list[tuple[float, float]]:
-    """Temperatures and mean scores on validation data, of the seeds that are there for all of them."""
-    points = []
-    for temperature in FLAT:
-        runs = [run for run in benchmark.flat(contender, temperature) if run in results.metrics]
-        scores = results.scores(runs, benchmark.metric)
-        if scores is not None and len(scores):
-            points.append((temperature, float(scores.mean())))
-    return points
+    """Temperatures and mean scores on validation data, of the seeds that are there for all of them; else empty."""
+    by_seed = zip(*(benchmark.flat(contender, temperature) for temperature in FLAT), strict=True)
+    scores = [found for runs in by_seed if (found := results.scores(runs, benchmark.metric)) is not None]
+    return list(zip(FLAT, map(float, np.mean(scores, axis=0)), strict=True)) if scores else []
 
 
 def flatness(results: Results) -> str:
@@ -314,7 +310,7 @@ def flatness(results: Results) -> str:
     for benchmark in BENCHMARKS:
         for contender in TRIALS:
             points = curve(results, benchmark, contender)
-            if len(points) < len(FLAT):
+            if not points:
                 continue
             scores = [score for _, score in points]
             best = max(points, key=lambda point: point[1])
@@ -418,7 +414,7 @@ def filled(page: str, results: Results) -> str:
 
 
 def plot_flatness(results: Results) -> plt.Figure | None:
-    shown = [b for b in BENCHMARKS if all(len(curve(results, b, name)) == len(FLAT) for name in TRIALS)]
+    shown = [b for b in BENCHMARKS if all(curve(results, b, name) for name in TRIALS)]
     if not shown:
         return None
     rows = (len(shown) + 1) // 2

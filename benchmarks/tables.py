@@ -30,6 +30,7 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 PICTURES = ROOT / "docs" / "pictures"
 BENCHMARKS = [*vision.BENCHMARKS, *text.BENCHMARKS, *graphs.BENCHMARKS]
 BASELINES = (PLAIN, HCL)
+SCORED = ["data, recipe", "score, %", UNTRAINED, *TRIALS, *(f"{UNDIMIX} - {name}" for name in BASELINES)]
 # A measure counts where training with the plain loss moves it by more than three deviations.
 DEVIATIONS = 3
 METRICS = {
@@ -97,10 +98,9 @@ def measured(results: Results, benchmarks: Sequence[Benchmark] = BENCHMARKS) -> 
     """What the test data say, of the benchmarks whose runs are all there."""
     found = []
     for benchmark in benchmarks:
-        try:
-            settings = benchmark.settings(results.metrics)
-        except ValueError:
+        if not benchmark.is_tuned(results.metrics):
             continue
+        settings = benchmark.settings(results.metrics)
         for metric in (benchmark.metric, *benchmark.further):
             scores = {
                 name: results.scores([benchmark.at(*setting, seed, "test") for seed in SEEDS], metric)
@@ -142,42 +142,39 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def chosen(settings: dict[str, tuple[str, float]]) -> str:
-    """The settings of the contenders, those of one that has but one weighting by their temperature alone."""
+def scored(one: Measured) -> list[str]:
+    """What each contender scores, and how far `UnDiMix()` is from the others."""
+    differences = [
+        f"{one.over(name).mean():+.2f} (p {of_p(ttest_rel(one.scores[UNDIMIX], one.scores[name]).pvalue)})"
+        for name in BASELINES
+    ]
+    metric = METRICS.get(one.metric, one.metric) + ("" if one.counts else " (does not count)")
+    return [name_of(one.benchmark), metric, *map(spread, one.scores.values()), *differences]
+
+
+def chosen(one: Measured) -> str:
+    """The contenders' settings: a temperature, with the weighting where it is not the first tried."""
+    settings = {name: one.settings[name] for name in CONTENDERS}
     return "; ".join(
-        f"`{weighting}` at {temperature:g}" if weighting != CONTENDERS[name] else f"{temperature:g}"
+        f"{temperature:g}" if weighting == CONTENDERS[name] else f"`{weighting}` at {temperature:g}"
         for name, (weighting, temperature) in settings.items()
-        if name in CONTENDERS
     )
 
 
-def confirmatory(results: Results, settings: bool = True) -> str:
-    """Test data: what each contender scores, and how far `UnDiMix()` is from the others; and at what settings."""
-    rows = []
-    for one in measured(results):
-        differences = [
-            f"{one.over(name).mean():+.2f} (p {of_p(ttest_rel(one.scores[UNDIMIX], one.scores[name]).pvalue)})"
-            for name in BASELINES
-        ]
-        counts = "" if one.counts else " (does not count)"
-        metric = METRICS.get(one.metric, one.metric) + counts
-        scores = [spread(one.scores[name]) for name in (UNTRAINED, *TRIALS)]
-        rows.append(
-            [name_of(one.benchmark), metric, *scores, *differences, *([chosen(one.settings)] if settings else [])]
-        )
-    head = ["data, recipe", "score, %", UNTRAINED, *TRIALS, *(f"UnDiMix() - {name}" for name in BASELINES)]
-    return markdown([*head, *(["temperatures"] if settings else [])], rows)
-
-
 def verdict(results: Results) -> str:
-    """The same in short."""
-    return confirmatory(results, settings=False)
+    """Test data in short."""
+    return markdown(SCORED, map(scored, measured(results)))
+
+
+def confirmatory(results: Results) -> str:
+    """Test data, and at what settings."""
+    return markdown([*SCORED, "temperatures"], ([*scored(one), chosen(one)] for one in measured(results)))
 
 
 def published(results: Results) -> str:
     """Whole graphs under the literature's protocol, beside the authors' own figures."""
     rows = [
-        [one.benchmark.base.data, *(spread(one.scores[name]) for name in (UNTRAINED, *TRIALS)), figure]
+        [one.benchmark.base.data, *map(spread, one.scores.values()), figure]
         for one in measured(results)
         if one.metric == "svm" and (figure := graphs.PUBLISHED.get(one.benchmark.base.data))
     ]
@@ -354,11 +351,9 @@ def without_false_negatives(results: Results) -> str:
     """What the contenders score on validation data, as they are and without false negatives among their negatives."""
     rows = []
     for benchmark in BENCHMARKS:
-        try:
-            by_contender = benchmark.without_false_negatives(results.metrics)
-        except ValueError:
+        if not benchmark.is_tuned(results.metrics):
             continue
-        for pair in by_contender.values():
+        for pair in benchmark.without_false_negatives(results.metrics).values():
             there = [(one, other) for one, other in zip(*pair, strict=True) if {one, other} <= results.found.keys()]
             if not there:
                 continue

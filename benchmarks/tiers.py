@@ -96,14 +96,21 @@ class Benchmark:
             [replace(self.at(*setting, TUNING_SEED), data=data) for data in data_sets] for setting in TRIALS[contender]
         ]
 
+    def missing(self, contender: str, results: Metrics) -> list[Run]:
+        """Its trials that are not there yet."""
+        return [run for trial in self.trials(contender) for run in trial if run not in results]
+
+    def is_tuned(self, results: Metrics) -> bool:
+        """Whether all trials are there."""
+        return not any(self.missing(contender, results) for contender in TRIALS)
+
     def chosen(self, contender: str, results: Metrics) -> tuple[str, float]:
         """The setting that is best on validation data; a ValueError where trials are missing."""
-        trials = self.trials(contender)
-        if missing := [run for trial in trials for run in trial if run not in results]:
+        if missing := self.missing(contender, results):
             raise ValueError(
                 f"{contender} on {self.base.data}: {len(missing)} trials are missing; run the tier 'tuning'"
             )
-        best, *_ = max(trials, key=lambda trial: mean(results[run][self.metric] for run in trial))
+        best, *_ = max(self.trials(contender), key=lambda trial: mean(results[run][self.metric] for run in trial))
         return best.weighting, best.temperature
 
     def settings(self, results: Metrics) -> dict[str, tuple[str, float]]:

@@ -164,7 +164,7 @@ class SimCLR(pl.LightningModule):
 
     def training_step(self, batch: tuple[list[Tensor], Tensor, list[str]], batch_idx: int) -> Tensor:
         (x0, x1), classes, _ = batch
-        return self.criterion(self(x0), self(x1), *((classes,) if self.class_known else ()))
+        return self.criterion(self(x0), self(x1), classes if self.class_known else None)
 
     def on_train_epoch_start(self) -> None:
         self.trainer.train_dataloader.dataset.epoch = self.current_epoch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +110,23 @@ def log_weights(case: Case, method: UnDiMix) -> Tensor:
     return result
 
 
+def weights_of(case: Case, method: UnDiMix) -> dict[tuple[int, int], Tensor]:
+    """w_ij by anchor and negative; where it has a gradient, that of the similarity, its mean and deviation held."""
+    constant, weights = log_weights(case._replace(anchors=case.anchors.detach(), pool=case.pool.detach()), method), {}
+    for i in range(len(case.anchors)):
+        negatives = case.negatives(i)
+        scores = [case.anchors[i] @ case.pool[j] for j in negatives]
+        there = [score.item() for score in scores]
+        deviation = statistics.pstdev(there) if there else 0.0
+        strength = (
+            method.hardness * method.similarity / deviation if method.carries_gradient and deviation > 1e-13 else 0.0
+        )
+        moved = [(constant[i, j] + strength * (s - s.item())).exp() for j, s in zip(negatives, scores, strict=True)]
+        for j, weight in zip(negatives, moved, strict=True):
+            weights[i, j] = weight * len(negatives) / sum(moved)
+    return weights
+
+
 def standardised(scores: list[float]) -> list[float]:
     """Mean 0 and population deviation 1; zeros where there is no deviation."""
     mean = sum(scores) / len(scores)
@@ -118,14 +136,14 @@ def standardised(scores: list[float]) -> list[float]:
     return [(score - mean) / deviation for score in scores]
 
 
-def info_nce(case: Case, weights: Tensor | None = None) -> Tensor:
-    """The loss of constant weights [n, m], all 1 if None, with gradient."""
+def info_nce(case: Case, weights: Tensor | dict[tuple[int, int], Tensor] | None = None) -> Tensor:
+    """The loss of weights [n, m], all 1 if None, with the gradient that is theirs too."""
     losses = []
     for i in range(len(case.anchors)):
         positive = (case.anchors[i] @ case.positives[i] / case.temperature).exp()
         negatives = torch.zeros((), dtype=case.pool.dtype)
         for j in case.negatives(i):
-            weight = 1.0 if weights is None else weights[i, j].detach()
+            weight = 1.0 if weights is None else weights[i, j]
             negatives = negatives + weight * (case.anchors[i] @ case.pool[j] / case.temperature).exp()
         losses.append(-(positive / (positive + negatives)).log())
     return torch.stack(losses).mean()

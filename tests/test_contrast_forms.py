@@ -46,6 +46,7 @@ from undimix_plugins import contrast as contrast_module
 WEIGHTINGS: list[Weighting] = [
     Uniform(),
     UnDiMix(),
+    UnDiMix(detached=True),
     UnDiMix(similarity=0, hardness=2.0),
     UnDiMix(mixing="linear", distance="euclidean"),
     UnDiMix(gradient="weight", distance="euclidean"),
@@ -162,7 +163,7 @@ def several(case: Case, positives: list[list[int]], **further: Any) -> Contrast:
 
 
 def loop(
-    case: Case, positives: list[list[int]], weights: Tensor, anchor_weights: list[float], *, denominator: bool
+    case: Case, positives: list[list[int]], weights: Any, anchor_weights: list[float], *, denominator: bool
 ) -> Tensor:
     """Cross-entropy with soft labels, one anchor at a time: each positive in the softmax, the label shared evenly."""
     losses = []
@@ -189,9 +190,9 @@ ANCHOR_WEIGHTS = [1.0, 0.5, 2.0, 0.0, 0.25, 3.0]
 def test_several_positives_or_none(denominator: bool, weighting: Weighting) -> None:
     case = rectangular(6, 10, offset=2, temperature=0.3)
     case = case._replace(itself=[-1] * 6, excluded=[[6], [], [], [0], [], [1]])
-    without = case._replace(excluded=[a + b for a, b in zip(case.excluded, POSITIVES, strict=True)])
     anchors, pool = (rows.clone().requires_grad_() for rows in (case.anchors, case.pool))
     case = case._replace(anchors=anchors, pool=pool)
+    without = case._replace(excluded=[a + b for a, b in zip(case.excluded, POSITIVES, strict=True)])
     inputs = {"anchor_inputs": case.anchor_inputs, "pool_inputs": case.pool_inputs}
     weights = torch.tensor(ANCHOR_WEIGHTS, dtype=torch.float64)
     contrast = several(case, POSITIVES, anchor_weights=weights, **inputs)
@@ -200,7 +201,9 @@ def test_several_positives_or_none(denominator: bool, weighting: Weighting) -> N
     if isinstance(weighting, HCL):
         assert loss.isfinite()
         return  # what debiasing makes of several positives has its own test
-    of_negatives = importance_weights(without.contrast(), weighting)
+    of_negatives: Any = importance_weights(without.contrast(), weighting)
+    if isinstance(weighting, UnDiMix):
+        of_negatives = references.weights_of(without, weighting)
     want = loop(case, POSITIVES, of_negatives, ANCHOR_WEIGHTS, denominator=denominator)
     torch.testing.assert_close(loss, want, rtol=1e-11, atol=1e-11)
     for one, other in zip(*(torch.autograd.grad(x, [anchors, pool]) for x in (loss, want)), strict=True):
@@ -368,22 +371,25 @@ def test_gradient_of_the_temperature(loss: Callable[..., Tensor], weighting: Wei
 
 @each_case
 def test_weights_of_undimix_do_not_follow_the_temperature(case: Case) -> None:
-    """Its gradient is that of the loss with the weights held, to the embeddings too."""
+    """Its gradient is that of the loss with the weights held, and it leaves the embeddings theirs."""
     weights = importance_weights(case._replace(temperature=0.4).contrast(), UnDiMix())
-    temperature = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
 
     class Held(Weighting):
         def log_weights(self, contrast: Contrast, rows: slice) -> Tensor:
             return weights[rows].log()
 
-    gradients = []
-    for weighting in (UnDiMix(), Held()):
+    def gradients(weighting: Weighting, temperature: Any) -> list[Tensor]:
         anchors = case.anchors.clone().requires_grad_()
         pool = anchors if case.anchors is case.pool else case.pool
-        made = case._replace(anchors=anchors, pool=pool, temperature=temperature)  # type: ignore[arg-type]
-        gradients.append(torch.autograd.grad(info_nce(made.contrast(), weighting), [anchors, temperature]))
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-11)
+        made = case._replace(anchors=anchors, pool=pool, temperature=temperature)
+        wanted = [anchors, temperature] if isinstance(temperature, Tensor) else [anchors]
+        return list(torch.autograd.grad(info_nce(made.contrast(), weighting), wanted))
+
+    learned = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    for weighting in (UnDiMix(), UnDiMix(detached=True)):
+        of_anchors, of_temperature = gradients(weighting, learned)
+        torch.testing.assert_close(of_anchors, gradients(weighting, 0.4)[0], rtol=1e-10, atol=1e-11)
+        torch.testing.assert_close(of_temperature, gradients(Held(), learned)[1], rtol=1e-10, atol=1e-11)
 
 
 @given(st.floats(0.01, 10), st.integers(2, 6))

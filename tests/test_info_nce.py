@@ -131,13 +131,27 @@ def test_gradcheck(case: Case, weighting: Weighting) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", [UnDiMix(), UnDiMix(gradient="weight", distance="euclidean", mixing="linear")], ids=str
+    "method", [UnDiMix(detached=True), UnDiMix(gradient="weight", distance="euclidean", mixing="linear")], ids=str
 )
 @each_case
 def test_gradient_takes_weights_as_constants(case: Case, method: UnDiMix) -> None:
     weights = importance_weights(case.contrast(), method)
     case, inputs = leaves(case)
     expected = torch.autograd.grad(references.info_nce(case, weights), inputs, retain_graph=True)
+    for got, want in zip(torch.autograd.grad(info_nce(case.contrast(), method), inputs), expected, strict=True):
+        torch.testing.assert_close(got, want, **EXACT)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [UnDiMix(), UnDiMix(-0.7, 0.3, 0.0, hardness=2.0), UnDiMix(gradient="weight", distance="euclidean")],
+    ids=str,
+)
+@each_case
+def test_gradient_through_the_similarity(case: Case, method: UnDiMix) -> None:
+    case, inputs = leaves(case)
+    loss = references.info_nce(case, references.weights_of(case, method))
+    expected = torch.autograd.grad(loss, inputs, retain_graph=True)
     for got, want in zip(torch.autograd.grad(info_nce(case.contrast(), method), inputs), expected, strict=True):
         torch.testing.assert_close(got, want, **EXACT)
 

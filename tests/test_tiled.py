@@ -271,6 +271,7 @@ class Halved(UnDiMix):
 OURS: dict[str, Weighting] = {
     "uniform": Uniform(),
     "undimix": UnDiMix(),
+    "detached": UnDiMix(detached=True),
     "linear": UnDiMix(mixing="linear"),
     "similarity": UnDiMix(1.0, 0.0, 0.0),
     "influence": UnDiMix(0.0, 1.0, 0.0),

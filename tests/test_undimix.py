@@ -92,8 +92,19 @@ def test_blocks_of_anchors(case: Case, mixing: str) -> None:
 def test_detached() -> None:
     views = random_rows(6, 4, seed=0).requires_grad_()
     contrast = Contrast(views, views, views, None, 0.5, anchor_inputs=views, pool_inputs=views)
-    for method in (UnDiMix(gradient="weight"), UnDiMix(mixing="linear", distance="euclidean")):
+    constant = [
+        UnDiMix(gradient="weight", detached=True),
+        UnDiMix(mixing="linear", distance="euclidean"),
+        UnDiMix(similarity=0.0),
+        UnDiMix(hardness=0.0),
+    ]
+    for method in constant:
+        assert not method.carries_gradient
         assert not log_weights(contrast, method).requires_grad
+    assert UnDiMix().carries_gradient
+    assert log_weights(contrast, UnDiMix()).requires_grad
+    with torch.no_grad():
+        assert not log_weights(contrast, UnDiMix()).requires_grad
 
 
 @pytest.mark.parametrize("mixing", ["geometric", "linear"])

@@ -157,7 +157,7 @@ def _by_block(of_rows: Callable[..., Tensor], contrast: Contrast, *further: Any)
 
 def _negatives(contrast: Contrast, weighting: Weighting, prepared: Any) -> Tensor:
     """`weighted_log_sum` of all anchors, by the way that suits."""
-    if torch.compiler.is_compiling() or tiled.weights_carry_gradient(weighting, prepared):
+    if torch.compiler.is_compiling() or tiled.weights_carry_gradient(contrast, weighting, prepared):
         return _by_block(weighted_log_sum, contrast, weighting, prepared)
     return tiled.negative_log_sums(contrast, weighting, prepared)
 
@@ -205,7 +205,7 @@ def mean_loss(contrast: Contrast, weighting: Weighting, loss: tiled.Margin, *, o
             torch.compiler.is_compiling()
             or contrast.positive_columns is not None
             or weighting.combines()
-            or tiled.weights_carry_gradient(weighting.weigher(), prepared)
+            or tiled.weights_carry_gradient(contrast, weighting.weigher(), prepared)
         ):
             positives, negatives = _log_sums(contrast, weighting, prepared)
             return _mean_of_margins(contrast, positives, negatives, loss)

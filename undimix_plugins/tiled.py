@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor
@@ -64,26 +64,34 @@ def blocks_of(contrast: Contrast) -> list[slice]:
 
 def prepare(contrast: Contrast, weighting: Weighting) -> Any:
     """What `log_weights` needs; for `UnDiMix` what processes share, for the rest that this file works out nothing."""
-    if type(weighting) is UnDiMix and weighting.influence and contrast.everyone is not None:
+    if is_worked_out(weighting, contrast) and weighting.influence and contrast.everyone is not None:
         return weighting.prepare(contrast)  # once, not in a backward pass again: it waits for the other processes
-    return None if weighs_alike(weighting) or type(weighting) is UnDiMix else weighting.prepare(contrast)
+    return None if weighs_alike(weighting) or is_worked_out(weighting, contrast) else weighting.prepare(contrast)
 
 
-def weights_carry_gradient(weighting: Weighting, prepared: Any) -> bool:
+def is_worked_out(weighting: Weighting, contrast: Contrast) -> TypeGuard[UnDiMix]:
+    """Whether the weights, and their gradient, are worked out here."""
+    if type(weighting) is not UnDiMix:
+        return False
+    # A temperature that learns has its gradient through the anchors, of which weights are to have no part.
+    return not (weighting.carries_gradient and isinstance(contrast.temperature, Tensor))
+
+
+def weights_carry_gradient(contrast: Contrast, weighting: Weighting, prepared: Any) -> bool:
     """Whether a loss has to follow the log-weights' own gradient."""
-    if not torch.is_grad_enabled() or weighs_alike(weighting) or type(weighting) is UnDiMix:
+    if not torch.is_grad_enabled() or weighs_alike(weighting) or is_worked_out(weighting, contrast):
         return False
     log_weights = weighting.log_weights(prepared, slice(0, 1))
     return isinstance(log_weights, Tensor) and log_weights.requires_grad
 
 
 def negative_log_sums(contrast: Contrast, weighting: Weighting, prepared: Any) -> Tensor:
-    """The log of the weighted sum of each anchor's negatives [n], -inf for none; the weights carry no gradient."""
+    """The log of the weighted sum of each anchor's negatives [n], -inf for none; no gradient follows `log_weights`."""
     return NegativeLogSums.apply(contrast.anchors, contrast.pool, contrast, weighting, prepared)  # type: ignore[no-any-return]
 
 
 def mean_loss(contrast: Contrast, weighting: Weighting, prepared: Any, loss: Margin) -> Tensor:
-    """The mean of `loss` over the anchors; the weights carry no gradient, and backward twice is an error."""
+    """The mean of `loss` over the anchors; no gradient follows `log_weights`, and backward twice is an error."""
     rows = contrast.anchors, contrast.positives, contrast.pool
     return MeanLoss.apply(*rows, contrast, weighting, prepared, loss)  # type: ignore[no-any-return]
 
@@ -510,7 +518,10 @@ class UnDiMixScores:
             torch.mul(blocks[0], scales[0], out=out)
             for block, scale in zip(blocks[1:], scales[1:], strict=True):
                 out.addcmul_(block, scale)
-            self.weight_total[rows] = exponentials(out, self.columns, rows, scratch[0])[0]
+            weights = scratch[1] if self.weighting.carries_gradient else scratch[0]
+            self.weight_total[rows] = exponentials(out, self.columns, rows, weights)[0]
+            if self.weighting.carries_gradient:
+                self.steepness = scales[list(self.strengths).index("similarity")]
             return torch.add(out, logits, out=scratch[0])
         of_all = sum(self.strengths.values())
         parts = []
@@ -547,7 +558,17 @@ class UnDiMixScores:
         means = totals / self.count[rows]
         blocks = [self.columns.write(block - mean, rows, 0) for block, mean in zip(blocks, means, strict=True)]
         lengths = torch.stack([row_lengths(block) for block in blocks])
-        return blocks, torch.where(lengths > self.rounding[:, rows], self.factor[:, rows] / lengths, 0)
+        rounding = self.rounding[:, rows].clamp(min=0)  # -inf for an anchor without negatives
+        return blocks, torch.where(lengths > rounding, self.factor[:, rows] / lengths, 0)
+
+    def add_gradient(self, rows: slice, numerators: Tensor, total: Tensor) -> None:
+        """Adds to the last block's numerators, of sum `total` [r, 1], what makes them the gradient of their log-sum.
+
+        A logit counts by itself and, `steepness` times as much, as a part of the log-weight, whose mean is taken off.
+        """
+        weights, of_all = self.logits.scratch[1][: len(numerators)], self.weight_total[rows]
+        share = torch.where(of_all > 0, self.steepness * (total / of_all), 0)
+        numerators.mul_(1 + self.steepness).addcmul_(weights, share, value=-1)
 
     def log_mean(self, rows: slice) -> Tensor:
         """The log of the mean weight [r, 1] that the scores are still to be relieved of."""
@@ -769,6 +790,9 @@ def scorer_of(weighting: Weighting, prepared: Any, logits: Logits, columns: Colu
 class Numerators:
     """The softmax of each anchor's scores over its negatives, before it is divided by its sum, in blocks of anchors.
 
+    Where weights carry a gradient, it is in the numerators: divided by the sum, they are the log-sum's gradient at the
+    logits.
+
     Attributes:
         out: All numerators [n, m] where they fit, else those of the last block.
         total: The sums of the numerators of the blocks that are done [n, 1].
@@ -785,7 +809,7 @@ class Numerators:
         kept, scratch = None, []
         if type(weighting) is UnDiMix:
             kept = None if out is None else work.block(n, m)
-            buffers = (1 if weighting.mixing == "geometric" else 2) + (kept is None)
+            buffers = (2 if weighting.mixing == "linear" or weighting.carries_gradient else 1) + (kept is None)
             scratch = [work.block(rows[0].stop, m) for _ in range(buffers)]
         else:
             kept = out  # each block's scores and numerators are written over its logits
@@ -800,6 +824,8 @@ class Numerators:
         scratch = self.logits.scratch
         scores = self.scorer(rows, self.logits.block(rows, scratch[-1][: len(out)] if scratch else out), out)
         self.total[rows], self.top[rows] = exponentials(scores, self.columns, rows, out if scratch else None)
+        if isinstance(self.scorer, UnDiMixScores) and self.scorer.weighting.carries_gradient:
+            self.scorer.add_gradient(rows, out, self.total[rows])
         return out
 
     def log_sums(self, rows: slice) -> Tensor:

@@ -39,9 +39,14 @@ class UnDiMix(Weighting):
         geometric:  w_ij = exp(h * S_ij) / mean over k of exp(h * S_ik),  S = l_A A~ + l_I I~ + l_V V~
         linear:     w_ij = n_i * (l_A softmax(h A~) + l_I softmax(h I~) + l_V softmax(h V~)),  the l's summing to 1
 
-    They average 1 over an anchor's negatives and carry no gradient, so `hardness=0` is exactly the plain loss. Linear
-    is the paper's interpolation. Geometric is ours: it multiplies where the paper adds, so that a negative must score
-    on all three.
+    They average 1 over an anchor's negatives, so `hardness=0` is exactly the plain loss. Linear is the paper's
+    interpolation, with constant weights. Geometric is ours: it multiplies where the paper adds, so that a negative must
+    score on all three, and a gradient flows through A~, its mean and deviation held, as one does through HCL's weights.
+    The log-sum of an anchor's negatives, of softmax P_ij, then has at the similarity s_ij the gradient
+
+        P_ij / t + h * l_A / deviation_i * (P_ij - w_ij / n_i),
+
+    whose second part leaves the similarities' mean to the first and makes them spread less.
 
     Attributes:
         similarity: Strength l_A of anchor vicinity, finite; under linear mixing at least 0.
@@ -52,6 +57,7 @@ class UnDiMix(Weighting):
         gradient: Where the influence takes gradients: at the "embedding", or at the last layer's "weight", which needs
             that layer's inputs in the Contrast.
         distance: Of the diversity: "cosine" or "euclidean".
+        detached: Whether weights are constants of a step under geometric mixing too.
 
     Raises:
         ValueError: For strengths not finite, all 0 (that is `Uniform()`) or, under linear mixing, negative; `hardness`
@@ -70,12 +76,13 @@ class UnDiMix(Weighting):
     """
 
     similarity: float = 0.5
-    influence: float = 0.5
-    diversity: float = 0.5
+    influence: float = 0.25
+    diversity: float = 0.25
     hardness: float = 1.0
     mixing: str = "geometric"
     gradient: str = "embedding"
     distance: str = "cosine"
+    detached: bool = False
 
     citation: ClassVar[str] = """
 @misc{tabassum2022unremix,
@@ -113,6 +120,11 @@ class UnDiMix(Weighting):
                 f"got {self.hardness!r} with {came}"
             )
 
+    @property
+    def carries_gradient(self) -> bool:
+        """Whether a gradient flows through the weights."""
+        return self.mixing == "geometric" and bool(self.similarity and self.hardness) and not self.detached
+
     def softened(self, share: float) -> UnDiMix:
         """The same with that share of the hardness."""
         return replace(self, hardness=check_share(share) * self.hardness)
@@ -144,13 +156,11 @@ class UnDiMix(Weighting):
                 of_anchors, of_pool = of_anchors.along_sphere(contrast.anchors), of_pool.along_sphere(contrast.pool)
         return Prepared(contrast, of_anchors, of_pool)
 
-    @torch.no_grad()
     def log_weights(self, prepared: Prepared, rows: slice) -> Tensor:
-        """`log w` [r, m], without gradient."""
+        """`log w` [r, m]."""
         negative = prepared.contrast.is_negative(rows)
         return self.mixed(self.scores(prepared, rows, negative), negative)
 
-    @torch.no_grad()
     def scores(self, prepared: Prepared, rows: slice, negative: Tensor) -> dict[str, Tensor]:
         """The standardised scores of a block of anchors, of the components that have a strength.
 
@@ -160,18 +170,20 @@ class UnDiMix(Weighting):
             negative: Which columns of the pool are their negatives, bool [r, m].
 
         Returns:
-            A~, I~ and V~ by the component's name [r, m], in the embeddings' dtype; 0 for what is no negative.
+            A~, I~ and V~ by the component's name [r, m], in the embeddings' dtype; 0 for what is no negative. A~ has a
+            gradient where the weights carry one.
         """
+        found = {}
         with full_precision(prepared.contrast.pool):
-            return {
-                name: standardise(*score(prepared, rows, negative), negative)
-                for name, score in (
-                    ("similarity", self._similarity),
-                    ("influence", self._influence),
-                    ("diversity", self._diversity),
-                )
-                if getattr(self, name)
-            }
+            for name, score, through in (
+                ("similarity", self._similarity, self.carries_gradient),
+                ("influence", self._influence, False),
+                ("diversity", self._diversity, False),
+            ):
+                if getattr(self, name):
+                    with torch.set_grad_enabled(through and torch.is_grad_enabled()):
+                        found[name] = standardise(*score(prepared, rows, negative), negative)
+        return found
 
     def terms(self, scores: dict[str, Tensor], negative: Tensor) -> dict[str, Tensor]:
         """What each component that has a strength adds to the weights.
@@ -202,9 +214,12 @@ class UnDiMix(Weighting):
     # Each score comes with the size of its rounding error per anchor [r, 1], in units of eps.
 
     def _similarity(self, prepared: Prepared, rows: slice, negative: Tensor) -> tuple[Tensor, Tensor]:
-        anchors, pool = prepared.contrast.anchors[rows], prepared.contrast.pool
-        longest = _largest(pool.norm(dim=1), negative)
-        return anchors @ pool.T, anchors.norm(dim=1, keepdim=True) * longest
+        contrast = prepared.contrast
+        anchors, pool = contrast.anchors[rows], contrast.pool
+        error = anchors.detach().norm(dim=1, keepdim=True) * _largest(pool.detach().norm(dim=1), negative)
+        if isinstance(contrast.temperature, Tensor):  # whose gradient goes through the anchors: not through these
+            anchors = anchors * (contrast.temperature / contrast.held_temperature)
+        return anchors @ pool.T, error
 
     def _influence(self, prepared: Prepared, rows: slice, negative: Tensor) -> tuple[Tensor, Tensor]:
         contrast, of_anchors, of_pool = prepared
@@ -239,6 +254,8 @@ class UnDiMix(Weighting):
 def standardise(scores: Tensor, error: Tensor, negative: Tensor) -> Tensor:
     """Mean 0 and population deviation 1 over each anchor's negatives; 0 where the deviation is rounding.
 
+    A gradient of the scores flows through, with mean and deviation held.
+
     Args:
         scores: [r, m].
         error: The size of the terms that made a row's scores [r, 1]; times eps, their rounding error.
@@ -248,14 +265,14 @@ def standardise(scores: Tensor, error: Tensor, negative: Tensor) -> Tensor:
         [r, m], 0 in the columns that are no negatives.
     """
     count = negative.sum(dim=1, keepdim=True).clamp(min=1)
-    mean = scores.masked_fill(~negative, 0).sum(dim=1, keepdim=True) / count
+    mean = scores.detach().masked_fill(~negative, 0).sum(dim=1, keepdim=True) / count
     centred = (scores - mean).masked_fill(~negative, 0)
     # A confident row's scores are so small that their squares would be 0.
-    size = centred.abs().amax(dim=1, keepdim=True)
+    size = centred.detach().abs().amax(dim=1, keepdim=True)
     centred = centred / size.masked_fill(size == 0, 1)
-    deviation = (centred.square().sum(dim=1, keepdim=True) / count).sqrt()
-    rounding = ROUNDING * torch.finfo(scores.dtype).eps * error
-    return torch.where(deviation * size > rounding, centred / deviation, torch.zeros_like(centred))
+    deviation = (centred.detach().square().sum(dim=1, keepdim=True) / count).sqrt()
+    rounding = deviation * size <= ROUNDING * torch.finfo(scores.dtype).eps * error
+    return (centred / deviation.masked_fill(rounding, 1)).masked_fill(rounding, 0)
 
 
 def _largest(values: Tensor, negative: Tensor) -> Tensor:

@@ -123,12 +123,9 @@ def name_points(axes: Axes, contrast: Contrast) -> None:
 
 def scores_and_weights() -> None:
     """Six circles: the example, the standardised scores, the weights of either mixing."""
-    contrast, rows = on_the_circle(), slice(0, 1)
-    scores = UnDiMix(1.0, 1.0, 1.0)
-    terms = {
-        name: part[0]
-        for name, part in scores.terms(scores.prepare(contrast), rows).items()
-    }
+    contrast, weighting = on_the_circle(), UnDiMix()
+    rows, prepared = slice(0, 1), weighting.prepare(contrast)
+    scores = weighting.scores(prepared, rows, contrast.is_negative(rows))
     figure, axes = plt.subplots(3, 2, figsize=(WIDTH, 7.2), layout="constrained")
     points(axes[0, 0], contrast, None, Normalize(), "")
     name_points(axes[0, 0], contrast)
@@ -137,7 +134,7 @@ def scores_and_weights() -> None:
     for place, (name, symbol) in enumerate(
         (("similarity", "A"), ("influence", "I"), ("diversity", "V")), start=1
     ):
-        points(axes.flat[place], contrast, terms[name], by_score, "RdBu_r")
+        points(axes.flat[place], contrast, scores[name][0], by_score, "RdBu_r")
         axes.flat[place].set_title(f"{name}, standardised ({symbol}~)")
     weights = [
         importance_weights(contrast, UnDiMix(mixing=mixing))[0]

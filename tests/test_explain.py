@@ -170,8 +170,8 @@ LINEAR = Explanation(
 def test_table() -> None:
     assert str(GEOMETRIC) == dedent(
         """\
-        anchor 3, 126 negatives, UnDiMix(similarity=0.5, influence=0.5, diversity=0.5, hardness=1.0, \
-mixing='geometric', gradient='embedding', distance='cosine')
+        anchor 3, 126 negatives, UnDiMix(similarity=0.5, influence=0.25, diversity=0.25, hardness=1.0, \
+mixing='geometric', gradient='embedding', distance='cosine', detached=False)
         column  weight  similarity  influence  diversity
             78   7.837      +1.149     +1.276     +0.013
            ...

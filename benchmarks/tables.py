@@ -23,7 +23,7 @@ from statsmodels.stats.multitest import multipletests
 
 from benchmarks import graphs, text, vision
 from benchmarks.runs import RESULTS, UNTRAINED, Run, load, metrics_of, whole, write_whole
-from benchmarks.tiers import CONTENDERS, FLAT, HCL, PLAIN, SEEDS, TRIALS, TUNING_SEED, UNDIMIX, Benchmark
+from benchmarks.tiers import CONTENDERS, FLAT, HCL, PLAIN, SEEDS, TESTED_FIRST, TRIALS, TUNING_SEED, UNDIMIX, Benchmark
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
@@ -78,7 +78,10 @@ class Results:
 
 @dataclass(frozen=True)
 class Measured:
-    """A metric of a benchmark on test data, a score per seed: of the untrained encoder and of each contender."""
+    """A metric of a benchmark on test data, a score per seed: of the untrained encoder and of each contender.
+
+    `TESTED_FIRST` is among them where it was one.
+    """
 
     benchmark: Benchmark
     metric: str
@@ -90,8 +93,8 @@ class Measured:
         trained, untrained = self.scores[PLAIN], self.scores[UNTRAINED]
         return bool((trained - untrained).mean() > DEVIATIONS * max(trained.std(ddof=1), untrained.std(ddof=1)))
 
-    def over(self, baseline: str) -> np.ndarray:
-        return self.scores[UNDIMIX] - self.scores[baseline]
+    def over(self, baseline: str, contender: str = UNDIMIX) -> np.ndarray:
+        return self.scores[contender] - self.scores[baseline]
 
 
 def measured(results: Results, benchmarks: Sequence[Benchmark] = BENCHMARKS) -> list[Measured]:
@@ -101,12 +104,16 @@ def measured(results: Results, benchmarks: Sequence[Benchmark] = BENCHMARKS) -> 
         if not benchmark.is_tuned(results.metrics):
             continue
         settings = benchmark.settings(results.metrics)
+        if not benchmark.missing(TESTED_FIRST, results.metrics):
+            settings[TESTED_FIRST] = benchmark.chosen(TESTED_FIRST, results.metrics)
         for metric in (benchmark.metric, *benchmark.further):
             scores = {
-                name: results.scores([benchmark.at(*setting, seed, "test") for seed in SEEDS], metric)
+                name: values
                 for name, setting in settings.items()
+                if (values := results.scores([benchmark.at(*setting, seed, "test") for seed in SEEDS], metric))
+                is not None
             }
-            if all(values is not None for values in scores.values()):
+            if {UNTRAINED, *TRIALS} <= scores.keys():
                 found.append(Measured(benchmark, metric, settings, scores))
     return found
 
@@ -142,14 +149,19 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def scored(one: Measured) -> list[str]:
-    """What each contender scores, and how far `UnDiMix()` is from the others."""
-    differences = [
-        f"{one.over(name).mean():+.2f} (p {of_p(ttest_rel(one.scores[UNDIMIX], one.scores[name]).pvalue)})"
+def compared(one: Measured, contender: str = UNDIMIX) -> list[str]:
+    """How far a contender is from each baseline."""
+    return [
+        f"{one.over(name, contender).mean():+.2f} (p {of_p(ttest_rel(one.scores[contender], one.scores[name]).pvalue)})"
         for name in BASELINES
     ]
+
+
+def scored(one: Measured) -> list[str]:
+    """What each contender scores, and how far `UnDiMix()` is from the others."""
     metric = METRICS.get(one.metric, one.metric) + ("" if one.counts else " (does not count)")
-    return [name_of(one.benchmark), metric, *map(spread, one.scores.values()), *differences]
+    scores = [spread(one.scores[name]) for name in (UNTRAINED, *TRIALS)]
+    return [name_of(one.benchmark), metric, *scores, *compared(one)]
 
 
 def chosen(one: Measured) -> str:
@@ -171,10 +183,27 @@ def confirmatory(results: Results) -> str:
     return markdown([*SCORED, "temperatures"], ([*scored(one), chosen(one)] for one in measured(results)))
 
 
+def tested_first(results: Results) -> str:
+    """What was the default when test data were first looked at."""
+    rows = [
+        [
+            name_of(one.benchmark),
+            METRICS.get(one.metric, one.metric),
+            spread(one.scores[TESTED_FIRST]),
+            *compared(one, TESTED_FIRST),
+            f"{one.settings[TESTED_FIRST][1]:g}",
+        ]
+        for one in measured(results)
+        if TESTED_FIRST in one.scores
+    ]
+    head = ["data, recipe", "score, %", "tested first", *(f"it - {name}" for name in BASELINES), "temperature"]
+    return markdown(head, rows)
+
+
 def published(results: Results) -> str:
     """Whole graphs under the literature's protocol, beside the authors' own figures."""
     rows = [
-        [one.benchmark.base.data, *map(spread, one.scores.values()), figure]
+        [one.benchmark.base.data, *(spread(one.scores[name]) for name in (UNTRAINED, *TRIALS)), figure]
         for one in measured(results)
         if one.metric == "svm" and (figure := graphs.PUBLISHED.get(one.benchmark.base.data))
     ]
@@ -387,6 +416,7 @@ def differences(results: Results) -> str:
 TABLES: dict[str, Callable[[Results], str]] = {
     "verdict": verdict,
     "confirmatory": confirmatory,
+    "tested_first": tested_first,
     "published": published,
     "claims": claims,
     "effects": effects,

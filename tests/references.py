@@ -111,16 +111,15 @@ def log_weights(case: Case, method: UnDiMix) -> Tensor:
 
 
 def weights_of(case: Case, method: UnDiMix) -> dict[tuple[int, int], Tensor]:
-    """w_ij by anchor and negative; where it has a gradient, that of the similarity, its mean and deviation held."""
+    """w_ij by anchor and negative, with a gradient of the similarity: its mean and deviation, at least t, held."""
     constant, weights = log_weights(case._replace(anchors=case.anchors.detach(), pool=case.pool.detach()), method), {}
     for i in range(len(case.anchors)):
         negatives = case.negatives(i)
         scores = [case.anchors[i] @ case.pool[j] for j in negatives]
         there = [score.item() for score in scores]
         deviation = statistics.pstdev(there) if there else 0.0
-        strength = (
-            method.hardness * method.similarity / deviation if method.carries_gradient and deviation > 1e-13 else 0.0
-        )
+        follows = method.carries_gradient and deviation > 1e-13
+        strength = method.hardness * method.similarity / max(deviation, case.temperature) if follows else 0.0
         moved = [(constant[i, j] + strength * (s - s.item())).exp() for j, s in zip(negatives, scores, strict=True)]
         for j, weight in zip(negatives, moved, strict=True):
             weights[i, j] = weight * len(negatives) / sum(moved)

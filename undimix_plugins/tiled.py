@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple, TypeGuard
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor
@@ -37,7 +37,6 @@ DEVICE_TILE = 8192  # elsewhere, where each operation has to be a large one
 LEAST_ROWS = 64  # of a block
 PADDING = 16  # between rows: a power of two apart, all entries of a column would share a few lines of the cache
 CONCENTRATED = 0.25  # the length of the mean of rows of length 1 from which sums over them are taken in float64
-STEEP = 8  # a log-weight's derivative at the logit from which what a gradient adds to it is no difference of two
 MODERATE = 2.0**64  # sums of exponentials from 1 over this to this need no reference taken off
 
 # (rows, their logits, out) gives the scores of a block of anchors [r, m], logits plus log-weights; `out` is to work in.
@@ -522,7 +521,9 @@ class UnDiMixScores:
             weights = scratch[1] if self.weighting.carries_gradient else scratch[0]
             self.weight_total[rows] = exponentials(out, self.columns, rows, weights)[0]
             if self.weighting.carries_gradient:
-                self.steepness = scales[list(self.strengths).index("similarity")]
+                # As if similarities deviated by the temperature where they do by less.
+                most = abs(self.weighting.hardness * self.weighting.similarity)
+                self.steepness = scales[list(self.strengths).index("similarity")].clamp(-most, most)
             return torch.add(out, logits, out=scratch[0])
         of_all = sum(self.strengths.values())
         parts = []
@@ -562,21 +563,14 @@ class UnDiMixScores:
         rounding = self.rounding[:, rows].clamp(min=0)  # -inf for an anchor without negatives
         return blocks, torch.where(lengths > rounding, self.factor[:, rows] / lengths, 0)
 
-    def add_gradient(self, rows: slice, logits: Tensor, numerators: Tensor, total: Tensor, top: Tensor) -> None:
-        """Adds to the last block's numerators what makes them the gradient of their log-sum, log2(total) + top.
+    def add_gradient(self, rows: slice, numerators: Tensor, total: Tensor) -> None:
+        """Adds to the last block's numerators, of sum `total` [r, 1], what makes them the gradient of their log-sum.
 
         A logit counts by itself and, `steepness` times as much, as a part of the log-weight, whose mean is taken off.
         """
-        scratch, of_all = [block[: len(numerators)] for block in self.logits.scratch], self.weight_total[rows]
-        mean, steepness = torch.where(of_all > 0, total / of_all, 0), self.steepness
-        steep = steepness.abs() > STEEP * max(1, abs(self.weighting.hardness * self.weighting.similarity))
-        if values_are_free(steep) and bool(steep.any()):
-            # Numerators and weights of concentrated rows are all but the same: their difference would be rounding.
-            offset = mean.log2() + top
-            difference = torch.sub(logits, offset, out=scratch[0]).mul_(1 / LOG2E).expm1_().mul_(scratch[1])
-            numerators.addcmul_(difference, torch.where(steep, steepness * mean, 0))
-            steepness = steepness.masked_fill(steep, 0)
-        numerators.mul_(1 + steepness).addcmul_(scratch[1], steepness * mean, value=-1)
+        weights, of_all = self.logits.scratch[1][: len(numerators)], self.weight_total[rows]
+        share = torch.where(of_all > 0, self.steepness * (total / of_all), 0)
+        numerators.mul_(1 + self.steepness).addcmul_(weights, share, value=-1)
 
     def log_mean(self, rows: slice) -> Tensor:
         """The log of the mean weight [r, 1] that the scores are still to be relieved of."""
@@ -795,22 +789,6 @@ def scorer_of(weighting: Weighting, prepared: Any, logits: Logits, columns: Colu
     return with_log_weights
 
 
-class AboutMean(NamedTuple):
-    """What a gradient needs of numerators that cancel, so that their products with concentrated rows do too."""
-
-    centred: Tensor  # the pool about its mean [m, d]
-    centre: Tensor  # [d]
-    total: Tensor  # the sums of the numerators, had they no rounding [n, 1]
-
-    @classmethod
-    def of(cls, weighting: Weighting, pool: Tensor, total: Tensor) -> AboutMean | None:
-        """None where numerators are all of one sign."""
-        if not (type(weighting) is UnDiMix and weighting.carries_gradient):
-            return None
-        centre = pool.mean(dim=0)
-        return cls(pool - centre, centre, total)
-
-
 class Numerators:
     """The softmax of each anchor's scores over its negatives, before it is divided by its sum, in blocks of anchors.
 
@@ -841,17 +819,15 @@ class Numerators:
         self.scorer = scorer_of(weighting, prepared, self.logits, self.columns, out)
         self.top = contrast.pool.new_empty(n, 1)
         self.total = contrast.pool.new_empty(n, 1)
-        self.about_mean = AboutMean.of(weighting, self.logits.pool, self.total)
 
     def block(self, rows: slice) -> Tensor:
         """Numerators [r, m] of a block of anchors."""
         out = self.out[rows] if self.whole else self.out[: rows.stop - rows.start]
         scratch = self.logits.scratch
-        logits = self.logits.block(rows, scratch[-1][: len(out)] if scratch else out)
-        scores = self.scorer(rows, logits, out)
+        scores = self.scorer(rows, self.logits.block(rows, scratch[-1][: len(out)] if scratch else out), out)
         self.total[rows], self.top[rows] = exponentials(scores, self.columns, rows, out if scratch else None)
         if isinstance(self.scorer, UnDiMixScores) and self.scorer.weighting.carries_gradient:
-            self.scorer.add_gradient(rows, logits, out, self.total[rows], self.top[rows])
+            self.scorer.add_gradient(rows, out, self.total[rows])
         return out
 
     def log_sums(self, rows: slice) -> Tensor:
@@ -904,47 +880,24 @@ def zero_sums(anchors: Tensor, pool: Tensor, needed: tuple[bool, bool]) -> Sums:
     return (of_pool if anchors is pool else torch.zeros_like(anchors) if needed[0] else None), of_pool
 
 
-def add_gradients(
-    numerators: Tensor,
-    share: Tensor,
-    anchors: Tensor,
-    pool: Tensor,
-    rows: slice,
-    sums: Sums,
-    about_mean: AboutMean | None = None,
-) -> None:
+def add_gradients(numerators: Tensor, share: Tensor, anchors: Tensor, pool: Tensor, rows: slice, sums: Sums) -> None:
     """Adds those of a block of anchors to the sums, as `gradients` has them."""
     of_anchors, of_pool = sums
-    if of_anchors is not None and about_mean is None:
+    if of_anchors is not None:
         of_anchors[rows].addcmul_(numerators @ pool, share)
-    elif of_anchors is not None and about_mean is not None:
-        centred, centre, total = about_mean
-        of_anchors[rows].addcmul_((numerators @ centred).addcmul_(total[rows], centre), share)
     if of_pool is not None:
         of_pool.addmm_(numerators.T, anchors[rows] * share)
 
 
-def gradients(
-    numerators: Tensor,
-    share: Tensor,
-    anchors: Tensor,
-    pool: Tensor,
-    sums: Sums,
-    about_mean: AboutMean | None = None,
-    *,
-    symmetric: bool,
-) -> None:
+def gradients(numerators: Tensor, share: Tensor, anchors: Tensor, pool: Tensor, sums: Sums, *, symmetric: bool) -> None:
     """Adds those of `sum over i, j of share_i * numerators_ij * <a_i, v_j>` to the sums, the numerators held fixed.
 
     Symmetric numerators are given on and above the diagonal alone.
     """
     result = sums[1]
     if anchors is not pool or result is None:
-        add_gradients(numerators, share, anchors, pool, slice(0, len(anchors)), sums, about_mean)
+        add_gradients(numerators, share, anchors, pool, slice(0, len(anchors)), sums)
         return
-    if about_mean is not None:
-        pool, centre, total = about_mean
-        result.addcmul_(numerators.T @ share + total * share, centre)
     # Of one batch with itself, both at once: a product with the symmetric part, tile by tile.
     size = min(tile_size(pool), len(pool))
     buffer = pool.new_empty(size, size + PADDING)
@@ -1012,13 +965,12 @@ class NegativeLogSums(torch.autograd.Function):
         share = torch.where(total > 0, grad.detach()[:, None] / (total * contrast.held_temperature), 0)
         with full_precision(pool):
             if numerators is not None:
-                about_mean = AboutMean.of(weighting, pool, total)
-                gradients(numerators, share, anchors, pool, sums, about_mean, symmetric=False)
+                gradients(numerators, share, anchors, pool, sums, symmetric=False)
             else:
                 with Numerators.workspace(contrast) as memory:
                     work = Numerators(contrast, weighting, prepared, None, memory)
                     for rows in work.logits.blocks:
-                        add_gradients(work.block(rows), share[rows], anchors, pool, rows, sums, work.about_mean)
+                        add_gradients(work.block(rows), share[rows], anchors, pool, rows, sums)
         of_anchors, of_pool = sums
         return *once([None if anchors is pool else of_anchors, of_pool], contrast), None, None, None
 
@@ -1062,13 +1014,12 @@ class MeanLoss(torch.autograd.Function):
                     numerators = work.block(rows)
                     if out is None:
                         by_block.append(finish(work.total[rows], work.log_sums(rows), rows))
-                        add_gradients(numerators, by_block[-1][2], anchors, pool, rows, sums, work.about_mean)
+                        add_gradients(numerators, by_block[-1][2], anchors, pool, rows, sums)
             if out is None:
                 losses, slope, _ = map(torch.cat, zip(*by_block, strict=True))
             else:
                 losses, slope, share = finish(*(plain or (work.total, work.log_sums(every))), every)
-                about_mean = None if plain else work.about_mean
-                gradients(out, share, anchors, pool, sums, about_mean, symmetric=plain is not None)
+                gradients(out, share, anchors, pool, sums, symmetric=plain is not None)
         if of_anchors is not None:
             of_anchors.addcmul_(positives, slope, value=-1)
         ctx.contrast = contrast

@@ -44,7 +44,7 @@ class UnDiMix(Weighting):
     score on all three, and a gradient flows through A~, its mean and deviation held, as one does through HCL's weights.
     The log-sum of an anchor's negatives, of softmax P_ij, then has at the similarity s_ij the gradient
 
-        P_ij / t + h * l_A / deviation_i * (P_ij - w_ij / n_i),
+        P_ij / t + h * l_A / max(deviation_i, t) * (P_ij - w_ij / n_i),
 
     whose second part leaves the similarities' mean to the first and makes them spread less.
 
@@ -182,7 +182,8 @@ class UnDiMix(Weighting):
             ):
                 if getattr(self, name):
                     with torch.set_grad_enabled(through and torch.is_grad_enabled()):
-                        found[name] = standardise(*score(prepared, rows, negative), negative)
+                        scored = score(prepared, rows, negative)
+                        found[name] = standardise(*scored, negative, prepared.contrast.held_temperature)
         return found
 
     def terms(self, scores: dict[str, Tensor], negative: Tensor) -> dict[str, Tensor]:
@@ -251,15 +252,17 @@ class UnDiMix(Weighting):
         return scores, _largest(error, negative)
 
 
-def standardise(scores: Tensor, error: Tensor, negative: Tensor) -> Tensor:
+def standardise(scores: Tensor, error: Tensor, negative: Tensor, least: float | Tensor) -> Tensor:
     """Mean 0 and population deviation 1 over each anchor's negatives; 0 where the deviation is rounding.
 
-    A gradient of the scores flows through, with mean and deviation held.
+    A gradient of the scores flows through, with mean and deviation held; where the latter is less than `least`, it is
+    divided by that. (Where an anchor's similarities are all but the same, it would else be as large as the loss's own.)
 
     Args:
         scores: [r, m].
         error: The size of the terms that made a row's scores [r, 1]; times eps, their rounding error.
         negative: Which columns are negatives, bool [r, m].
+        least: Above 0; a number or a tensor [].
 
     Returns:
         [r, m], 0 in the columns that are no negatives.
@@ -272,7 +275,11 @@ def standardise(scores: Tensor, error: Tensor, negative: Tensor) -> Tensor:
     centred = centred / size.masked_fill(size == 0, 1)
     deviation = (centred.detach().square().sum(dim=1, keepdim=True) / count).sqrt()
     rounding = deviation * size <= ROUNDING * torch.finfo(scores.dtype).eps * error
-    return (centred / deviation.masked_fill(rounding, 1)).masked_fill(rounding, 0)
+    standardised = (centred / deviation.masked_fill(rounding, 1)).masked_fill(rounding, 0)
+    if not standardised.requires_grad:
+        return standardised
+    held = standardised.detach()
+    return held + (standardised - held) * (deviation * size / least).clamp(max=1)
 
 
 def _largest(values: Tensor, negative: Tensor) -> Tensor:

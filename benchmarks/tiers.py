@@ -43,10 +43,10 @@ EXPLORED = [
     "UnDiMix(influence=0)",
     "UnDiMix(similarity=0)",
     "UnDiMix(similarity=-0.5, influence=0, diversity=0)",
-    "UnDiMix(similarity=0, influence=-0.5, diversity=0)",
-    "UnDiMix(similarity=0, influence=0, diversity=-0.5)",
+    "UnDiMix(similarity=0, influence=-0.25, diversity=0)",
+    "UnDiMix(similarity=0, influence=0, diversity=-0.25)",
     "UnDiMix(diversity=-0.25)",
-    # Other strengths.
+    # Other strengths and hardness.
     "UnDiMix(0.25, 0.25, 0.25)",
     "UnDiMix(0.4, 0.2, 0.2)",
     "UnDiMix(0.5, 0.25, 0.1)",
@@ -101,7 +101,8 @@ class Benchmark:
     def trials(self, contender: str) -> list[list[Run]]:
         """The runs of each of its settings; of `TESTED_FIRST`, too."""
         data_sets = self.chosen_on or (self.base.data,)
-        settings = TRIALS.get(contender) or [(contender, temperature) for temperature in TEMPERATURES]
+        first = [(TESTED_FIRST, temperature) for temperature in TEMPERATURES]
+        settings = first if contender == TESTED_FIRST else TRIALS[contender]
         return [[replace(self.at(*setting, TUNING_SEED), data=data) for data in data_sets] for setting in settings]
 
     def missing(self, contender: str, results: Metrics) -> list[Run]:

@@ -325,6 +325,9 @@ CASES = {
     "gathered-2x12-raw": gathered(1, 6, unit=False),
     "all-excluded-of-pairs": all_excluded(in_batch(4)),
     "all-excluded-of-bank": all_excluded(bank(5, 9)),
+    "all-excluded-of-what-is-alike": all_excluded(
+        of_pool(in_batch(6, 16), normalize(1 + 0.4 * random_rows(12, 16, seed=0), dim=1))
+    ),
 }
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -570,6 +573,15 @@ def test_a_gradient_far_above_the_negatives(weighting: Weighting, monkeypatch: p
     monkeypatch.setattr(tiled.UnDiMixScores, "_write_far", lambda self, *of: (rows.append(of), far(self, *of)))
     assert_equals_dense(case, weighting, info_nce)
     assert bool(rows) == (getattr(weighting, "influence", 0) != 0)
+
+
+@pytest.mark.parametrize("hardness", [1e6, 1e30])
+@pytest.mark.parametrize("similarity", [0.5, -0.5])
+@pytest.mark.parametrize("case", [pairs(7), bank(3, 7), pairs(7, temperature=0.03)], ids=["pairs", "bank", "cold"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_all_weight_on_one(dtype: torch.dtype, case: Case, similarity: float, hardness: float) -> None:
+    """What a logit counts by itself is not lost beside what it counts in so hard a weight."""
+    assert_equals_dense(to(case, dtype), UnDiMix(similarity, 0.0, 0.0, hardness=hardness))
 
 
 @pytest.mark.parametrize("weighting", [Uniform(), ByPlace()], ids=["uniform", "by-place"])

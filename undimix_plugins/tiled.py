@@ -74,7 +74,8 @@ def is_worked_out(weighting: Weighting, contrast: Contrast) -> TypeGuard[UnDiMix
     if type(weighting) is not UnDiMix:
         return False
     # A temperature that learns has its gradient through the anchors, of which weights are to have no part.
-    return not (weighting.carries_gradient and isinstance(contrast.temperature, Tensor))
+    learned = isinstance(contrast.temperature, Tensor) and contrast.temperature.requires_grad
+    return not (learned and weighting.carries_gradient and torch.is_grad_enabled())
 
 
 def weights_carry_gradient(contrast: Contrast, weighting: Weighting, prepared: Any) -> bool:
@@ -568,9 +569,13 @@ class UnDiMixScores:
 
         A logit counts by itself and, `steepness` times as much, as a part of the log-weight, whose mean is taken off.
         """
-        weights, of_all = self.logits.scratch[1][: len(numerators)], self.weight_total[rows]
-        share = torch.where(of_all > 0, self.steepness * (total / of_all), 0)
-        numerators.mul_(1 + self.steepness).addcmul_(weights, share, value=-1)
+        (scores, weights), of_all = (
+            (block[: len(numerators)] for block in self.logits.scratch[:2]),
+            self.weight_total[rows],
+        )
+        mean = torch.where(of_all > 0, total / of_all, 0)
+        # Their difference first: beside a huge steepness, what a logit counts by itself would be rounded away.
+        numerators.addcmul_(torch.addcmul(numerators, weights, mean, value=-1, out=scores), self.steepness)
 
     def log_mean(self, rows: slice) -> Tensor:
         """The log of the mean weight [r, 1] that the scores are still to be relieved of."""

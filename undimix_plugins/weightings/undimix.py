@@ -41,8 +41,9 @@ class UnDiMix(Weighting):
 
     They average 1 over an anchor's negatives, so `hardness=0` is exactly the plain loss. Linear is the paper's
     interpolation, with constant weights. Geometric is ours: it multiplies where the paper adds, so that a negative must
-    score on all three, and a gradient flows through A~, its mean and deviation held, as one does through HCL's weights.
-    The log-sum of an anchor's negatives, of softmax P_ij, then has at the similarity s_ij the gradient
+    score on all three, and a gradient flows through A~, as one does through HCL's weights. Its mean and deviation are
+    held, the latter at no less than t: the log-sum of an anchor's negatives, of softmax P_ij, has at the similarity s_ij
+    the gradient
 
         P_ij / t + h * l_A / max(deviation_i, t) * (P_ij - w_ij / n_i),
 
@@ -173,17 +174,20 @@ class UnDiMix(Weighting):
             A~, I~ and V~ by the component's name [r, m], in the embeddings' dtype; 0 for what is no negative. A~ has a
             gradient where the weights carry one.
         """
-        found = {}
-        with full_precision(prepared.contrast.pool):
-            for name, score, through in (
-                ("similarity", self._similarity, self.carries_gradient),
-                ("influence", self._influence, False),
-                ("diversity", self._diversity, False),
-            ):
-                if getattr(self, name):
-                    with torch.set_grad_enabled(through and torch.is_grad_enabled()):
-                        scored = score(prepared, rows, negative)
-                        found[name] = standardise(*scored, negative, prepared.contrast.held_temperature)
+        contrast, found = prepared.contrast, {}
+        with full_precision(contrast.pool):
+            if self.similarity:
+                scores, error = self._similarity(prepared, rows, negative)
+                found["similarity"], deviation = standardise(scores.detach(), error, negative)
+                if self.carries_gradient and scores.requires_grad:
+                    # Where similarities are all but the same, their deviation would make the gradient too large.
+                    at_least_t = deviation + (contrast.held_temperature - deviation).clamp(min=0)
+                    moved = (scores - scores.detach()) / at_least_t
+                    found["similarity"] = found["similarity"] + moved.masked_fill(~negative | (deviation == 0), 0)
+            if self.influence:
+                found["influence"], _ = standardise(*self._influence(prepared, rows, negative), negative)
+            if self.diversity:
+                found["diversity"], _ = standardise(*self._diversity(prepared, rows, negative), negative)
         return found
 
     def terms(self, scores: dict[str, Tensor], negative: Tensor) -> dict[str, Tensor]:
@@ -217,11 +221,13 @@ class UnDiMix(Weighting):
     def _similarity(self, prepared: Prepared, rows: slice, negative: Tensor) -> tuple[Tensor, Tensor]:
         contrast = prepared.contrast
         anchors, pool = contrast.anchors[rows], contrast.pool
-        error = anchors.detach().norm(dim=1, keepdim=True) * _largest(pool.detach().norm(dim=1), negative)
+        with torch.no_grad():
+            error = anchors.norm(dim=1, keepdim=True) * _largest(pool.norm(dim=1), negative)
         if isinstance(contrast.temperature, Tensor):  # whose gradient goes through the anchors: not through these
             anchors = anchors * (contrast.temperature / contrast.held_temperature)
         return anchors @ pool.T, error
 
+    @torch.no_grad()
     def _influence(self, prepared: Prepared, rows: slice, negative: Tensor) -> tuple[Tensor, Tensor]:
         contrast, of_anchors, of_pool = prepared
         assert of_anchors is not None
@@ -244,6 +250,7 @@ class UnDiMix(Weighting):
             error = error * anchor_inputs.norm(dim=1, keepdim=True) * longest
         return scores, error
 
+    @torch.no_grad()
     def _diversity(self, prepared: Prepared, rows: slice, negative: Tensor) -> tuple[Tensor, Tensor]:
         contrast = prepared.contrast
         scores = mean_distances(contrast.pool, negative, self.distance)
@@ -252,34 +259,27 @@ class UnDiMix(Weighting):
         return scores, _largest(error, negative)
 
 
-def standardise(scores: Tensor, error: Tensor, negative: Tensor, least: float | Tensor) -> Tensor:
+def standardise(scores: Tensor, error: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
     """Mean 0 and population deviation 1 over each anchor's negatives; 0 where the deviation is rounding.
-
-    A gradient of the scores flows through, with mean and deviation held; where the latter is less than `least`, it is
-    divided by that. (Where an anchor's similarities are all but the same, it would else be as large as the loss's own.)
 
     Args:
         scores: [r, m].
         error: The size of the terms that made a row's scores [r, 1]; times eps, their rounding error.
         negative: Which columns are negatives, bool [r, m].
-        least: Above 0; a number or a tensor [].
 
     Returns:
-        [r, m], 0 in the columns that are no negatives.
+        [r, m], 0 in the columns that are no negatives; and the deviations [r, 1], 0 for rounding.
     """
     count = negative.sum(dim=1, keepdim=True).clamp(min=1)
-    mean = scores.detach().masked_fill(~negative, 0).sum(dim=1, keepdim=True) / count
+    mean = scores.masked_fill(~negative, 0).sum(dim=1, keepdim=True) / count
     centred = (scores - mean).masked_fill(~negative, 0)
     # A confident row's scores are so small that their squares would be 0.
-    size = centred.detach().abs().amax(dim=1, keepdim=True)
+    size = centred.abs().amax(dim=1, keepdim=True)
     centred = centred / size.masked_fill(size == 0, 1)
-    deviation = (centred.detach().square().sum(dim=1, keepdim=True) / count).sqrt()
+    deviation = (centred.square().sum(dim=1, keepdim=True) / count).sqrt()
     rounding = deviation * size <= ROUNDING * torch.finfo(scores.dtype).eps * error
     standardised = (centred / deviation.masked_fill(rounding, 1)).masked_fill(rounding, 0)
-    if not standardised.requires_grad:
-        return standardised
-    held = standardised.detach()
-    return held + (standardised - held) * (deviation * size / least).clamp(max=1)
+    return standardised, (deviation * size).masked_fill(rounding, 0)
 
 
 def _largest(values: Tensor, negative: Tensor) -> Tensor:

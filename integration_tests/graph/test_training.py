@@ -79,7 +79,8 @@ def test_trains_plain_and_weighted(method: str, encoder: str) -> None:
     epoch, firsts, trained = epoch_of(method), [], []
     for weighting in (Uniform(), UnDiMix()):
         model, optimizer = make(method, encoder)
-        loss = loss_of(model, LOSSES[method](weighting=weighting))
+        # At GraphCL's .2, MUTAG's graphs, many of them alike, weigh so much that a weighted loss falls more slowly.
+        loss = loss_of(model, LOSSES[method](0.5, weighting))
         before = {name: parameter.clone() for name, parameter in model.named_parameters()}
         untrained = mean_loss(loss, epoch)
         losses = train(loss, optimizer, epoch, range(4))

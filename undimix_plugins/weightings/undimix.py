@@ -42,7 +42,7 @@ class UnDiMix(Weighting):
     They average 1 over an anchor's negatives, so `hardness=0` is exactly the plain loss. Linear is the paper's
     interpolation, with constant weights. Geometric is ours: it multiplies where the paper adds, so that a negative must
     score on all three, and a gradient flows through A~, as one does through HCL's weights. Its mean and deviation are
-    held, the latter at no less than t: the log-sum of an anchor's negatives, of softmax P_ij, has at the similarity s_ij
+    held, the latter at no less than t: the log-sum of an anchor's negatives, of softmax P_ij, has at a similarity s_ij
     the gradient
 
         P_ij / t + h * l_A / max(deviation_i, t) * (P_ij - w_ij / n_i),

@@ -23,7 +23,19 @@ from statsmodels.stats.multitest import multipletests
 
 from benchmarks import graphs, text, vision
 from benchmarks.runs import RESULTS, UNTRAINED, Run, load, metrics_of, whole, write_whole
-from benchmarks.tiers import CONTENDERS, FLAT, HCL, PLAIN, SEEDS, TESTED_FIRST, TRIALS, TUNING_SEED, UNDIMIX, Benchmark
+from benchmarks.tiers import (
+    CONTENDERS,
+    CURVES,
+    FLAT,
+    HCL,
+    PLAIN,
+    SEEDS,
+    TESTED_FIRST,
+    TRIALS,
+    TUNING_SEED,
+    UNDIMIX,
+    Benchmark,
+)
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
@@ -51,7 +63,7 @@ STATISTICS = {
     "similarity_diversity": "r(similarity, diversity)",
     "influence_diversity": "r(influence, diversity)",
 }
-COLOURS = dict(zip(CONTENDERS, ("#777777", "#d55e00", "#0072b2"), strict=True))
+COLOURS = dict(zip(CURVES, ("#777777", "#e69f00", "#d55e00", "#0072b2"), strict=True))
 
 
 @dataclass(frozen=True)
@@ -324,9 +336,9 @@ def exploratory(results: Results) -> str:
     return markdown(["tried", *by_benchmark, "worst", "mean"], [plain, *(cells for _, cells in rows)])
 
 
-def curve(results: Results, benchmark: Benchmark, contender: str) -> list[tuple[float, float]]:
+def curve(results: Results, benchmark: Benchmark, weighting: str) -> list[tuple[float, float]]:
     """Temperatures and mean scores on validation data, of the seeds that are there for all of them; else empty."""
-    by_seed = zip(*(benchmark.flat(contender, temperature) for temperature in FLAT), strict=True)
+    by_seed = zip(*(benchmark.flat(weighting, temperature) for temperature in FLAT), strict=True)
     scores = [found for runs in by_seed if (found := results.scores(runs, benchmark.metric)) is not None]
     return list(zip(FLAT, map(float, np.mean(scores, axis=0)), strict=True)) if scores else []
 
@@ -334,8 +346,8 @@ def curve(results: Results, benchmark: Benchmark, contender: str) -> list[tuple[
 def flatness(results: Results) -> str:
     rows = []
     for benchmark in BENCHMARKS:
-        for contender in TRIALS:
-            points = curve(results, benchmark, contender)
+        for weighting in CURVES:
+            points = curve(results, benchmark, weighting)
             if not points:
                 continue
             scores = [score for _, score in points]
@@ -343,7 +355,7 @@ def flatness(results: Results) -> str:
             rows.append(
                 [
                     name_of(benchmark),
-                    CONTENDERS[contender],
+                    weighting,
                     f"{best[1]:.2f} (t = {best[0]:g})",
                     f"{np.mean(scores):.2f}",
                     f"{min(scores):.2f}",
@@ -439,15 +451,15 @@ def filled(page: str, results: Results) -> str:
 
 
 def plot_flatness(results: Results) -> plt.Figure | None:
-    shown = [b for b in BENCHMARKS if all(curve(results, b, name) for name in TRIALS)]
+    shown = [b for b in BENCHMARKS if all(curve(results, b, weighting) for weighting in CURVES)]
     if not shown:
         return None
     rows = (len(shown) + 1) // 2
     figure, axes = plt.subplots(rows, 2, figsize=(7, 2.4 * rows), layout="constrained", squeeze=False)
     for axis, benchmark in zip(axes.flat, shown, strict=False):
-        for contender in TRIALS:
-            temperatures, scores = zip(*curve(results, benchmark, contender), strict=True)
-            axis.plot(temperatures, scores, marker="o", ms=3, color=COLOURS[contender], label=CONTENDERS[contender])
+        for weighting in CURVES:
+            temperatures, scores = zip(*curve(results, benchmark, weighting), strict=True)
+            axis.plot(temperatures, scores, marker="o", ms=3, color=COLOURS[weighting], label=weighting)
         axis.set_xscale("log")
         axis.set_xticks(FLAT, [f"{temperature:g}" for temperature in FLAT])
         axis.minorticks_off()
@@ -455,9 +467,7 @@ def plot_flatness(results: Results) -> plt.Figure | None:
         axis.set_xlabel("temperature")
     for axis in list(axes.flat)[len(shown) :]:
         axis.axis("off")
-    figure.legend(
-        *axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(TRIALS), frameon=False
-    )
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     return figure
 
 
@@ -471,8 +481,8 @@ def plot_differences(results: Results) -> plt.Figure | None:
             difference = one.over(baseline)
             low, high = interval(difference, np.mean)
             label = f"UnDiMix() - {baseline}" if place == 0 else None
-            axis.plot([low, high], [place + shift] * 2, color=COLOURS[baseline], lw=2)
-            axis.plot(difference.mean(), place + shift, "o", color=COLOURS[baseline], label=label)
+            axis.plot([low, high], [place + shift] * 2, color=COLOURS[CONTENDERS[baseline]], lw=2)
+            axis.plot(difference.mean(), place + shift, "o", color=COLOURS[CONTENDERS[baseline]], label=label)
     axis.axvline(0, color="black", lw=0.8)
     labels = [f"{name_of(one.benchmark)}: {METRICS.get(one.metric, one.metric)}" for one in shown]
     axis.set_yticks(range(len(shown)), labels)

@@ -15,6 +15,7 @@ from benchmarks.runs import RESULTS, SCALES, UNTRAINED, Run, Train, load, metric
 PLAIN, HCL, UNDIMIX = "plain, tuned", "HCL, tuned", "UnDiMix()"
 HCLS = ("HCL(beta=1.0, tau_plus=0.1)", "HCL(beta=0.5, tau_plus=0.0)")  # the first is the paper's
 CONTENDERS = {PLAIN: "Uniform()", HCL: HCLS[0], UNDIMIX: "UnDiMix()"}
+CURVES = ("Uniform()", *HCLS, "UnDiMix()")
 TEMPERATURES = (0.05, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 FLAT = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 # Twelve trials each.
@@ -171,22 +172,22 @@ class Benchmark:
         runs = [run for of_one in both for run in of_one]
         return sorted(runs, key=lambda run: run.seed)
 
-    def flat(self, contender: str, temperature: float, **changes: Any) -> list[Run]:
-        """A contender's runs at a temperature, a seed each."""
-        return [self.at(CONTENDERS[contender], temperature, seed, **changes) for seed in FLATNESS_SEEDS]
+    def flat(self, weighting: str, temperature: float, **changes: Any) -> list[Run]:
+        """A weighting's runs at a temperature, a seed each."""
+        return [self.at(weighting, temperature, seed, **changes) for seed in FLATNESS_SEEDS]
 
     def flatness(self, results: Metrics) -> list[Run]:
         """The contenders over temperatures, and over batch sizes at the plain loss's best temperature."""
         if not self.explores:  # the tuning has one seed of each temperature
             return []
-        runs = [run for temperature in FLAT for contender in CONTENDERS for run in self.flat(contender, temperature)]
+        runs = [run for temperature in FLAT for weighting in CURVES for run in self.flat(weighting, temperature)]
         if self.batch_sizes:
             _, temperature = self.chosen(PLAIN, results)
             runs += [
                 run
                 for size in self.batch_sizes
-                for contender in CONTENDERS
-                for run in self.flat(contender, temperature, batch_size=size)
+                for weighting in CURVES
+                for run in self.flat(weighting, temperature, batch_size=size)
             ]
         return sorted(runs, key=lambda run: run.seed)
 

@@ -169,11 +169,14 @@ def compared(one: Measured, contender: str = UNDIMIX) -> list[str]:
     ]
 
 
+def what(one: Measured) -> list[str]:
+    """The benchmark and the metric."""
+    return [name_of(one.benchmark), METRICS.get(one.metric, one.metric) + ("" if one.counts else " (does not count)")]
+
+
 def scored(one: Measured) -> list[str]:
     """What each contender scores, and how far `UnDiMix()` is from the others."""
-    metric = METRICS.get(one.metric, one.metric) + ("" if one.counts else " (does not count)")
-    scores = [spread(one.scores[name]) for name in (UNTRAINED, *TRIALS)]
-    return [name_of(one.benchmark), metric, *scores, *compared(one)]
+    return [*what(one), *(spread(one.scores[name]) for name in (UNTRAINED, *TRIALS)), *compared(one)]
 
 
 def chosen(one: Measured) -> str:
@@ -199,8 +202,7 @@ def tested_first(results: Results) -> str:
     """What was the default when test data were first looked at."""
     rows = [
         [
-            name_of(one.benchmark),
-            METRICS.get(one.metric, one.metric),
+            *what(one),
             spread(one.scores[TESTED_FIRST]),
             *compared(one, TESTED_FIRST),
             f"{one.settings[TESTED_FIRST][1]:g}",

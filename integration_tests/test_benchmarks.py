@@ -35,6 +35,7 @@ from benchmarks.tiers import (
     PLAIN,
     SEEDS,
     TEMPERATURES,
+    TESTED_FIRST,
     TRIALS,
     UNDIMIX,
     Benchmark,
@@ -261,9 +262,12 @@ def test_every_benchmark_asks_for_what_it_reports() -> None:
 def made_up(folder: Path, benchmark: Benchmark, lifts: dict[str, float]) -> dict[str, np.ndarray]:
     """Results of a benchmark in which t = .2 is best, and contenders are better by `lifts` on test data."""
     best = {name: next(setting for setting in TRIALS[name] if setting[1] == 0.2) for name in TRIALS}
+    if TESTED_FIRST in lifts:
+        best[TESTED_FIRST] = TESTED_FIRST, 0.2
     draw, scores = np.random.default_rng(3), {}
     metrics: dict[Run, float] = {
-        run: 0.5 - abs(run.temperature - 0.2) - 0.01 * ("beta=0.5" in run.weighting) for run in benchmark.tuning({})
+        run: 0.5 - abs(run.temperature - 0.2) - 0.01 * ("beta=0.5" in run.weighting)
+        for run in (*benchmark.tuning({}), *(run for trial in benchmark.trials(TESTED_FIRST) for run in trial))
     }
     for name, setting in {UNTRAINED: (UNTRAINED, 0.0), **best}.items():
         scores[name] = lifts[name] + draw.normal(0, 0.01, len(SEEDS))
@@ -314,6 +318,17 @@ def test_a_measure_that_training_does_not_move_makes_no_claim(tmp_path: Path) ->
     results = tables.Results.read(tmp_path)
     assert tables.models(results).empty
     assert "linear probe (does not count)" in tables.confirmatory(results)
+
+
+def test_what_was_tested_first_stands_beside_the_baselines(tmp_path: Path) -> None:
+    made_up(tmp_path, graphs.BENCHMARKS[0], LIFTS)
+    assert "Not measured yet" in tables.tested_first(tables.Results.read(tmp_path))
+    scores = made_up(tmp_path, graphs.BENCHMARKS[1], {**LIFTS, TESTED_FIRST: 0.4})
+    *_, row = tables.tested_first(tables.Results.read(tmp_path)).splitlines()
+    over_plain = 100 * (scores[TESTED_FIRST] - scores[PLAIN])
+    assert row.startswith(f"| CiteSeer, GRACE | linear probe | {100 * scores[TESTED_FIRST].mean():.2f} ± ")
+    assert f" | {over_plain.mean():+.2f} (p < .001) | " in row
+    assert row.endswith(" | 0.2 |")
 
 
 def test_what_is_chosen_is_best_on_validation_data(tmp_path: Path) -> None:

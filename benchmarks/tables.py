@@ -348,7 +348,7 @@ def curve(results: Results, benchmark: Benchmark, weighting: str) -> list[tuple[
 def flatness(results: Results) -> str:
     rows = []
     for benchmark in BENCHMARKS:
-        for weighting in CURVES:
+        for weighting in (*CURVES, TESTED_FIRST):
             points = curve(results, benchmark, weighting)
             if not points:
                 continue

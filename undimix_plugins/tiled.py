@@ -569,10 +569,8 @@ class UnDiMixScores:
 
         A logit counts by itself and, `steepness` times as much, as a part of the log-weight, whose mean is taken off.
         """
-        (scores, weights), of_all = (
-            (block[: len(numerators)] for block in self.logits.scratch[:2]),
-            self.weight_total[rows],
-        )
+        scores, weights = (block[: len(numerators)] for block in self.logits.scratch[:2])
+        of_all = self.weight_total[rows]
         mean = torch.where(of_all > 0, total / of_all, 0)
         # Their difference first: beside a huge steepness, what a logit counts by itself would be rounded away.
         numerators.addcmul_(torch.addcmul(numerators, weights, mean, value=-1, out=scores), self.steepness)

@@ -108,6 +108,10 @@ class Measured:
     def over(self, baseline: str, contender: str = UNDIMIX) -> np.ndarray:
         return self.scores[contender] - self.scores[baseline]
 
+    def p(self, baseline: str, contender: str = UNDIMIX) -> str:
+        """Of a paired t-test."""
+        return of_p(ttest_rel(self.scores[contender], self.scores[baseline]).pvalue)
+
 
 def measured(results: Results, benchmarks: Sequence[Benchmark] = BENCHMARKS) -> list[Measured]:
     """What the test data say, of the benchmarks whose runs are all there."""
@@ -163,10 +167,7 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def compared(one: Measured, contender: str = UNDIMIX) -> list[str]:
     """How far a contender is from each baseline."""
-    return [
-        f"{one.over(name, contender).mean():+.2f} (p {of_p(ttest_rel(one.scores[contender], one.scores[name]).pvalue)})"
-        for name in BASELINES
-    ]
+    return [f"{one.over(name, contender).mean():+.2f} (p {one.p(name, contender)})" for name in BASELINES]
 
 
 def what(one: Measured) -> list[str]:
@@ -287,12 +288,11 @@ def effects(results: Results) -> str:
             small, large = interval(difference, effect)
             rows.append(
                 [
-                    name_of(one.benchmark),
-                    METRICS.get(one.metric, one.metric),
+                    *what(one),
                     baseline,
                     f"{difference.mean():+.2f} [{low:+.2f}, {high:+.2f}]",
                     f"{effect(difference):+.2f} [{small:+.2f}, {large:+.2f}]",
-                    of_p(ttest_rel(one.scores[UNDIMIX], one.scores[baseline]).pvalue),
+                    one.p(baseline),
                 ]
             )
     head = ["data, recipe", "score", "UnDiMix() against", "difference, points [95 %]", "effect size [95 %]", "p"]
@@ -338,18 +338,24 @@ def exploratory(results: Results) -> str:
     return markdown(["tried", *by_benchmark, "worst", "mean"], [plain, *(cells for _, cells in rows)])
 
 
-def curve(results: Results, benchmark: Benchmark, weighting: str) -> list[tuple[float, float]]:
-    """Temperatures and mean scores on validation data, of the seeds that are there for all of them; else empty."""
-    by_seed = zip(*(benchmark.flat(weighting, temperature) for temperature in FLAT), strict=True)
+def curve(results: Results, benchmark: Benchmark, by_place: dict[Any, list[Run]]) -> list[tuple[Any, float]]:
+    """Places and mean scores on validation data, of the seeds that are there for all of them; else empty."""
+    by_seed = zip(*by_place.values(), strict=True)
     scores = [found for runs in by_seed if (found := results.scores(runs, benchmark.metric)) is not None]
-    return list(zip(FLAT, map(float, np.mean(scores, axis=0)), strict=True)) if scores else []
+    return list(zip(by_place, map(float, np.mean(scores, axis=0)), strict=True)) if scores else []
+
+
+def over_temperatures(results: Results, benchmark: Benchmark, weighting: str) -> list[tuple[float, float]]:
+    """Temperatures and mean scores."""
+    runs = {temperature: benchmark.flat(weighting, temperature) for temperature in FLAT}
+    return curve(results, benchmark, runs)
 
 
 def flatness(results: Results) -> str:
     rows = []
     for benchmark in BENCHMARKS:
         for weighting in (*CURVES, TESTED_FIRST):
-            points = curve(results, benchmark, weighting)
+            points = over_temperatures(results, benchmark, weighting)
             if not points:
                 continue
             scores = [score for _, score in points]
@@ -365,6 +371,23 @@ def flatness(results: Results) -> str:
                 ]
             )
     return markdown(["data, recipe", "weighting", "best", "mean", "worst", "best - mean"], rows)
+
+
+def batch_sizes(results: Results) -> str:
+    """The contenders over batch sizes, at the plain loss's best temperature."""
+    shown = [b for b in BENCHMARKS if b.batch_sizes and b.is_tuned(results.metrics)]
+    sizes = sorted({size for benchmark in shown for size in benchmark.batch_sizes})
+    rows = []
+    for benchmark in shown:
+        for weighting in CURVES:
+            scores = dict(curve(results, benchmark, benchmark.over_batch_sizes(weighting, results.metrics)))
+            if not scores:
+                continue
+            cells = [f"{scores[size]:.2f}" if size in scores else "" for size in sizes]
+            _, temperature = benchmark.chosen(PLAIN, results.metrics)
+            average = f"{np.mean([*scores.values()]):.2f}"
+            rows.append([name_of(benchmark), weighting, f"{temperature:g}", *cells, average])
+    return markdown(["data, recipe", "weighting", "t", *map(str, sizes), "mean"], rows)
 
 
 def diagnosis(results: Results) -> str:
@@ -437,6 +460,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "differences": differences,
     "exploratory": exploratory,
     "flatness": flatness,
+    "batch_sizes": batch_sizes,
     "diagnosis": diagnosis,
     "without_false_negatives": without_false_negatives,
     "took": took,
@@ -453,14 +477,14 @@ def filled(page: str, results: Results) -> str:
 
 
 def plot_flatness(results: Results) -> plt.Figure | None:
-    shown = [b for b in BENCHMARKS if all(curve(results, b, weighting) for weighting in CURVES)]
+    shown = [b for b in BENCHMARKS if all(over_temperatures(results, b, weighting) for weighting in CURVES)]
     if not shown:
         return None
     rows = (len(shown) + 1) // 2
     figure, axes = plt.subplots(rows, 2, figsize=(7, 2.4 * rows), layout="constrained", squeeze=False)
     for axis, benchmark in zip(axes.flat, shown, strict=False):
         for weighting in CURVES:
-            temperatures, scores = zip(*curve(results, benchmark, weighting), strict=True)
+            temperatures, scores = zip(*over_temperatures(results, benchmark, weighting), strict=True)
             axis.plot(temperatures, scores, marker="o", ms=3, color=COLOURS[weighting], label=weighting)
         axis.set_xscale("log")
         axis.set_xticks(FLAT, [f"{temperature:g}" for temperature in FLAT])

@@ -176,19 +176,17 @@ class Benchmark:
         """A weighting's runs at a temperature, a seed each."""
         return [self.at(weighting, temperature, seed, **changes) for seed in FLATNESS_SEEDS]
 
+    def over_batch_sizes(self, weighting: str, results: Metrics) -> dict[int, list[Run]]:
+        """By batch size a weighting's runs at the plain loss's best temperature."""
+        _, temperature = self.chosen(PLAIN, results)
+        return {size: self.flat(weighting, temperature, batch_size=size) for size in self.batch_sizes}
+
     def flatness(self, results: Metrics) -> list[Run]:
-        """The contenders over temperatures, and over batch sizes at the plain loss's best temperature."""
+        """The contenders over temperatures and over batch sizes."""
         if not self.explores:  # the tuning has one seed of each temperature
             return []
         runs = [run for temperature in FLAT for weighting in CURVES for run in self.flat(weighting, temperature)]
-        if self.batch_sizes:
-            _, temperature = self.chosen(PLAIN, results)
-            runs += [
-                run
-                for size in self.batch_sizes
-                for weighting in CURVES
-                for run in self.flat(weighting, temperature, batch_size=size)
-            ]
+        runs += chain(*(chain(*self.over_batch_sizes(weighting, results).values()) for weighting in CURVES))
         return sorted(runs, key=lambda run: run.seed)
 
 

@@ -37,6 +37,7 @@ from benchmarks.tiers import (
     TEMPERATURES,
     TESTED_FIRST,
     TRIALS,
+    TUNING_SEED,
     UNDIMIX,
     Benchmark,
     main,
@@ -274,7 +275,8 @@ def made_up(folder: Path, benchmark: Benchmark, lifts: dict[str, float]) -> dict
         for seed in SEEDS:
             metrics[benchmark.at(*setting, seed, "test")] = float(scores[name][seed])
     for one, value in metrics.items():
-        result = {"configuration": asdict(one), "metrics": {benchmark.metric: value}, "statistics": {}, "seconds": 1.0}
+        told = dict.fromkeys((benchmark.metric, *benchmark.further), value)
+        result = {"configuration": asdict(one), "metrics": told, "statistics": {}, "seconds": 1.0}
         write_whole(one.path(folder), json.dumps(result))
     return scores
 
@@ -329,6 +331,32 @@ def test_what_was_tested_first_stands_beside_the_baselines(tmp_path: Path) -> No
     assert row.startswith(f"| CiteSeer, GRACE | linear probe | {100 * scores[TESTED_FIRST].mean():.2f} ± ")
     assert f" | {over_plain.mean():+.2f} (p < .001) | " in row
     assert row.endswith(" | 0.2 |")
+
+
+def test_whole_graphs_stand_beside_what_their_authors_report(tmp_path: Path) -> None:
+    assert "Not measured yet" in tables.published(tables.Results.read(tmp_path))
+    proteins = next(benchmark for benchmark in graphs.BENCHMARKS if benchmark.base.data == "PROTEINS")
+    scores = made_up(tmp_path, proteins, {UNTRAINED: 0.72, PLAIN: 0.73, HCL: 0.74, UNDIMIX: 0.75})
+    *_, row = tables.published(tables.Results.read(tmp_path)).splitlines()
+    shown = [f"{100 * one.mean():.2f} ± {100 * one.std(ddof=1):.2f}" for one in scores.values()]
+    assert row == f"| PROTEINS | {' | '.join(shown)} | {graphs.PUBLISHED['PROTEINS']} |"
+
+
+def test_batch_sizes_are_of_the_seeds_that_have_all(tmp_path: Path) -> None:
+    banking77 = text.BENCHMARKS[0]
+    made_up(tmp_path, banking77, LIFTS)
+    assert "Not measured yet" in tables.batch_sizes(tables.Results.read(tmp_path))
+    asked = banking77.over_batch_sizes("UnDiMix()", metrics_of(load(tmp_path)))
+    assert {run.temperature for runs in asked.values() for run in runs} == {0.2}
+    for place, (size, runs) in enumerate(asked.items()):
+        for run in runs[: 1 if size == 256 else None]:
+            assert run.batch_size == size
+            metrics = {banking77.metric: 0.8 + 0.01 * place + 0.1 * (run.seed != TUNING_SEED)}
+            result = {"configuration": asdict(run), "metrics": metrics, "statistics": {}, "seconds": 1.0}
+            write_whole(run.path(tmp_path), json.dumps(result))
+    head, _, row = tables.batch_sizes(tables.Results.read(tmp_path)).splitlines()
+    assert head == "| data, recipe | weighting | t | 32 | 64 | 128 | 256 | mean |"
+    assert row == "| banking77, Static | UnDiMix() | 0.2 | 80.00 | 81.00 | 82.00 | 83.00 | 81.50 |"
 
 
 def test_what_is_chosen_is_best_on_validation_data(tmp_path: Path) -> None:

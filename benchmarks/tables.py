@@ -190,8 +190,8 @@ def chosen(one: Measured) -> str:
 
 
 def verdict(results: Results) -> str:
-    """Test data in short."""
-    return markdown(SCORED, map(scored, measured(results)))
+    """Test data in short: the scores that count."""
+    return markdown(SCORED, (scored(one) for one in measured(results) if one.counts))
 
 
 def confirmatory(results: Results) -> str:
@@ -352,25 +352,17 @@ def over_temperatures(results: Results, benchmark: Benchmark, weighting: str) ->
 
 
 def flatness(results: Results) -> str:
+    """Over temperatures the mean score, and the worst and best in brackets."""
+    shown = (*CURVES, TESTED_FIRST)
     rows = []
     for benchmark in BENCHMARKS:
-        for weighting in (*CURVES, TESTED_FIRST):
-            points = over_temperatures(results, benchmark, weighting)
-            if not points:
-                continue
-            scores = [score for _, score in points]
-            best = max(points, key=lambda point: point[1])
-            rows.append(
-                [
-                    name_of(benchmark),
-                    weighting,
-                    f"{best[1]:.2f} (t = {best[0]:g})",
-                    f"{np.mean(scores):.2f}",
-                    f"{min(scores):.2f}",
-                    f"{best[1] - np.mean(scores):.2f}",
-                ]
-            )
-    return markdown(["data, recipe", "weighting", "best", "mean", "worst", "best - mean"], rows)
+        curves = ([score for _, score in over_temperatures(results, benchmark, weighting)] for weighting in shown)
+        cells = [
+            f"{np.mean(scores):.2f} ({min(scores):.2f} to {max(scores):.2f})" if scores else "" for scores in curves
+        ]
+        if any(cells):
+            rows.append([name_of(benchmark), *cells])
+    return markdown(["data, recipe", *(f"`{weighting}`" for weighting in shown)], rows)
 
 
 def batch_sizes(results: Results) -> str:

@@ -12,8 +12,8 @@ how often the 5 nearest graphs tell the class of one that is left out.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain, repeat
@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, LeaveOneOut, cross_val_score, train_test_split
 from sklearn.neighbors import KNeighborsClassifier
@@ -34,7 +35,7 @@ from torch_geometric.loader import DataLoader
 from torch_geometric.nn import GCN, GIN
 from torch_geometric.transforms import NormalizeFeatures, OneHotDegree
 
-from benchmarks.runs import Run, quarters
+from benchmarks.runs import Run, quarters, whole
 from benchmarks.tiers import Benchmark, main
 from undimix_plugins import hardness_share, negative_statistics, watch
 from undimix_pyg import GRACE, GRACELoss, GraphCL, GraphCLLoss, evaluate_embedding
@@ -68,23 +69,33 @@ SMALL = {
 }
 
 
-def raw_files(kind: str, data: str, data_dir: Path | None) -> Path:
-    """The root for PyG's data set, which writes beside the raw files: those of `data_dir` are copied."""
+@contextmanager
+def root_of(kind: str, data: str, data_dir: Path | None) -> Iterator[str]:
+    """The root for PyG's data set, which writes beside the raw files: those of `data_dir` are copied.
+
+    One training at a time: PyG takes what another is still writing for complete.
+    """
     root = DATASETS / kind
-    given = None if data_dir is None else data_dir / kind / data / "raw"
-    if given is not None and given.is_dir() and not (root / data / "raw").is_dir():
-        shutil.copytree(given, root / data / "raw")
-    return root
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / f"{data}.lock"):
+        raw = root / data / "raw"
+        given = None if data_dir is None else data_dir / kind / data / "raw"
+        if given is not None and given.is_dir() and not raw.is_dir():
+            with whole(raw) as part:
+                shutil.copytree(given, part, dirs_exist_ok=True)
+        yield str(root)
 
 
 @cache
 def nodes(data: str, data_dir: Path | None) -> Data:
-    return Planetoid(str(raw_files("Planetoid", data, data_dir)), data, transform=NormalizeFeatures())[0]
+    with root_of("Planetoid", data, data_dir) as root:
+        return Planetoid(root, data, transform=NormalizeFeatures())[0]
 
 
 @cache
 def graphs(data: str, data_dir: Path | None) -> TUDataset:
-    dataset = TUDataset(str(raw_files("TUDataset", data, data_dir)), data, use_node_attr=True)
+    with root_of("TUDataset", data, data_dir) as root:
+        dataset = TUDataset(root, data, use_node_attr=True)
     if not dataset.num_features:  # social networks: the degree, as in the literature
         degrees = [int(torch.bincount(graph.edge_index[0], minlength=1).max()) for graph in dataset]
         dataset.transform = OneHotDegree(max(degrees))

@@ -28,6 +28,7 @@ from benchmarks.tiers import (
     CURVES,
     FLAT,
     HCL,
+    OVER_TEMPERATURES,
     PLAIN,
     SEEDS,
     TESTED_FIRST,
@@ -353,16 +354,17 @@ def over_temperatures(results: Results, benchmark: Benchmark, weighting: str) ->
 
 def flatness(results: Results) -> str:
     """Over temperatures the mean score, and the worst and best in brackets."""
-    shown = (*CURVES, TESTED_FIRST)
     rows = []
     for benchmark in BENCHMARKS:
-        curves = ([score for _, score in over_temperatures(results, benchmark, weighting)] for weighting in shown)
+        curves = (
+            [score for _, score in over_temperatures(results, benchmark, weighting)] for weighting in OVER_TEMPERATURES
+        )
         cells = [
             f"{np.mean(scores):.2f} ({min(scores):.2f} to {max(scores):.2f})" if scores else "" for scores in curves
         ]
         if any(cells):
             rows.append([name_of(benchmark), *cells])
-    return markdown(["data, recipe", *(f"`{weighting}`" for weighting in shown)], rows)
+    return markdown(["data, recipe", *(f"`{weighting}`" for weighting in OVER_TEMPERATURES)], rows)
 
 
 def batch_sizes(results: Results) -> str:

@@ -15,7 +15,6 @@ from benchmarks.runs import RESULTS, SCALES, UNTRAINED, Run, Train, load, metric
 PLAIN, HCL, UNDIMIX = "plain, tuned", "HCL, tuned", "UnDiMix()"
 HCLS = ("HCL(beta=1.0, tau_plus=0.1)", "HCL(beta=0.5, tau_plus=0.0)")  # the first is the paper's
 CONTENDERS = {PLAIN: "Uniform()", HCL: HCLS[0], UNDIMIX: "UnDiMix()"}
-CURVES = ("Uniform()", *HCLS, "UnDiMix()")
 TEMPERATURES = (0.05, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 FLAT = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 # Twelve trials each.
@@ -26,6 +25,8 @@ TRIALS = {
 }
 # What was the default when test data were first looked at: its trials and its test are results, and not made anew.
 TESTED_FIRST = "UnDiMix(0.5, 0.5, 0.5, detached=True)"
+CURVES = ("Uniform()", *HCLS, "UnDiMix()")
+OVER_TEMPERATURES = (*CURVES, TESTED_FIRST)
 SEEDS = range(12)
 TUNING_SEED = 100
 FLATNESS_SEEDS = (100, 101)
@@ -185,7 +186,9 @@ class Benchmark:
         """The contenders over temperatures and over batch sizes."""
         if not self.explores:  # the tuning has one seed of each temperature
             return []
-        runs = [run for temperature in FLAT for weighting in CURVES for run in self.flat(weighting, temperature)]
+        runs = [
+            run for weighting in OVER_TEMPERATURES for temperature in FLAT for run in self.flat(weighting, temperature)
+        ]
         runs += chain(*(chain(*self.over_batch_sizes(weighting, results).values()) for weighting in CURVES))
         return sorted(runs, key=lambda run: run.seed)
 

@@ -9,12 +9,15 @@ import operator
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.sparse
+import torch
 from PIL import Image
 from scipy import stats
 
@@ -212,6 +216,24 @@ def test_goes_on_after_a_kill(data_dir: Path, tmp_path: Path) -> None:
     assert set(after) == set(grace.tuning(after))
     # On a graph whose links and words tell the class, an encoder is better than chance, which is 1 in 7.
     assert all(metrics["accuracy"] > 0.3 for metrics in after.values())
+
+
+def test_trainings_that_start_at_once_share_a_data_set(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None takes for complete what another is still copying or processing."""
+    monkeypatch.chdir(tmp_path)
+
+    def slowly(source: str, target: str) -> str:
+        time.sleep(0.05)
+        return str(shutil.copy2(source, target))
+
+    monkeypatch.setattr(shutil, "copytree", partial(shutil.copytree, copy_function=slowly))
+    load_nodes = graphs.nodes.__wrapped__  # without the cache, as in processes of their own
+    with ThreadPoolExecutor(8) as pool:
+        read = list(pool.map(lambda _: load_nodes("Cora", data_dir), range(8)))
+    assert all(torch.equal(one.x, read[0].x) for one in read)
+    assert {path.name for path in (tmp_path / "datasets" / "Planetoid" / "Cora").iterdir()} == {"raw", "processed"}
 
 
 def test_a_run_that_fails_is_told_and_leaves_no_result(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

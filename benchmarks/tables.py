@@ -346,19 +346,14 @@ def curve(results: Results, benchmark: Benchmark, by_place: dict[Any, list[Run]]
     return list(zip(by_place, map(float, np.mean(scores, axis=0)), strict=True)) if scores else []
 
 
-def over_temperatures(results: Results, benchmark: Benchmark, weighting: str) -> list[tuple[float, float]]:
-    """Temperatures and mean scores."""
-    runs = {temperature: benchmark.flat(weighting, temperature) for temperature in FLAT}
-    return curve(results, benchmark, runs)
-
-
 def flatness(results: Results) -> str:
     """Over temperatures the mean score, and the worst and best in brackets."""
     rows = []
     for benchmark in BENCHMARKS:
-        curves = (
-            [score for _, score in over_temperatures(results, benchmark, weighting)] for weighting in OVER_TEMPERATURES
-        )
+        curves = [
+            [score for _, score in curve(results, benchmark, benchmark.over_temperatures(weighting))]
+            for weighting in OVER_TEMPERATURES
+        ]
         cells = [
             f"{np.mean(scores):.2f} ({min(scores):.2f} to {max(scores):.2f})" if scores else "" for scores in curves
         ]
@@ -373,12 +368,12 @@ def batch_sizes(results: Results) -> str:
     sizes = sorted({size for benchmark in shown for size in benchmark.batch_sizes})
     rows = []
     for benchmark in shown:
+        _, temperature = benchmark.chosen(PLAIN, results.metrics)
         for weighting in CURVES:
             scores = dict(curve(results, benchmark, benchmark.over_batch_sizes(weighting, results.metrics)))
             if not scores:
                 continue
             cells = [f"{scores[size]:.2f}" if size in scores else "" for size in sizes]
-            _, temperature = benchmark.chosen(PLAIN, results.metrics)
             average = f"{np.mean([*scores.values()]):.2f}"
             rows.append([name_of(benchmark), weighting, f"{temperature:g}", *cells, average])
     return markdown(["data, recipe", "weighting", "t", *map(str, sizes), "mean"], rows)
@@ -471,14 +466,14 @@ def filled(page: str, results: Results) -> str:
 
 
 def plot_flatness(results: Results) -> plt.Figure | None:
-    shown = [b for b in BENCHMARKS if all(over_temperatures(results, b, weighting) for weighting in CURVES)]
+    shown = [b for b in BENCHMARKS if all(curve(results, b, b.over_temperatures(weighting)) for weighting in CURVES)]
     if not shown:
         return None
     rows = (len(shown) + 1) // 2
     figure, axes = plt.subplots(rows, 2, figsize=(7, 2.4 * rows), layout="constrained", squeeze=False)
     for axis, benchmark in zip(axes.flat, shown, strict=False):
         for weighting in CURVES:
-            temperatures, scores = zip(*over_temperatures(results, benchmark, weighting), strict=True)
+            temperatures, scores = zip(*curve(results, benchmark, benchmark.over_temperatures(weighting)), strict=True)
             axis.plot(temperatures, scores, marker="o", ms=3, color=COLOURS[weighting], label=weighting)
         axis.set_xscale("log")
         axis.set_xticks(FLAT, [f"{temperature:g}" for temperature in FLAT])

@@ -177,8 +177,14 @@ class Benchmark:
         """A weighting's runs at a temperature, a seed each."""
         return [self.at(weighting, temperature, seed, **changes) for seed in FLATNESS_SEEDS]
 
+    def over_temperatures(self, weighting: str) -> dict[float, list[Run]]:
+        """By temperature a weighting's runs."""
+        return {temperature: self.flat(weighting, temperature) for temperature in FLAT}
+
     def over_batch_sizes(self, weighting: str, results: Metrics) -> dict[int, list[Run]]:
         """By batch size a weighting's runs at the plain loss's best temperature."""
+        if not self.batch_sizes:  # nor is a temperature needed, which trials would have to choose
+            return {}
         _, temperature = self.chosen(PLAIN, results)
         return {size: self.flat(weighting, temperature, batch_size=size) for size in self.batch_sizes}
 
@@ -186,10 +192,9 @@ class Benchmark:
         """The contenders over temperatures and over batch sizes."""
         if not self.explores:  # the tuning has one seed of each temperature
             return []
-        runs = [
-            run for weighting in OVER_TEMPERATURES for temperature in FLAT for run in self.flat(weighting, temperature)
-        ]
-        runs += chain(*(chain(*self.over_batch_sizes(weighting, results).values()) for weighting in CURVES))
+        asked = [self.over_temperatures(weighting) for weighting in OVER_TEMPERATURES]
+        asked += [self.over_batch_sizes(weighting, results) for weighting in CURVES]
+        runs = chain(*chain(*(by_place.values() for by_place in asked)))
         return sorted(runs, key=lambda run: run.seed)
 
 

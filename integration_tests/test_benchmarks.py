@@ -272,6 +272,8 @@ def test_every_benchmark_asks_for_what_it_reports() -> None:
         assert {run.split for run in tuned} == {"validation"}
         assert {run.split for run in benchmark.test(tuned)} == {"test"}
         assert len(set(benchmark.test(tuned))) == 4 * len(SEEDS)
+        if not benchmark.batch_sizes:  # then nothing has to be chosen first
+            assert benchmark.flatness({}) == benchmark.flatness(tuned)
         for runs in (benchmark.exploratory(tuned), benchmark.flatness(tuned)):
             assert {run.split for run in runs} <= {"validation"}
         assert sum(run.class_known for run in benchmark.exploratory(tuned)) in (0, 3 * len(EXPLORING_SEEDS))

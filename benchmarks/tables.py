@@ -183,11 +183,13 @@ def scored(one: Measured) -> list[str]:
 
 def chosen(one: Measured) -> str:
     """The contenders' settings: a temperature, with the weighting where it is not the first tried."""
-    settings = {name: one.settings[name] for name in CONTENDERS}
-    return "; ".join(
-        f"{temperature:g}" if weighting == CONTENDERS[name] else f"`{weighting}` at {temperature:g}"
-        for name, (weighting, temperature) in settings.items()
-    )
+    told = []
+    for name, first in CONTENDERS.items():
+        weighting, temperature = one.settings[name]
+        tried = [runs[0].temperature for runs in one.benchmark.trials(name)]
+        end = " (end)" if temperature in (min(tried), max(tried)) else ""
+        told.append(f"{temperature:g}{end}" if weighting == first else f"`{weighting}` at {temperature:g}{end}")
+    return "; ".join(told)
 
 
 def verdict(results: Results) -> str:
@@ -205,6 +207,7 @@ def tested_first(results: Results) -> str:
     rows = [
         [
             *what(one),
+            spread(one.scores[UNTRAINED]),
             spread(one.scores[TESTED_FIRST]),
             *compared(one, TESTED_FIRST),
             f"{one.settings[TESTED_FIRST][1]:g}",
@@ -212,7 +215,8 @@ def tested_first(results: Results) -> str:
         for one in measured(results)
         if TESTED_FIRST in one.scores
     ]
-    head = ["data, recipe", "score, %", "tested first", *(f"it - {name}" for name in BASELINES), "temperature"]
+    differences = (f"it - {name}" for name in BASELINES)
+    head = ["data, recipe", "score, %", UNTRAINED, "tested first", *differences, "temperature"]
     return markdown(head, rows)
 
 
@@ -227,29 +231,29 @@ def published(results: Results) -> str:
 
 
 def models(results: Results) -> pd.DataFrame:
-    """A row for each modality and baseline: the mean difference over data sets, its p, and Holm's over all of these.
+    """A row for each modality and baseline: the mean difference over benchmarks, its p, and Holm's over all of these.
 
-    The model is difference ~ 1 + data set, the data sets' effects summing to 0, on the metric that decides in each
-    benchmark, where it counts; the intercept is tested.
+    The model is difference ~ 1 + benchmark, the benchmarks' effects summing to 0, on the metric that decides in each,
+    where it counts; the intercept is tested.
     """
     rows = []
     for modality in ("vision", "text", "graph"):
         for baseline in BASELINES:
             parts = [
-                pd.DataFrame({"difference": one.over(baseline), "data": name_of(one.benchmark)})
+                pd.DataFrame({"difference": one.over(baseline), "benchmark": name_of(one.benchmark)})
                 for one in measured(results)
                 if one.benchmark.base.modality == modality and one.metric == one.benchmark.metric and one.counts
             ]
             if not parts:
                 continue
             table = pd.concat(parts)
-            fit = ols("difference ~ 1" + (" + C(data, Sum)" if len(parts) > 1 else ""), data=table).fit()
+            fit = ols("difference ~ 1" + (" + C(benchmark, Sum)" if len(parts) > 1 else ""), data=table).fit()
             low, high = fit.conf_int().loc["Intercept"]
             size = fit.params["Intercept"] / np.sqrt(fit.scale)
             rows.append(
                 [modality, baseline, len(parts), fit.params["Intercept"], low, high, size, fit.pvalues["Intercept"]]
             )
-    columns = ["modality", "baseline", "data sets", "difference", "low", "high", "effect", "p"]
+    columns = ["modality", "baseline", "benchmarks", "difference", "low", "high", "effect", "p"]
     table = pd.DataFrame(rows, columns=columns)
     # Of six comparisons, those that are not there yet count as lost.
     p = [*table["p"], *[1.0] * (3 * len(BASELINES) - len(table))]
@@ -260,7 +264,7 @@ def models(results: Results) -> pd.DataFrame:
 def claims(results: Results) -> str:
     rows = [
         [
-            f"{row.modality} ({row['data sets']})",
+            f"{row.modality} ({row.benchmarks})",
             row.baseline,
             f"{row.difference:+.2f} [{row.low:+.2f}, {row.high:+.2f}]",
             f"{row.effect:+.2f}",
@@ -270,7 +274,7 @@ def claims(results: Results) -> str:
         for _, row in models(results).iterrows()
     ]
     head = [
-        "modality (data sets)",
+        "modality (benchmarks)",
         "UnDiMix() against",
         "difference, points [95 %]",
         "effect size",
@@ -300,18 +304,17 @@ def effects(results: Results) -> str:
     return markdown(head, rows)
 
 
-def explored(results: Results, benchmark: Benchmark) -> dict[str, np.ndarray]:
-    """By what was tried its scores on validation data, of the seeds that are there."""
+def explored(results: Results, benchmark: Benchmark) -> dict[str, dict[int, float]]:
+    """By what was tried its scores on validation data, by seed."""
     try:
         runs = benchmark.explored(results.metrics) if benchmark.explores else {}
     except ValueError:
         return {}
-    found = {}
-    for name, of_one in runs.items():
-        scores = results.scores([run for run in of_one if run in results.metrics], benchmark.metric)
-        if scores is not None and len(scores):
-            found[name] = scores
-    return found
+    found = {
+        name: {run.seed: 100 * results.metrics[run][benchmark.metric] for run in of_one if run in results.metrics}
+        for name, of_one in {UNTRAINED: [benchmark.untrained], **runs}.items()
+    }
+    return {name: scores for name, scores in found.items() if scores}
 
 
 def exploratory(results: Results) -> str:
@@ -322,44 +325,54 @@ def exploratory(results: Results) -> str:
     for tried in dict.fromkeys(name for scores in by_benchmark.values() for name in scores if name != PLAIN):
         cells, differences = [], []
         for scores in by_benchmark.values():
-            if tried not in scores:
+            if scores.get(tried, {}).keys().isdisjoint(scores[PLAIN]):
                 cells.append("")
                 continue
-            seeds = min(len(scores[tried]), len(scores[PLAIN]))
-            differences.append((scores[tried][:seeds] - scores[PLAIN][:seeds]).mean())
-            cells.append(f"{differences[-1]:+.2f} ({seeds})")
+            seeds = scores[tried].keys() & scores[PLAIN].keys()
+            differences.append(np.mean([scores[tried][seed] - scores[PLAIN][seed] for seed in seeds]))
+            cells.append(f"{differences[-1]:+.2f} ({len(seeds)})")
         everywhere = len(differences) == len(by_benchmark)
         worst, mean = (f"{of(differences):+.2f}" if everywhere else "" for of in (min, np.mean))
-        name = tried if tried.startswith("plain") else f"`{tried}`"
-        rows.append((np.mean(differences), [name, *cells, worst, mean]))
-    rows.sort(key=lambda row: -row[0])
+        name = tried if tried in ("plain", UNTRAINED) else f"`{tried}`"
+        if differences:
+            rows.append((tried != UNTRAINED, -np.mean(differences), [name, *cells, worst, mean]))
     if not rows:
         return markdown([], [])
-    plain = ["plain, tuned: its score", *(f"{scores[PLAIN].mean():.2f}" for scores in by_benchmark.values()), "", ""]
-    return markdown(["tried", *by_benchmark, "worst", "mean"], [plain, *(cells for _, cells in rows)])
+    plain = [f"{np.mean([*scores[PLAIN].values()]):.2f}" for scores in by_benchmark.values()]
+    head = ["tried", *by_benchmark, "worst", "mean"]
+    return markdown(head, [[f"{PLAIN}: its score", *plain, "", ""], *(cells for *_, cells in sorted(rows))])
+
+
+def by_seed(results: Results, benchmark: Benchmark, by_place: dict[Any, list[Run]]) -> list[np.ndarray]:
+    """Scores on validation data at each place, of each seed that is there for all places."""
+    seeds = zip(*by_place.values(), strict=True)
+    return [found for runs in seeds if (found := results.scores(runs, benchmark.metric)) is not None]
 
 
 def curve(results: Results, benchmark: Benchmark, by_place: dict[Any, list[Run]]) -> list[tuple[Any, float]]:
-    """Places and mean scores on validation data, of the seeds that are there for all of them; else empty."""
-    by_seed = zip(*by_place.values(), strict=True)
-    scores = [found for runs in by_seed if (found := results.scores(runs, benchmark.metric)) is not None]
+    """Places and the mean scores of these seeds; empty where there is none."""
+    scores = by_seed(results, benchmark, by_place)
     return list(zip(by_place, map(float, np.mean(scores, axis=0)), strict=True)) if scores else []
+
+
+def untrained(results: Results, benchmark: Benchmark) -> str:
+    """What the encoder scores on validation data as it begins, where it was asked."""
+    scores = results.scores([benchmark.untrained], benchmark.metric)
+    return "" if scores is None else f"{scores.mean():.2f}"
 
 
 def flatness(results: Results) -> str:
     """Over temperatures the mean score, and the worst and best in brackets."""
     rows = []
     for benchmark in BENCHMARKS:
-        curves = [
-            [score for _, score in curve(results, benchmark, benchmark.over_temperatures(weighting))]
-            for weighting in OVER_TEMPERATURES
-        ]
-        cells = [
-            f"{np.mean(scores):.2f} ({min(scores):.2f} to {max(scores):.2f})" if scores else "" for scores in curves
-        ]
+        scores = [by_seed(results, benchmark, benchmark.over_temperatures(each)) for each in OVER_TEMPERATURES]
+        curves = [np.mean(of_one, axis=0) if of_one else np.array([]) for of_one in scores]
+        cells = [f"{of.mean():.2f} ({of.min():.2f} to {of.max():.2f})" if of.size else "" for of in curves]
         if any(cells):
-            rows.append([name_of(benchmark), *cells])
-    return markdown(["data, recipe", *(f"`{weighting}`" for weighting in OVER_TEMPERATURES)], rows)
+            seeds = "/".join(map(str, sorted({len(of_one) for of_one in scores if of_one})))
+            rows.append([name_of(benchmark), seeds, untrained(results, benchmark), *cells])
+    head = ["data, recipe", "seeds", UNTRAINED, *(f"`{weighting}`" for weighting in OVER_TEMPERATURES)]
+    return markdown(head, rows)
 
 
 def batch_sizes(results: Results) -> str:
@@ -375,8 +388,9 @@ def batch_sizes(results: Results) -> str:
                 continue
             cells = [f"{scores[size]:.2f}" if size in scores else "" for size in sizes]
             average = f"{np.mean([*scores.values()]):.2f}"
-            rows.append([name_of(benchmark), weighting, f"{temperature:g}", *cells, average])
-    return markdown(["data, recipe", "weighting", "t", *map(str, sizes), "mean"], rows)
+            began = untrained(results, benchmark)
+            rows.append([name_of(benchmark), f"`{weighting}`", f"{temperature:g}", began, *cells, average])
+    return markdown(["data, recipe", "weighting", "t", UNTRAINED, *map(str, sizes), "mean"], rows)
 
 
 def diagnosis(results: Results) -> str:
@@ -398,7 +412,7 @@ def diagnosis(results: Results) -> str:
             cells = [
                 " → ".join(f"{part[name]:.3f}" for part in both) if name in both[0] else "-" for name in STATISTICS
             ]
-            rows.append([name_of(benchmark), run.weighting, f"{run.temperature:g}", *cells])
+            rows.append([name_of(benchmark), f"`{run.weighting}`", f"{run.temperature:g}", *cells])
     return markdown(["data, recipe", "weighting", "t", *STATISTICS.values()], rows)
 
 
@@ -414,7 +428,7 @@ def without_false_negatives(results: Results) -> str:
                 continue
             one, other = (results.scores(runs, benchmark.metric) for runs in zip(*there, strict=True))
             run, scores = pair[0][0], [f"{one.mean():.2f}", f"{other.mean():.2f}", f"{(other - one).mean():+.2f}"]
-            rows.append([name_of(benchmark), run.weighting, f"{run.temperature:g}", *scores, str(len(there))])
+            rows.append([name_of(benchmark), f"`{run.weighting}`", f"{run.temperature:g}", *scores, str(len(there))])
     return markdown(["data, recipe", "weighting", "t", "as it is", "none of the class", "difference", "seeds"], rows)
 
 
@@ -424,12 +438,13 @@ def took(results: Results) -> str:
         [
             [run.modality, f"{run.data}, {run.recipe}", run.split, result["seconds"] / 3600]
             for run, result in results.found.items()
+            if run.scale == "small"
         ],
         columns=["modality", "data", "split", "hours"],
     )
     groups = table.groupby(["modality", "data", "split"])["hours"].agg(["size", "sum"]).reset_index()
     rows = [[*row[:3], str(row[3]), f"{row[4]:.1f}"] for row in groups.itertuples(index=False, name=None)]
-    return markdown(["modality", "data, recipe", "split", "trainings", "hours of one core"], rows)
+    return markdown(["modality", "data, recipe", "split", "trainings", "hours of training"], rows)
 
 
 def differences(results: Results) -> str:

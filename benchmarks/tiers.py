@@ -32,6 +32,7 @@ TUNING_SEED = 100
 FLATNESS_SEEDS = (100, 101)
 EXPLORING_SEEDS = (100, 101, 102)
 TIERS = ("tuning", "test", "exploratory", "flatness")
+OTHERS = Path("results")  # that no table is made from
 
 EXPLORED = [
     "UnDiMix()",
@@ -227,7 +228,11 @@ def main(description: str, train: Train, benchmarks: list[Benchmark]) -> None:
     parser.add_argument("--recipe", help="only this one: " + ", ".join(sorted({run.recipe for run in base})))
     parser.add_argument("--data", help="only this one: " + ", ".join(sorted({run.data for run in base})))
     parser.add_argument("--data-dir", type=Path, help="where data sets are; they are downloaded where it lacks them")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where results are and go")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        help=f"where results are and go; else benchmarks/results, for --weighting and other scales ./{OTHERS}",
+    )
     parser.add_argument("--jobs", type=int, default=1, help="how many trainings at once")
     parser.add_argument(
         "--scale", choices=SCALES, default="small", help="full: the papers' settings; tiny: to see it work"
@@ -246,7 +251,8 @@ def main(description: str, train: Train, benchmarks: list[Benchmark]) -> None:
     ]
     if not wanted:
         parser.error(f"expected a recipe and data set that go together, got {options.recipe} and {options.data}")
-    failed = []
+    reported = not options.weighting and options.scale == "small"
+    folder, failed = options.results or (RESULTS if reported else OTHERS), list[Run]()
     if options.weighting:
         runs = [
             benchmark.at(options.weighting, options.temperature or benchmark.base.temperature, options.seed)
@@ -256,17 +262,17 @@ def main(description: str, train: Train, benchmarks: list[Benchmark]) -> None:
             runs[0].loss_weighting()
         except Exception as error:  # an expression can raise anything
             parser.error(f"--weighting: {error}")
-        failed += sweep(train, runs, options.data_dir, folder=options.results, jobs=options.jobs)
+        failed += sweep(train, runs, options.data_dir, folder=folder, jobs=options.jobs)
         for run in runs:
             if run not in failed:
-                metrics = result_of(train, run, options.data_dir, options.results)["metrics"]
+                metrics = result_of(train, run, options.data_dir, folder)["metrics"]
                 print(run.data, run.recipe, *(f"{name} {value:.4f}" for name, value in metrics.items()), sep="  ")
     else:
         for tier in options.tiers or TIERS:
-            results = metrics_of(load(options.results))
+            results = metrics_of(load(folder))
             runs = [run for benchmark in wanted for run in getattr(benchmark, tier)(results)]
-            there = sum(run.path(options.results).exists() for run in runs)
+            there = sum(run.path(folder).exists() for run in runs)
             print(f"{tier}: {len(runs)} runs, {there} of them there already", flush=True)
-            failed += sweep(train, runs, options.data_dir, folder=options.results, jobs=options.jobs)
+            failed += sweep(train, runs, options.data_dir, folder=folder, jobs=options.jobs)
     if failed:
         sys.exit(f"{len(failed)} runs failed")

@@ -36,6 +36,7 @@ from benchmarks.tiers import (
     EXPLORING_SEEDS,
     FLAT,
     HCL,
+    HCLS,
     PLAIN,
     SEEDS,
     TEMPERATURES,
@@ -114,6 +115,25 @@ def citations(folder: Path) -> None:
     (raw / "ind.cora.test.index").write_text("\n".join(map(str, range(800, 900))))
 
 
+def proteins(folder: Path) -> None:
+    """Rings of five nodes in TUDataset's raw form: attributes tell the class, more or less."""
+    draw, count = np.random.default_rng(0), 60
+    places = [(5 * ring, node, step) for ring in range(count) for node in range(5) for step in (1, 4)]
+    edges = [(first + node, first + (node + step) % 5) for first, node, step in places]
+    attributes = draw.normal(size=(5 * count, 3)) + np.repeat(np.arange(count) % 2, 5)[:, None]
+    parts = {
+        "A": [f"{one + 1}, {other + 1}" for one, other in edges],
+        "graph_indicator": [node // 5 + 1 for node in range(5 * count)],
+        "graph_labels": [ring % 2 + 1 for ring in range(count)],
+        "node_labels": [node % 3 + 1 for node in range(5 * count)],
+        "node_attributes": [", ".join(f"{value:.4f}" for value in row) for row in attributes],
+    }
+    raw = folder / "ENZYMES" / "raw"
+    raw.mkdir(parents=True)
+    for name, rows in parts.items():
+        (raw / f"ENZYMES_{name}.txt").write_text("\n".join(map(str, rows)) + "\n")
+
+
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
@@ -122,6 +142,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     images(folder / "cifar10" / "cifar10_test_jpeg.npz", 512)
     texts(folder / "text")
     citations(folder / "Planetoid")
+    proteins(folder / "TUDataset")
     return folder
 
 
@@ -176,6 +197,10 @@ def test_trains_one_weighting(module: str, recipes: set[tuple[str, str]], data_d
             assert f"{value:.4f}" in said
 
 
+def base_of(module: Any, data: str, recipe: str) -> Run:
+    return next(each.base for each in module.BENCHMARKS if (each.base.data, each.base.recipe) == (data, recipe))
+
+
 @pytest.mark.parametrize(
     ("module", "data", "recipe"),
     [
@@ -184,16 +209,82 @@ def test_trains_one_weighting(module: str, recipes: set[tuple[str, str]], data_d
         (text, "all-nli", "Static"),
         (text, "all-nli", "MiniLM"),
         (text, "wiki", "SimCSE"),
+        (graphs, "ENZYMES", "GraphCL"),
     ],
 )
 def test_what_was_trained_is_evaluated(
     module: Any, data: str, recipe: str, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (one,) = (each.base for each in module.BENCHMARKS if (each.base.data, each.base.recipe) == (data, recipe))
-    one = replace(one, scale="tiny", batch_size=16)
+    one = replace(base_of(module, data, recipe), scale="tiny", batch_size=16)
     untrained, trained = (module.train(replace(one, weighting=name), data_dir) for name in (UNTRAINED, "Uniform()"))
     assert trained["metrics"] != untrained["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("module", "data", "recipe"),
+    [
+        (vision, "CIFAR-10", "SimCLR"),
+        (text, "banking77", "Static"),
+        (text, "wiki", "SimCSE"),
+        (graphs, "Cora", "GRACE"),
+        (graphs, "ENZYMES", "GraphCL"),
+    ],
+)
+def test_every_setting_of_a_run_matters_and_a_seed_is_one_training(
+    module: Any, data: str, recipe: str, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "STEPS_BETWEEN_STATISTICS", 1, raising=False)
+    base = base_of(module, data, recipe)
+    one = replace(base, scale="tiny", temperature=0.3, batch_size=min(base.batch_size, 32))
+    seen = module.train(one, data_dir)["statistics"]
+    assert module.train(one, data_dir)["statistics"] == seen
+    changes = {"temperature": 0.1, "weighting": "UnDiMix(hardness=2.0)", "warmup": 0.9, "seed": 1}
+    for name, value in changes.items():
+        assert module.train(replace(one, **{name: value}), data_dir)["statistics"] != seen, name
+    # The same views of the same samples by the same encoder, whatever the weighting.
+    other = module.train(replace(one, weighting="Uniform()", split="test"), data_dir)["statistics"]
+    assert other["first_quarter"]["count"] == seen["first_quarter"]["count"]
+
+
+@pytest.mark.parametrize(("module", "data", "recipe"), [(vision, "CIFAR-10", "MoCo"), (graphs, "ENZYMES", "GraphCL")])
+def test_an_untrained_encoder_has_the_datas_batch_statistics(
+    module: Any, data: str, recipe: str, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found, update = [], module.update_bn
+
+    def seen(loader: Any, model: torch.nn.Module) -> None:
+        update(loader, model)
+        found.append(model)
+
+    monkeypatch.setattr(module, "update_bn", seen)
+    one = replace(base_of(module, data, recipe), scale="tiny")
+    module.train(one, data_dir)
+    assert not found
+    module.train(replace(one, weighting=UNTRAINED), data_dir)
+    (model,) = found
+    norms = [part for part in model.modules() if isinstance(part, torch.nn.modules.batchnorm._BatchNorm)]
+    assert len(norms) > 1
+    assert all(part.running_mean.abs().max() > 0 for part in norms)
+
+
+def test_what_is_told_was_not_learned_from(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    train, validation, test = (text.banking77(split, data_dir) for split in ("train", "validation", "test"))
+    assert (len(train), len(validation), len(test)) == (360, 40, 40)
+    assert set(train).isdisjoint(validation)
+    for scale in vision.SCALES.values():
+        assert scale.images <= scale.validation[0]
+    graph, run = graphs.nodes("Cora", data_dir), graphs.BENCHMARKS[0].base
+    choosing = graphs.node_splits(graph, run)
+    splits = [graphs.node_splits(graph, replace(run, split="test", seed=seed)) for seed in (0, 0, 1)]
+    for known, told in (choosing, *splits):
+        assert set(known).isdisjoint(told)
+    for part in (part for split in splits for part in split):
+        assert set(part).isdisjoint(choosing[1])
+    assert list(splits[0][1]) == list(splits[1][1]) != list(splits[2][1])
 
 
 @pytest.mark.parametrize("module", [vision, text, graphs])
@@ -289,6 +380,7 @@ def test_every_benchmark_asks_for_what_it_reports() -> None:
         assert set(FLAT) <= set(TEMPERATURES)
         assert benchmark.base.weighting == "UnDiMix()"
         tuned = {run: {benchmark.metric: 0.0} for run in benchmark.tuning({})}
+        assert (benchmark.untrained in tuned) == (not benchmark.chosen_on)
         assert {run.split for run in tuned} == {"validation"}
         assert {run.split for run in benchmark.test(tuned)} == {"test"}
         assert len(set(benchmark.test(tuned))) == 4 * len(SEEDS)
@@ -319,10 +411,17 @@ def made_up(folder: Path, benchmark: Benchmark, lifts: dict[str, float]) -> dict
         for seed in SEEDS:
             metrics[benchmark.at(*setting, seed, "test")] = float(scores[name][seed])
     for one, value in metrics.items():
-        told = dict.fromkeys((benchmark.metric, *benchmark.further), value)
-        result = {"configuration": asdict(one), "metrics": told, "statistics": {}, "seconds": 1.0}
-        write_whole(one.path(folder), json.dumps(result))
+        written(folder, one, **dict.fromkeys((benchmark.metric, *benchmark.further), value))
     return scores
+
+
+def spread(scores: np.ndarray) -> str:
+    return f"{100 * scores.mean():.2f} ± {100 * scores.std(ddof=1):.2f}"
+
+
+def written(folder: Path, run: Run, **metrics: float) -> None:
+    result = {"configuration": asdict(run), "metrics": metrics, "statistics": {}, "seconds": 1800.0}
+    write_whole(run.path(folder), json.dumps(result))
 
 
 LIFTS = {UNTRAINED: 0.3, PLAIN: 0.5, HCL: 0.51, UNDIMIX: 0.52}
@@ -372,7 +471,8 @@ def test_what_was_tested_first_stands_beside_the_baselines(tmp_path: Path) -> No
     scores = made_up(tmp_path, graphs.BENCHMARKS[1], {**LIFTS, TESTED_FIRST: 0.4})
     *_, row = tables.tested_first(tables.Results.read(tmp_path)).splitlines()
     over_plain = 100 * (scores[TESTED_FIRST] - scores[PLAIN])
-    assert row.startswith(f"| CiteSeer, GRACE | linear probe | {100 * scores[TESTED_FIRST].mean():.2f} ± ")
+    untrained, first = (spread(scores[name]) for name in (UNTRAINED, TESTED_FIRST))
+    assert row.startswith(f"| CiteSeer, GRACE | linear probe | {untrained} | {first} | ")
     assert f" | {over_plain.mean():+.2f} (p < .001) | " in row
     assert row.endswith(" | 0.2 |")
 
@@ -382,7 +482,7 @@ def test_whole_graphs_stand_beside_what_their_authors_report(tmp_path: Path) -> 
     proteins = next(benchmark for benchmark in graphs.BENCHMARKS if benchmark.base.data == "PROTEINS")
     scores = made_up(tmp_path, proteins, {UNTRAINED: 0.72, PLAIN: 0.73, HCL: 0.74, UNDIMIX: 0.75})
     *_, row = tables.published(tables.Results.read(tmp_path)).splitlines()
-    shown = [f"{100 * one.mean():.2f} ± {100 * one.std(ddof=1):.2f}" for one in scores.values()]
+    shown = [spread(one) for one in scores.values()]
     assert row == f"| PROTEINS | {' | '.join(shown)} | {graphs.PUBLISHED['PROTEINS']} |"
 
 
@@ -395,12 +495,78 @@ def test_batch_sizes_are_of_the_seeds_that_have_all(tmp_path: Path) -> None:
     for place, (size, runs) in enumerate(asked.items()):
         for run in runs[: 1 if size == 256 else None]:
             assert run.batch_size == size
-            metrics = {banking77.metric: 0.8 + 0.01 * place + 0.1 * (run.seed != TUNING_SEED)}
-            result = {"configuration": asdict(run), "metrics": metrics, "statistics": {}, "seconds": 1.0}
-            write_whole(run.path(tmp_path), json.dumps(result))
+            written(tmp_path, run, mrr=0.8 + 0.01 * place + 0.1 * (run.seed != TUNING_SEED))
     head, _, row = tables.batch_sizes(tables.Results.read(tmp_path)).splitlines()
-    assert head == "| data, recipe | weighting | t | 32 | 64 | 128 | 256 | mean |"
-    assert row == "| banking77, Static | UnDiMix() | 0.2 | 80.00 | 81.00 | 82.00 | 83.00 | 81.50 |"
+    assert head == "| data, recipe | weighting | t | untrained | 32 | 64 | 128 | 256 | mean |"
+    assert row == "| banking77, Static | `UnDiMix()` | 0.2 | 30.00 | 80.00 | 81.00 | 82.00 | 83.00 | 81.50 |"
+
+
+def test_what_is_explored_is_compared_seed_by_seed(tmp_path: Path) -> None:
+    """A seed that is missing for one is left out for both."""
+    cora = graphs.BENCHMARKS[0]
+    made_up(tmp_path, cora, LIFTS)
+    for weighting, scores in {
+        "Uniform()": {101: 0.6, 102: 0.7},
+        "Ring()": {101: 0.63, 102: 0.71},
+        "UnDiMix(influence=0)": {102: 0.75},
+    }.items():
+        for seed, score in scores.items():
+            written(tmp_path, cora.at(weighting, 0.2, seed), accuracy=score)
+    head, _, plain, untrained, *rows = tables.exploratory(tables.Results.read(tmp_path)).splitlines()
+    assert head == "| tried | Cora, GRACE | worst | mean |"
+    assert plain == "| plain, tuned: its score | 60.00 |  |  |"  # (50 + 60 + 70) / 3
+    assert untrained == "| untrained | -20.00 (1) | -20.00 | -20.00 |"
+    assert rows[:2] == [
+        "| `UnDiMix(influence=0)` | +5.00 (1) | +5.00 | +5.00 |",
+        "| `Ring()` | +2.00 (2) | +2.00 | +2.00 |",
+    ]
+    assert "| `UnDiMix()` | +0.00 (1) | +0.00 | +0.00 |" in rows
+
+
+def test_flat_curves_tell_their_seeds(tmp_path: Path) -> None:
+    cora = graphs.BENCHMARKS[0]
+    made_up(tmp_path, cora, LIFTS)
+    for weighting in ("Uniform()", "UnDiMix()"):
+        for runs in cora.over_temperatures(weighting).values():
+            written(tmp_path, runs[1], accuracy=0.9)
+    head, _, row = tables.flatness(tables.Results.read(tmp_path)).splitlines()
+    assert head.startswith("| data, recipe | seeds | untrained | `Uniform()` | ")
+    # Seed 100 has 50 points less 100 times the distance from .2: 35, 40, 50, 40, 20, -30; the other 90 everywhere.
+    both, one, lower = "57.92 (30.00 to 70.00)", "25.83 (-30.00 to 50.00)", "24.83 (-31.00 to 49.00)"
+    assert row == f"| Cora, GRACE | 1/2 | 30.00 | {both} | {one} | {lower} | {both} | {one} |"
+
+
+def test_false_negatives_are_taken_out_seed_by_seed(tmp_path: Path) -> None:
+    cora = graphs.BENCHMARKS[0]
+    made_up(tmp_path, cora, LIFTS)
+    for known, scores in {False: {101: 0.6}, True: {100: 0.52, 101: 0.64, 102: 0.9}}.items():
+        for seed, score in scores.items():
+            written(tmp_path, cora.at("UnDiMix()", 0.2, seed, class_known=known), accuracy=score)
+    *_, row = tables.without_false_negatives(tables.Results.read(tmp_path)).splitlines()
+    assert row == "| Cora, GRACE | `UnDiMix()` | 0.2 | 55.00 | 58.00 | +3.00 | 2 |"
+
+
+def test_a_choice_at_the_end_of_what_was_tried_says_so(tmp_path: Path) -> None:
+    cora = graphs.BENCHMARKS[0]
+    made_up(tmp_path, cora, LIFTS)
+    *_, row = tables.confirmatory(tables.Results.read(tmp_path)).splitlines()
+    assert row.endswith("| 0.2; 0.2; 0.2 |")
+    written(tmp_path, cora.at("Uniform()", 1.0, TUNING_SEED), accuracy=0.8)
+    written(tmp_path, cora.at(HCLS[1], 0.05, TUNING_SEED), accuracy=0.8)
+    for seed in SEEDS:
+        written(tmp_path, cora.at("Uniform()", 1.0, seed, "test"), accuracy=0.5 + 0.001 * seed)
+        written(tmp_path, cora.at(HCLS[1], 0.05, seed, "test"), accuracy=0.5 - 0.001 * seed)
+    *_, row = tables.confirmatory(tables.Results.read(tmp_path)).splitlines()
+    assert row.endswith("| 1 (end); `HCL(beta=0.5, tau_plus=0.0)` at 0.05 (end); 0.2 |")
+
+
+def test_only_what_is_reported_is_counted(tmp_path: Path) -> None:
+    cora = graphs.BENCHMARKS[0]
+    for seed in (0, 1, 2):
+        written(tmp_path, cora.at("UnDiMix()", 0.2, seed, "test"), accuracy=0.5)
+    written(tmp_path, cora.at("UnDiMix()", 0.2, 0, scale="tiny"), accuracy=0.5)
+    *_, row = tables.took(tables.Results.read(tmp_path)).splitlines()
+    assert row == "| graph | Cora, GRACE | test | 3 | 1.5 |"
 
 
 def test_what_is_chosen_is_best_on_validation_data(tmp_path: Path) -> None:

@@ -33,7 +33,6 @@ from benchmarks.tiers import (
     SEEDS,
     TESTED_FIRST,
     TRIALS,
-    TUNING_SEED,
     UNDIMIX,
     Benchmark,
 )
@@ -139,8 +138,8 @@ def spread(values: np.ndarray) -> str:
     return f"{values.mean():.2f} ± {values.std(ddof=1):.2f}"
 
 
-def name_of(benchmark: Benchmark) -> str:
-    return f"{benchmark.base.data}, {benchmark.base.recipe}"
+def name_of(run: Run) -> str:
+    return f"{run.data}, {run.recipe}"
 
 
 def of_p(p: float) -> str:
@@ -173,7 +172,10 @@ def compared(one: Measured, contender: str = UNDIMIX) -> list[str]:
 
 def what(one: Measured) -> list[str]:
     """The benchmark and the metric."""
-    return [name_of(one.benchmark), METRICS.get(one.metric, one.metric) + ("" if one.counts else " (does not count)")]
+    return [
+        name_of(one.benchmark.base),
+        METRICS.get(one.metric, one.metric) + ("" if one.counts else " (does not count)"),
+    ]
 
 
 def scored(one: Measured) -> list[str]:
@@ -240,7 +242,7 @@ def models(results: Results) -> pd.DataFrame:
     for modality in ("vision", "text", "graph"):
         for baseline in BASELINES:
             parts = [
-                pd.DataFrame({"difference": one.over(baseline), "benchmark": name_of(one.benchmark)})
+                pd.DataFrame({"difference": one.over(baseline), "benchmark": name_of(one.benchmark.base)})
                 for one in measured(results)
                 if one.benchmark.base.modality == modality and one.metric == one.benchmark.metric and one.counts
             ]
@@ -319,7 +321,7 @@ def explored(results: Results, benchmark: Benchmark) -> dict[str, dict[int, floa
 
 def exploratory(results: Results) -> str:
     """All that was tried, a column for each benchmark: differences from the plain loss with its temperature tuned."""
-    by_benchmark = {name_of(benchmark): explored(results, benchmark) for benchmark in BENCHMARKS}
+    by_benchmark = {name_of(benchmark.base): explored(results, benchmark) for benchmark in BENCHMARKS}
     by_benchmark = {name: scores for name, scores in by_benchmark.items() if len(scores) > 1 and PLAIN in scores}
     rows = []
     for tried in dict.fromkeys(name for scores in by_benchmark.values() for name in scores if name != PLAIN):
@@ -370,7 +372,7 @@ def flatness(results: Results) -> str:
         cells = [f"{of.mean():.2f} ({of.min():.2f} to {of.max():.2f})" if of.size else "" for of in curves]
         if any(cells):
             seeds = "/".join(map(str, sorted({len(of_one) for of_one in scores if of_one})))
-            rows.append([name_of(benchmark), seeds, untrained(results, benchmark), *cells])
+            rows.append([name_of(benchmark.base), seeds, untrained(results, benchmark), *cells])
     head = ["data, recipe", "seeds", UNTRAINED, *(f"`{weighting}`" for weighting in OVER_TEMPERATURES)]
     return markdown(head, rows)
 
@@ -389,30 +391,23 @@ def batch_sizes(results: Results) -> str:
             cells = [f"{scores[size]:.2f}" if size in scores else "" for size in sizes]
             average = f"{np.mean([*scores.values()]):.2f}"
             began = untrained(results, benchmark)
-            rows.append([name_of(benchmark), f"`{weighting}`", f"{temperature:g}", began, *cells, average])
+            rows.append([name_of(benchmark.base), f"`{weighting}`", f"{temperature:g}", began, *cells, average])
     return markdown(["data, recipe", "weighting", "t", UNTRAINED, *map(str, sizes), "mean"], rows)
 
 
 def diagnosis(results: Results) -> str:
     """What the weights did, in the first and in the last quarter of training, at each contender's chosen setting."""
+    tuned = [benchmark for benchmark in BENCHMARKS if benchmark.is_tuned(results.metrics)]
+    runs = [benchmark.best(contender, results.metrics)[0] for benchmark in tuned for contender in TRIALS]
     rows = []
-    for benchmark in BENCHMARKS:
-        for contender in TRIALS:
-            try:
-                run = benchmark.at(*benchmark.chosen(contender, results.metrics), TUNING_SEED)
-            except ValueError:
-                continue
-            if run not in results.found:  # its settings were chosen on other data sets
-                continue
-            told = results.found[run]["statistics"]
-            both = [
-                {**told[part], "effective_number": told[part]["effective_number"] / told[part]["count"]}
-                for part in ("first_quarter", "last_quarter")
-            ]
-            cells = [
-                " → ".join(f"{part[name]:.3f}" for part in both) if name in both[0] else "-" for name in STATISTICS
-            ]
-            rows.append([name_of(benchmark), f"`{run.weighting}`", f"{run.temperature:g}", *cells])
+    for run in dict.fromkeys(runs):  # several benchmarks of whole graphs share their trials
+        told = results.found[run]["statistics"]
+        both = [
+            {**told[part], "effective_number": told[part]["effective_number"] / told[part]["count"]}
+            for part in ("first_quarter", "last_quarter")
+        ]
+        cells = [" → ".join(f"{part[name]:.3f}" for part in both) if name in both[0] else "-" for name in STATISTICS]
+        rows.append([name_of(run), f"`{run.weighting}`", f"{run.temperature:g}", *cells])
     return markdown(["data, recipe", "weighting", "t", *STATISTICS.values()], rows)
 
 
@@ -428,7 +423,9 @@ def without_false_negatives(results: Results) -> str:
                 continue
             one, other = (results.scores(runs, benchmark.metric) for runs in zip(*there, strict=True))
             run, scores = pair[0][0], [f"{one.mean():.2f}", f"{other.mean():.2f}", f"{(other - one).mean():+.2f}"]
-            rows.append([name_of(benchmark), f"`{run.weighting}`", f"{run.temperature:g}", *scores, str(len(there))])
+            rows.append(
+                [name_of(benchmark.base), f"`{run.weighting}`", f"{run.temperature:g}", *scores, str(len(there))]
+            )
     return markdown(["data, recipe", "weighting", "t", "as it is", "none of the class", "difference", "seeds"], rows)
 
 
@@ -436,7 +433,7 @@ def took(results: Results) -> str:
     """How many trainings there are, and how long they took."""
     table = pd.DataFrame(
         [
-            [run.modality, f"{run.data}, {run.recipe}", run.split, result["seconds"] / 3600]
+            [run.modality, name_of(run), run.split, result["seconds"] / 3600]
             for run, result in results.found.items()
             if run.scale == "small"
         ],
@@ -493,7 +490,7 @@ def plot_flatness(results: Results) -> plt.Figure | None:
         axis.set_xscale("log")
         axis.set_xticks(FLAT, [f"{temperature:g}" for temperature in FLAT])
         axis.minorticks_off()
-        axis.set_title(f"{name_of(benchmark)}: {METRICS[benchmark.metric]}, %")
+        axis.set_title(f"{name_of(benchmark.base)}: {METRICS[benchmark.metric]}, %")
         axis.set_xlabel("temperature")
     for axis in list(axes.flat)[len(shown) :]:
         axis.axis("off")
@@ -514,7 +511,7 @@ def plot_differences(results: Results) -> plt.Figure | None:
             axis.plot([low, high], [place + shift] * 2, color=COLOURS[CONTENDERS[baseline]], lw=2)
             axis.plot(difference.mean(), place + shift, "o", color=COLOURS[CONTENDERS[baseline]], label=label)
     axis.axvline(0, color="black", lw=0.8)
-    labels = [f"{name_of(one.benchmark)}: {METRICS.get(one.metric, one.metric)}" for one in shown]
+    labels = [f"{name_of(one.benchmark.base)}: {METRICS.get(one.metric, one.metric)}" for one in shown]
     axis.set_yticks(range(len(shown)), labels)
     axis.invert_yaxis()
     axis.set_xlabel("difference on test data, points, with 95 % interval over seeds")

@@ -34,7 +34,7 @@ EXPLORING_SEEDS = (100, 101, 102)
 TIERS = ("tuning", "test", "exploratory", "flatness")
 OTHERS = Path("results")  # that no table is made from
 
-EXPLORED = [
+EXPLORED = (
     "UnDiMix()",
     TESTED_FIRST,
     "UnDiMix(detached=True)",
@@ -70,7 +70,7 @@ EXPLORED = [
     "MoCHi()",
     "compose(UnDiMix(), Debiased(tau_plus=0.1))",
     "compose(UnDiMix(), FalseNegativeElimination())",
-]
+)
 
 
 Metrics = dict[Run, dict[str, float]]
@@ -85,7 +85,8 @@ class Benchmark:
         metric: The name of the metric that decides.
         further: The names of those that are reported beside it.
         batch_sizes: Those of the flatness; none where there are no batches.
-        explores: Whether other weightings, more seeds for flat curves and other batch sizes are tried as well.
+        others: The weightings that are explored.
+        explores: Whether they are, and more seeds for flat curves and other batch sizes are tried as well.
         chosen_on: The data sets that choose settings, where it is not this one's own validation data.
         has_classes: Whether the training data have classes, so that false negatives can be told.
         lowered: What the temperatures of the trials are divided by.
@@ -95,6 +96,7 @@ class Benchmark:
     metric: str
     further: tuple[str, ...] = ()
     batch_sizes: tuple[int, ...] = ()
+    others: tuple[str, ...] = EXPLORED
     explores: bool = True
     chosen_on: tuple[str, ...] = ()
     has_classes: bool = True
@@ -126,13 +128,17 @@ class Benchmark:
         """Whether all trials are there."""
         return not any(self.missing(contender, results) for contender in TRIALS)
 
-    def chosen(self, contender: str, results: Metrics) -> tuple[str, float]:
-        """The setting that is best on validation data; a ValueError where trials are missing."""
+    def best(self, contender: str, results: Metrics) -> list[Run]:
+        """The trial that is best on validation data; a ValueError where some are missing."""
         if missing := self.missing(contender, results):
             raise ValueError(
                 f"{contender} on {self.base.data}: {len(missing)} trials are missing; run the tier 'tuning'"
             )
-        best, *_ = max(self.trials(contender), key=lambda trial: mean(results[run][self.metric] for run in trial))
+        return max(self.trials(contender), key=lambda trial: mean(results[run][self.metric] for run in trial))
+
+    def chosen(self, contender: str, results: Metrics) -> tuple[str, float]:
+        """The best trial's setting."""
+        best, *_ = self.best(contender, results)
         return best.weighting, best.temperature
 
     def settings(self, results: Metrics) -> dict[str, tuple[str, float]]:
@@ -155,8 +161,7 @@ class Benchmark:
         settings: dict[str, dict[str, Any]] = {
             PLAIN: {"weighting": plain, "temperature": at_plain},
             "plain": {"weighting": plain},
-            # Where all nodes are anchors at once, to make negatives for each takes longer than all else together.
-            **{name: {"weighting": name} for name in EXPLORED if self.base.batch_size or name != "MoCHi()"},
+            **{name: {"weighting": name} for name in self.others},
             "UnDiMix(), warmed up over half the training": {"weighting": "UnDiMix()", "warmup": 0.5},
         }
         return {

@@ -202,8 +202,8 @@ def train(run: Run, data_dir: Path | None) -> dict[str, Any]:
 
 GRACE_RUN = Run("graph", "GRACE", "Cora", "UnDiMix()", 0.4, 0, 0)
 GRAPHCL_RUN = Run("graph", "GraphCL", "ENZYMES", "UnDiMix()", 0.2, 128, 0)
-# Where all nodes are anchors at once, to make negatives for each takes longer than all else together. And this encoder's
-# head ends in a linear layer, as the other explored ones' do not.
+# Where all nodes are anchors at once, to make negatives for each takes longer than all else together.
+# The head ends in a linear layer, as the other explored ones do not.
 OF_NODES = (*(name for name in EXPLORED if name != "MoCHi()"), "UnDiMix(gradient='weight')")
 BENCHMARKS = [
     Benchmark(GRACE_RUN, "accuracy", others=OF_NODES),

@@ -43,6 +43,7 @@ from undimix_pyg import GRACE, GRACELoss, GraphCL, GraphCLLoss, evaluate_embeddi
 
 Criterion = GRACELoss | GraphCLLoss
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DATASETS = Path("datasets")
 LARGEST_FOR_SVM = 2000  # graphs; more take longer to evaluate than to train
 # The SVM's accuracy on embeddings that GraphCL's authors trained (arXiv 2010.13902, unsupervised learning).
@@ -141,6 +142,7 @@ def fit(
         if run.warmup:
             criterion.weighting = full.softened(hardness_share(step, steps, share=run.warmup))
         optimizer.zero_grad()
+        batch = batch.to(DEVICE)
         views = model(batch)
         with ExitStack() as watching:
             if step % max(1, steps // 20) == 0:
@@ -153,21 +155,21 @@ def fit(
 
 
 def train_nodes(run: Run, data_dir: Path | None) -> dict[str, Any]:
-    graph = nodes(run.data, data_dir)
+    graph = nodes(run.data, data_dir).to(DEVICE)
     settings = (PAPER if run.scale == "full" else SMALL)[run.data]
     epochs = 2 if run.scale == "tiny" else settings.epochs
     seed_everything(run.seed)
     act = torch.nn.PReLU() if settings.activation == "prelu" else settings.activation
     encoder = GCN(graph.num_features, settings.hidden, num_layers=2, act=act)
-    model = GRACE(encoder, settings.hidden, *settings.drop_edges, *settings.drop_features)
+    model = GRACE(encoder, settings.hidden, *settings.drop_edges, *settings.drop_features).to(DEVICE)
     statistics = {}
     if run.trains:
         criterion = weighted(GRACELoss(temperature=run.temperature), run, model)
         optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate, weight_decay=1e-5)
         statistics = fit(model, criterion, optimizer, repeat(graph, epochs), epochs, run)
     with torch.no_grad():
-        rows = model.eval().embed(graph).numpy()
-    metrics = {"accuracy": probe(rows, graph.y.numpy(), *node_splits(graph, run))}
+        rows = model.eval().embed(graph).cpu().numpy()
+    metrics = {"accuracy": probe(rows, graph.y.cpu().numpy(), *node_splits(graph.cpu(), run))}
     return {"metrics": metrics, "statistics": statistics}
 
 
@@ -175,7 +177,7 @@ def train_graphs(run: Run, data_dir: Path | None) -> dict[str, Any]:
     dataset = graphs(run.data, data_dir)
     seed_everything(run.seed)
     encoder = GIN(dataset.num_features, 32, num_layers=3, norm="batch_norm", jk="cat")
-    model = GraphCL(encoder, 32)
+    model = GraphCL(encoder, 32).to(DEVICE)
     loader, statistics = DataLoader(dataset, batch_size=run.batch_size, shuffle=True), {}
     if run.trains:
         criterion = weighted(GraphCLLoss(temperature=run.temperature), run, model)
@@ -184,10 +186,11 @@ def train_graphs(run: Run, data_dir: Path | None) -> dict[str, Any]:
         batches = chain.from_iterable(repeat(loader, epochs))
         statistics = fit(model, criterion, optimizer, batches, epochs * len(loader), run)
     else:  # or it would lack what a trained one has beside its weights
-        update_bn(loader, model)
+        update_bn(loader, model, DEVICE)
     with torch.no_grad():
         model.eval()
-        embedded = [(model.embed(batch), batch.y) for batch in DataLoader(dataset, batch_size=128)]
+        batches = DataLoader(dataset, batch_size=128)
+        embedded = [(model.embed(batch.to(DEVICE)).cpu(), batch.y.cpu()) for batch in batches]
     rows, labels = (torch.cat(parts).numpy() for parts in zip(*embedded, strict=True))
     nearest = make_pipeline(StandardScaler(), KNeighborsClassifier(5))
     metrics = {"nearest": float(cross_val_score(nearest, rows, labels, cv=LeaveOneOut()).mean())}

@@ -44,7 +44,7 @@ class Run:
         seed: Of all that is random; of random splits, too.
         split: What the encoder is evaluated on, "validation" or "test".
         warmup: The share of the training in which the weighting grows from none to its full hardness.
-        scale: "small"; "full" for the papers' settings; "tiny" to see whether all works.
+        scale: "small"; "full", longer and on larger encoders, for GPUs; "tiny" to see whether all works.
         class_known: Whether labels take the anchor's class out of its negatives, to see what false negatives cost.
     """
 

@@ -240,7 +240,7 @@ def main(description: str, train: Train, benchmarks: list[Benchmark]) -> None:
     )
     parser.add_argument("--jobs", type=int, default=1, help="how many trainings at once")
     parser.add_argument(
-        "--scale", choices=SCALES, default="small", help="full: the papers' settings; tiny: to see it work"
+        "--scale", choices=SCALES, default="small", help="full: longer, larger encoders; tiny: to see it work"
     )
     parser.add_argument("--weighting", help="train this alone, such as 'UnDiMix(hardness=2.0)', and print its metrics")
     parser.add_argument("--temperature", type=float, help="with --weighting")

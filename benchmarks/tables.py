@@ -486,7 +486,8 @@ def plot_flatness(results: Results) -> plt.Figure | None:
     for axis, benchmark in zip(axes.flat, shown, strict=False):
         for weighting in CURVES:
             temperatures, scores = zip(*curve(results, benchmark, benchmark.over_temperatures(weighting)), strict=True)
-            axis.plot(temperatures, scores, marker="o", ms=3, color=COLOURS[weighting], label=weighting)
+            label = f"{weighting}, plain" if weighting == CONTENDERS[PLAIN] else weighting
+            axis.plot(temperatures, scores, marker="o", ms=3, color=COLOURS[weighting], label=label)
         axis.set_xscale("log")
         axis.set_xticks(FLAT, [f"{temperature:g}" for temperature in FLAT])
         axis.minorticks_off()
@@ -504,12 +505,12 @@ def plot_differences(results: Results) -> plt.Figure | None:
         return None
     figure, axis = plt.subplots(figsize=(7, 0.8 + 0.42 * len(shown)), layout="constrained")
     for place, one in enumerate(shown):
-        for shift, baseline in zip((-0.14, 0.14), BASELINES, strict=True):
+        for shift, baseline, colour in zip((-0.14, 0.14), BASELINES, ("#777777", "#9467bd"), strict=True):
             difference = one.over(baseline)
             low, high = interval(difference, np.mean)
             label = f"UnDiMix() - {baseline}" if place == 0 else None
-            axis.plot([low, high], [place + shift] * 2, color=COLOURS[CONTENDERS[baseline]], lw=2)
-            axis.plot(difference.mean(), place + shift, "o", color=COLOURS[CONTENDERS[baseline]], label=label)
+            axis.plot([low, high], [place + shift] * 2, color=colour, lw=2)
+            axis.plot(difference.mean(), place + shift, "o", ms=3.5, color=colour, label=label)
     axis.axvline(0, color="black", lw=0.8)
     labels = [f"{name_of(one.benchmark.base)}: {METRICS.get(one.metric, one.metric)}" for one in shown]
     axis.set_yticks(range(len(shown)), labels)

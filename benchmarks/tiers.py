@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -243,11 +244,19 @@ def main(description: str, train: Train, benchmarks: list[Benchmark]) -> None:
         "--scale", choices=SCALES, default="small", help="full: longer, larger encoders; tiny: to see it work"
     )
     parser.add_argument("--weighting", help="train this alone, such as 'UnDiMix(hardness=2.0)', and print its metrics")
-    parser.add_argument("--temperature", type=float, help="with --weighting")
-    parser.add_argument("--seed", type=int, default=0, help="with --weighting")
+    parser.add_argument("--temperature", type=float, help="with --weighting; else the recipe's")
+    parser.add_argument("--seed", type=int, help="with --weighting; else 0")
     options = parser.parse_args()
     if unknown := set(options.tiers) - set(TIERS):
         parser.error(f"expected some of {', '.join(TIERS)}, got {', '.join(sorted(unknown))}")
+    if options.weighting and options.tiers:
+        parser.error(f"expected tiers or --weighting, got both: {', '.join(options.tiers)} and {options.weighting}")
+    if not options.weighting and (options.temperature, options.seed) != (None, None):
+        parser.error("--temperature, --seed: expected --weighting beside them, got none")
+    if options.temperature is not None and not 0 < options.temperature < math.inf:
+        parser.error(f"--temperature: expected a number above 0, got {options.temperature:g}")
+    if options.data_dir is not None and not options.data_dir.is_dir():
+        parser.error(f"--data-dir: expected a folder, got {options.data_dir}")
 
     wanted = [
         replace(benchmark, base=replace(benchmark.base, scale=options.scale))
@@ -260,18 +269,21 @@ def main(description: str, train: Train, benchmarks: list[Benchmark]) -> None:
     folder, failed = options.results or (RESULTS if reported else OTHERS), list[Run]()
     if options.weighting:
         runs = [
-            benchmark.at(options.weighting, options.temperature or benchmark.base.temperature, options.seed)
+            benchmark.at(options.weighting, options.temperature or benchmark.base.temperature, options.seed or 0)
             for benchmark in wanted
         ]
         try:
             runs[0].loss_weighting()
         except Exception as error:  # an expression can raise anything
-            parser.error(f"--weighting: {error}")
+            parser.error(f"--weighting: {str(error).removeprefix('weighting: ')}")
         failed += sweep(train, runs, options.data_dir, folder=folder, jobs=options.jobs)
         for run in runs:
             if run not in failed:
                 metrics = result_of(train, run, options.data_dir, folder)["metrics"]
-                print(run.data, run.recipe, *(f"{name} {value:.4f}" for name, value in metrics.items()), sep="  ")
+                told = f"{run.data}, {run.recipe}, {run.weighting} at {run.temperature:g}, seed {run.seed}, validation data:"
+                print(
+                    told, ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()), f"({run.path(folder)})"
+                )
     else:
         for tier in options.tiers or TIERS:
             results = metrics_of(load(folder))

@@ -280,10 +280,9 @@ def main(description: str, train: Train, benchmarks: list[Benchmark]) -> None:
         for run in runs:
             if run not in failed:
                 metrics = result_of(train, run, options.data_dir, folder)["metrics"]
-                told = f"{run.data}, {run.recipe}, {run.weighting} at {run.temperature:g}, seed {run.seed}, validation data:"
-                print(
-                    told, ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()), f"({run.path(folder)})"
-                )
+                scores = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+                print(f"{run.data}, {run.recipe}, {run.weighting} at {run.temperature:g}, seed {run.seed}: {scores}")
+                print(f"  {run.path(folder)}")
     else:
         for tier in options.tiers or TIERS:
             results = metrics_of(load(folder))

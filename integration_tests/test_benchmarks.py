@@ -358,10 +358,15 @@ def test_a_run_that_fails_is_told_and_leaves_no_result(tmp_path: Path, capfd: py
     ("arguments", "said"),
     [
         (["--weighting", "UnDiMix(hardness=-1)"], "--weighting: hardness: expected a finite number at least 0, got -1"),
-        (["--weighting", "UnDiMix"], "weighting: expected an expression for a Weighting, got 'UnDiMix'"),
+        (["--weighting", "UnDiMix"], "error: --weighting: expected an expression for a Weighting, got 'UnDiMix'"),
         (["--weighting", "Undimix()"], "--weighting: name 'Undimix' is not defined"),
         (["tunings"], "expected some of tuning, test, exploratory, flatness, got tunings"),
         (["--recipe", "GRACE", "--data", "MUTAG"], "expected a recipe and data set that go together"),
+        (["--weighting", "HCL()", "--temperature", "0"], "--temperature: expected a number above 0, got 0"),
+        (["--weighting", "HCL()", "--temperature", "nan"], "--temperature: expected a number above 0, got nan"),
+        (["tuning", "--weighting", "HCL()"], "expected tiers or --weighting, got both: tuning and HCL()"),
+        (["--seed", "1"], "--temperature, --seed: expected --weighting beside them, got none"),
+        (["--data-dir", "nowhere"], "--data-dir: expected a folder, got nowhere"),
     ],
 )
 def test_bad_arguments_are_told_at_once(

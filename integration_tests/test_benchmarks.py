@@ -255,8 +255,8 @@ def test_an_untrained_encoder_has_the_datas_batch_statistics(
     monkeypatch.chdir(tmp_path)
     found, update = [], module.update_bn
 
-    def seen(loader: Any, model: torch.nn.Module) -> None:
-        update(loader, model)
+    def seen(loader: Any, model: torch.nn.Module, *device: torch.device) -> None:
+        update(loader, model, *device)
         found.append(model)
 
     monkeypatch.setattr(module, "update_bn", seen)

@@ -169,7 +169,8 @@ def train_nodes(run: Run, data_dir: Path | None) -> dict[str, Any]:
         statistics = fit(model, criterion, optimizer, repeat(graph, epochs), epochs, run)
     with torch.no_grad():
         rows = model.eval().embed(graph).cpu().numpy()
-    metrics = {"accuracy": probe(rows, graph.y.cpu().numpy(), *node_splits(graph.cpu(), run))}
+    graph = graph.cpu()
+    metrics = {"accuracy": probe(rows, graph.y.numpy(), *node_splits(graph, run))}
     return {"metrics": metrics, "statistics": statistics}
 
 

@@ -327,10 +327,10 @@ def exploratory(results: Results) -> str:
     for tried in dict.fromkeys(name for scores in by_benchmark.values() for name in scores if name != PLAIN):
         cells, differences = [], []
         for scores in by_benchmark.values():
-            if scores.get(tried, {}).keys().isdisjoint(scores[PLAIN]):
+            seeds = scores[PLAIN].keys() & scores.get(tried, {}).keys()
+            if not seeds:
                 cells.append("")
                 continue
-            seeds = scores[tried].keys() & scores[PLAIN].keys()
             differences.append(np.mean([scores[tried][seed] - scores[PLAIN][seed] for seed in seeds]))
             cells.append(f"{differences[-1]:+.2f} ({len(seeds)})")
         everywhere = len(differences) == len(by_benchmark)
@@ -383,14 +383,13 @@ def batch_sizes(results: Results) -> str:
     sizes = sorted({size for benchmark in shown for size in benchmark.batch_sizes})
     rows = []
     for benchmark in shown:
-        _, temperature = benchmark.chosen(PLAIN, results.metrics)
+        (_, temperature), began = benchmark.chosen(PLAIN, results.metrics), untrained(results, benchmark)
         for weighting in CURVES:
             scores = dict(curve(results, benchmark, benchmark.over_batch_sizes(weighting, results.metrics)))
             if not scores:
                 continue
             cells = [f"{scores[size]:.2f}" if size in scores else "" for size in sizes]
             average = f"{np.mean([*scores.values()]):.2f}"
-            began = untrained(results, benchmark)
             rows.append([name_of(benchmark.base), f"`{weighting}`", f"{temperature:g}", began, *cells, average])
     return markdown(["data, recipe", "weighting", "t", UNTRAINED, *map(str, sizes), "mean"], rows)
 
@@ -423,9 +422,7 @@ def without_false_negatives(results: Results) -> str:
                 continue
             one, other = (results.scores(runs, benchmark.metric) for runs in zip(*there, strict=True))
             run, scores = pair[0][0], [f"{one.mean():.2f}", f"{other.mean():.2f}", f"{(other - one).mean():+.2f}"]
-            rows.append(
-                [name_of(benchmark.base), f"`{run.weighting}`", f"{run.temperature:g}", *scores, str(len(there))]
-            )
+            rows.append([name_of(run), f"`{run.weighting}`", f"{run.temperature:g}", *scores, str(len(there))])
     return markdown(["data, recipe", "weighting", "t", "as it is", "none of the class", "difference", "seeds"], rows)
 
 
@@ -512,8 +509,7 @@ def plot_differences(results: Results) -> plt.Figure | None:
             axis.plot([low, high], [place + shift] * 2, color=colour, lw=2)
             axis.plot(difference.mean(), place + shift, "o", ms=3.5, color=colour, label=label)
     axis.axvline(0, color="black", lw=0.8)
-    labels = [f"{name_of(one.benchmark.base)}: {METRICS.get(one.metric, one.metric)}" for one in shown]
-    axis.set_yticks(range(len(shown)), labels)
+    axis.set_yticks(range(len(shown)), [": ".join(what(one)) for one in shown])
     axis.invert_yaxis()
     axis.set_xlabel("difference on test data, points, with 95 % interval over seeds")
     figure.legend(loc="outside upper center", ncols=2, frameon=False)

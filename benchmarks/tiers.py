@@ -192,7 +192,8 @@ class Benchmark:
 
     def flat(self, weighting: str, temperature: float, **changes: Any) -> list[Run]:
         """A weighting's runs at a temperature, a seed each."""
-        return [self.at(weighting, temperature, seed, **changes) for seed in FLATNESS_SEEDS]
+        seeds = FLATNESS_SEEDS if self.explores else (TUNING_SEED,)
+        return [self.at(weighting, temperature, seed, **changes) for seed in seeds]
 
     def over_temperatures(self, weighting: str) -> dict[float, list[Run]]:
         """By temperature a weighting's runs."""
@@ -209,10 +210,8 @@ class Benchmark:
         """The contenders over temperatures and over batch sizes."""
         if self.chosen_on:
             return []
-        if not self.explores:
-            by_temperature = [self.over_temperatures(weighting).values() for weighting in CURVES]
-            return [run for runs in chain(*by_temperature) for run in runs if run.seed == TUNING_SEED]
-        asked = [self.over_temperatures(weighting) for weighting in OVER_TEMPERATURES]
+        weightings = OVER_TEMPERATURES if self.explores else CURVES
+        asked = [self.over_temperatures(weighting) for weighting in weightings]
         asked += [self.over_batch_sizes(weighting, results) for weighting in CURVES]
         runs = chain(*chain(*(by_place.values() for by_place in asked)))
         return sorted(runs, key=lambda run: run.seed)

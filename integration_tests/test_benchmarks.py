@@ -243,7 +243,7 @@ def test_every_setting_of_a_run_matters_and_a_seed_is_one_training(
     changes = {"temperature": 0.1, "weighting": "UnDiMix(hardness=2.0)", "warmup": 0.9, "seed": 1}
     for name, value in changes.items():
         assert module.train(replace(one, **{name: value}), data_dir)["statistics"] != seen, name
-    # Whatever the weighting, the same encoder sees the same views of the same samples: the first step's embeddings are equal.
+    # Whatever the weighting, the same encoder sees the same views of the same samples in the first step.
     other = module.train(replace(one, weighting="Uniform()", split="test"), data_dir)["statistics"]
     for name in ("count", "similarity_diversity", "similarity_influence"):
         assert other["first_quarter"][name] == pytest.approx(seen["first_quarter"][name], rel=1e-5)

@@ -5,6 +5,8 @@ Gradients are those of a layer whose outputs the losses get, averaged over the r
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,7 +152,10 @@ def on_a_rank(rank: int, ranks: int, root: str) -> None:
         if name in WITH_LAYER:
             results[name]["weight"] = with_layer(make, AT_WEIGHT, *batch)
     torch.save(results, f"{root}/{rank}.pt")
+    world = weakref.ref(dist.group.WORLD)
     dist.destroy_process_group()
+    gc.collect()
+    assert world() is None  # whose threads would else abort the process now and then, as it ends
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -40,7 +40,7 @@ def check_equal_batches(name: str, count: int) -> None:
 
 def _check(name: str, count: int) -> None:
     sizes = [torch.zeros(1, dtype=torch.long) for _ in range(processes())]
-    dist.all_gather(sizes, torch.tensor([count]), group=_between_hosts(dist.group.WORLD))
+    dist.all_gather(sizes, torch.tensor([count]), group=_between_hosts())
     counts = [int(size) for size in sizes]
     if len(set(counts)) > 1:
         raise ValueError(
@@ -49,14 +49,21 @@ def _check(name: str, count: int) -> None:
         )
 
 
-@cache
-def _between_hosts(world: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A group that sends tensors of the CPU: the default one where it can, else one of its own."""
+# Weak: a group that outlives destroy_process_group has threads which may abort the process as it ends.
+_OF_WORLD: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
+
+
+def _between_hosts() -> dist.ProcessGroup:
+    """A group that sends tensors of the CPU: the default one where it can, else one of its own, made once."""
+    world = dist.group.WORLD
+    assert world is not None
     if "gloo" in str(dist.get_backend_config(world)):
         return world
-    group = dist.new_group(backend="gloo")
-    assert isinstance(group, dist.ProcessGroup)
-    return group
+    if world not in _OF_WORLD:
+        group = dist.new_group(backend="gloo")
+        assert isinstance(group, dist.ProcessGroup)
+        _OF_WORLD[world] = group
+    return _OF_WORLD[world]
 
 
 def gather_constants(rows: Tensor) -> Tensor:

@@ -227,7 +227,7 @@ def main(description: str, train: Train, benchmarks: list[Benchmark]) -> None:
     """
     base = [benchmark.base for benchmark in benchmarks]
     parser = argparse.ArgumentParser(
-        description=description.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog=f"python -m benchmarks.{Path(sys.argv[0]).stem}", description=description.splitlines()[0]
     )
     parser.add_argument("tiers", nargs="*", help=f"{', '.join(TIERS)}; all of them if none is named")
     parser.add_argument("--recipe", help="only this one: " + ", ".join(sorted({run.recipe for run in base})))
@@ -238,9 +238,12 @@ def main(description: str, train: Train, benchmarks: list[Benchmark]) -> None:
         type=Path,
         help=f"where results are and go; else benchmarks/results, for --weighting and other scales ./{OTHERS}",
     )
-    parser.add_argument("--jobs", type=int, default=1, help="how many trainings at once")
+    parser.add_argument("--jobs", type=int, default=1, help="how many trainings at once; else 1")
     parser.add_argument(
-        "--scale", choices=SCALES, default="small", help="full: longer, larger encoders; tiny: to see it work"
+        "--scale",
+        choices=SCALES,
+        default="small",
+        help="full: longer, larger encoders; tiny: to see it work; by default small",
     )
     parser.add_argument("--weighting", help="train this alone, such as 'UnDiMix(hardness=2.0)', and print its metrics")
     parser.add_argument("--temperature", type=float, help="with --weighting; else the recipe's")

@@ -9,6 +9,7 @@ import operator
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -33,6 +34,7 @@ from benchmarks import graphs, tables, text, vision
 from benchmarks.runs import UNTRAINED, Run, load, metrics_of, result_of, sweep, write_whole
 from benchmarks.tiers import (
     CONTENDERS,
+    CURVES,
     EXPLORING_SEEDS,
     FLAT,
     HCL,
@@ -462,6 +464,41 @@ def test_claims_equal_the_textbook(tmp_path: Path) -> None:
     for place, (name, p) in enumerate(ps.items()):
         largest = max(largest, min(1.0, (6 - place) * p))
         assert table.loc[name, "holm"] == pytest.approx(largest)
+
+
+def test_effects_are_differences_over_their_deviation(tmp_path: Path) -> None:
+    scores = made_up(tmp_path, graphs.BENCHMARKS[0], LIFTS)
+    *_, row, _ = tables.effects(tables.Results.read(tmp_path)).splitlines()
+    over = 100 * (scores[UNDIMIX] - scores[PLAIN])
+    for cell, told in zip(row.split(" | ")[3:5], (over.mean(), over.mean() / over.std(ddof=1)), strict=True):
+        found, low, high = map(float, re.findall(r"[+-][0-9.]+", cell))
+        assert found == pytest.approx(told, abs=0.005)
+        assert low < found < high
+    deviations = over.std(ddof=1) / np.sqrt(len(over)) * np.array(stats.norm.interval(0.95))
+    # Twelve values have a bootstrap whose deviation is that of the population, and which is a little skew.
+    low, high = (over.mean() + deviations * np.sqrt(1 - 1 / len(over))).tolist()
+    assert tables.interval(over, np.mean) == pytest.approx((low, high), abs=0.2 * (high - low))
+
+
+def test_plots_show_what_the_tables_tell(tmp_path: Path) -> None:
+    assert tables.plot_differences(tables.Results.read(tmp_path)) is None
+    assert tables.plot_flatness(tables.Results.read(tmp_path)) is None
+    cora = graphs.BENCHMARKS[0]
+    scores = made_up(tmp_path, cora, LIFTS)
+    shown = tables.plot_differences(tables.Results.read(tmp_path))
+    assert shown is not None
+    dots = {line.get_label(): line.get_xydata() for line in shown.axes[0].lines if line.get_marker() == "o"}
+    for baseline in (PLAIN, HCL):
+        ((across, _),) = np.asarray(dots[f"UnDiMix() - {baseline}"])
+        assert across == pytest.approx(100 * (scores[UNDIMIX] - scores[baseline]).mean())
+    for place, weighting in enumerate(CURVES):
+        for temperature, (run, _) in cora.over_temperatures(weighting).items():
+            written(tmp_path, run, accuracy=0.5 + 0.01 * place - 0.1 * temperature)
+    shown = tables.plot_flatness(tables.Results.read(tmp_path))
+    assert shown is not None
+    for place, line in enumerate(shown.axes[0].lines):
+        told = [(temperature, 50 + place - 10 * temperature) for temperature in FLAT]
+        np.testing.assert_allclose(line.get_xydata(), told)
 
 
 def test_a_measure_that_training_does_not_move_makes_no_claim(tmp_path: Path) -> None:

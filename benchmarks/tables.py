@@ -427,7 +427,7 @@ def without_false_negatives(results: Results) -> str:
 
 
 def took(results: Results) -> str:
-    """How many trainings there are, and how long they took."""
+    """How many trainings there are, and how long they took with their evaluation."""
     table = pd.DataFrame(
         [
             [run.modality, name_of(run), run.split, result["seconds"] / 3600]
@@ -438,7 +438,7 @@ def took(results: Results) -> str:
     )
     groups = table.groupby(["modality", "data", "split"])["hours"].agg(["size", "sum"]).reset_index()
     rows = [[*row[:3], str(row[3]), f"{row[4]:.1f}"] for row in groups.itertuples(index=False, name=None)]
-    return markdown(["modality", "data, recipe", "split", "trainings", "hours of training"], rows)
+    return markdown(["modality", "data, recipe", "split", "trainings", "hours"], rows)
 
 
 def differences(results: Results) -> str:

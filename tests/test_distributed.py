@@ -1,9 +1,10 @@
-"""Groups of processes: what the core keeps of them. Gathering itself is tested in the matrix of integration tests."""
+"""Groups of processes: what the core keeps of them. Gathering itself is an integration test."""
 
 from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,18 +12,40 @@ import torch.distributed as dist
 
 from undimix_plugins import distributed
 
+Begin = Callable[[str], None]
+
+
+@pytest.fixture
+def begin(tmp_path: Path) -> Begin:
+    """Starts one process alone: a group of its own asks nobody, so that "fake" can stand for a backend of GPUs."""
+    return lambda backend: dist.init_process_group(
+        backend, init_method=f"file://{tmp_path}/{backend}", rank=0, world_size=1
+    )
+
 
 @pytest.mark.parametrize("backend", ["gloo", "fake"])
-def test_no_group_outlives_its_world(backend: str, tmp_path: Path) -> None:
+def test_no_group_outlives_its_world(backend: str, begin: Begin) -> None:
     """Else its threads hold tensors while the interpreter ends, which aborts the process now and then."""
-    dist.init_process_group(backend, init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
+    begin(backend)
     try:
-        group = distributed._between_hosts()
-        assert distributed._between_hosts() is group
-        assert (group is dist.group.WORLD) == (backend == "gloo")
-        kept = [weakref.ref(group), weakref.ref(dist.group.WORLD)]
+        group = weakref.ref(distributed._between_hosts())
+        gc.collect()
+        assert distributed._between_hosts() is group()
+        world = weakref.ref(dist.group.WORLD)
+        assert (group() is world()) == (backend == "gloo")
     finally:
         dist.destroy_process_group()
-    del group
     gc.collect()
-    assert [reference() for reference in kept] == [None, None]
+    assert (group(), world()) == (None, None)
+
+
+def test_no_group_outlives_a_world_that_is_kept(begin: Begin) -> None:
+    """As DistributedDataParallel keeps it."""
+    begin("fake")
+    try:
+        world, group = dist.group.WORLD, weakref.ref(distributed._between_hosts())
+    finally:
+        dist.destroy_process_group()
+    gc.collect()
+    assert world is not None
+    assert group() is None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.distributed as dist
@@ -49,8 +49,9 @@ def _check(name: str, count: int) -> None:
         )
 
 
-# Weak: a group that outlives destroy_process_group has threads which may abort the process as it ends.
-_OF_WORLD: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
+# Weak on both sides, as a DDP module may hold the world for longer than torch: threads of a group that outlives
+# destroy_process_group may abort the process as it ends.
+_OF_WORLD: WeakKeyDictionary[dist.ProcessGroup, ref[dist.ProcessGroup]] = WeakKeyDictionary()
 
 
 def _between_hosts() -> dist.ProcessGroup:
@@ -59,11 +60,13 @@ def _between_hosts() -> dist.ProcessGroup:
     assert world is not None
     if "gloo" in str(dist.get_backend_config(world)):
         return world
-    if world not in _OF_WORLD:
-        group = dist.new_group(backend="gloo")
-        assert isinstance(group, dist.ProcessGroup)
-        _OF_WORLD[world] = group
-    return _OF_WORLD[world]
+    known = _OF_WORLD.get(world)
+    if known is not None and (group := known()) is not None:
+        return group
+    made = dist.new_group(backend="gloo")
+    assert isinstance(made, dist.ProcessGroup)
+    _OF_WORLD[world] = ref(made)
+    return made
 
 
 def gather_constants(rows: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -39,7 +40,13 @@ OPTIONS = (
     *("range_min", "max_score", "min_score", "absolute_margin", "relative_margin", "batch_size", "faiss_batch_size"),
     *("query_prompt_name", "query_prompt", "corpus_prompt_name", "corpus_prompt", "use_multi_process"),
 )
-SERVE = "import sys; from undimix_sentence_transformers.ance import serve; serve(sys.argv[1])"
+# Modules come from where the parent has them, and from the current directory only where the parent's do.
+SERVE = """
+import sys
+sys.path[:] = sys.argv[2:]
+from undimix_sentence_transformers.ance import serve
+serve(sys.argv[1])
+"""
 
 
 class ANCE(TrainerCallback):
@@ -53,8 +60,9 @@ class ANCE(TrainerCallback):
     similarity is the cosine. A process of its own does that while training goes on: at every `every` steps it is given
     the weights of the step, saved whole, encodes corpus and anchors, and its result replaces the negatives between two
     steps; where it takes longer than `every` steps, the next begins as it ends. The first, of the untrained model, is
-    waited for, as the authors do. Should a later one crash, the negatives stay, a warning has its error, and the next
-    is tried. Its process ends with the training, however that ends, and with the process that trains.
+    waited for, as the authors do. Should a later one crash, or not begin for want of disk space, the negatives stay, a
+    warning has its error, and the next is tried. Its process ends with the training, however that ends, and with the
+    process that trains.
 
     `dataset` is for the Trainer: the pairs with columns negative_1, ..., whose texts are looked up at each access. A
     batch that a data loader has read ahead (one, and `dataloader_prefetch_factor` for each worker) has the negatives of
@@ -62,8 +70,9 @@ class ANCE(TrainerCallback):
     the Trainer reads rows one by one. All batch samplers work; NO_DUPLICATES looks at the negatives of now (with
     workers, a swap can come between), NO_DUPLICATES_HASHED at those that stood there when training began. Prompts of
     the Trainer go by column; mining has its own. Each checkpoint gets its negatives as a file, and training that is
-    resumed from it goes on with these; a refresh that was under way then begins anew. An IterableDataset, several
-    processes (`torchrun`), sparse encoders and systems other than POSIX are not supported.
+    resumed from it goes on with these; a refresh that was under way then begins anew. Where the file cannot be written,
+    training ends with an error, as it does for the weights. An IterableDataset, several processes (`torchrun`), sparse
+    encoders and systems other than POSIX are not supported.
 
     Pass it in the Trainer's `callbacks`, not to `add_callback`: it has to see `train` begin and end.
 
@@ -88,11 +97,12 @@ class ANCE(TrainerCallback):
         options: More of `mine_hard_negatives`: margins, scores, prompts, batch sizes, `range_min`, `use_multi_process`.
 
     Raises:
-        TypeError: For `pairs` that are no Dataset; options that are not those above. In training: a model that is no
-            SentenceTransformer.
+        TypeError: For `pairs` that are no Dataset, a `corpus` that is no sequence, or one text; options that are not
+            those above. In training: a model that is no SentenceTransformer.
         ValueError: For other columns or texts than those above, numbers out of their range, too small a corpus. In
-            training: for another `train_dataset`, several processes.
-        RuntimeError: In training, where the first refresh fails, or `callbacks` has not got this.
+            training: for another `train_dataset`, several processes, a checkpoint whose negatives are damaged.
+        RuntimeError: In training, where the first refresh fails, a checkpoint's negatives cannot be written, or
+            `callbacks` has not got this.
 
     Warns:
         UserWarning: Where a later refresh fails, and where pairs keep their negatives.
@@ -150,6 +160,8 @@ class ANCE(TrainerCallback):
         self.mining["sampling_strategy"] = sampling_strategy
 
         pairs, anchors, positives = _checked(pairs)
+        if corpus is not None and (isinstance(corpus, (str, bytes)) or not isinstance(corpus, Sequence)):
+            raise TypeError(f"corpus: expected a sequence of texts, got {type(corpus).__name__}; pass a list of them")
         texts = list(dict.fromkeys([*(positives if corpus is None else corpus), *positives]))
         digest = hashlib.sha256(str(num_negatives).encode())
         for text in (*texts, "", *anchors, "", *positives):
@@ -159,8 +171,9 @@ class ANCE(TrainerCallback):
         self._name = f"ance-{digest.hexdigest()[:16]}.npz"  # in checkpoints: of these texts and no others
         table = _at_random(anchors, positives, texts, num_negatives, seed)
 
-        self._temporary = tempfile.TemporaryDirectory(prefix="ance-", ignore_cleanup_errors=True)
-        self._folder = Path(self._temporary.name)
+        self._shape, self._texts = table.shape, len(texts)
+        self._held = Held(Path(tempfile.mkdtemp(prefix="ance-")))
+        self._folder = self._held.folder
         self._table, self._log = self._folder / "negatives.npz", self._folder / "log"
         self._job, self._mined = self._folder / "job", self._folder / "job" / "mined.npz"
         pairs.select_columns(pairs.column_names[:2]).save_to_disk(str(self._folder / "pairs"))
@@ -169,7 +182,7 @@ class ANCE(TrainerCallback):
         self.dataset = pairs
         for number in range(1, num_negatives + 1):
             self.dataset = self.dataset.add_column(f"negative_{number}", list(range(len(pairs))))
-        self.dataset.set_transform(Lookup(self._folder))
+        self.dataset.set_transform(Lookup(self._folder, self._held))
         self._child: subprocess.Popen[bytes] | None = None
         self._busy = False  # whether the child has a refresh to do
         self._trainer: Trainer | None = None  # while it trains
@@ -216,33 +229,48 @@ class ANCE(TrainerCallback):
             raise ValueError("train_dataset: expected the callback's own `dataset`, got one without its negatives")
         saved = self._resumed_from / self._name if self._resumed_from else None
         if saved is not None and saved.exists():
-            with np.load(saved) as found:
-                _write(self._table, table=found["table"], mined_at=found["mined_at"])
-                self._due = int(found["due"])
+            table, mined_at, self._due = _read(saved, self._shape, self._texts)
+            _write(self._table, table=table, mined_at=mined_at)
             return
-        self._start(kwargs["model"], state.global_step)
-        while not self._ended():
+        error = self._start(kwargs["model"], state.global_step)
+        while not error and not self._ended():
             time.sleep(0.05)
-        if error := self._swap():
+        if error := error or self._swap():
             raise RuntimeError(f"ANCE: the first refresh failed, {error}")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Puts negatives that have been mined into use, and begins a refresh that is due."""
-        if self._ended() and (error := self._swap()):
-            warnings.warn(f"ANCE: a refresh failed and negatives stay as they are, {error}", stacklevel=2)
+        errors = [self._swap()] if self._ended() else []
         if not self._busy and self._due <= state.global_step < state.max_steps:
-            self._start(kwargs["model"], state.global_step)
+            errors.append(self._start(kwargs["model"], state.global_step))
+        for error in filter(None, errors):
+            warnings.warn(f"ANCE: a refresh failed and negatives stay as they are, {error}", stacklevel=2)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Writes the negatives in use beside the checkpoint."""
-        checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        if checkpoint.is_dir():
+        file = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / self._name
+        if file.parent.is_dir():
             due = state.global_step if self._busy else self._due
-            with np.load(self._table) as saved:
-                _write(checkpoint / self._name, table=saved["table"], mined_at=saved["mined_at"], due=due)
+            try:
+                with np.load(self._table) as saved:
+                    _write(file, table=saved["table"], mined_at=saved["mined_at"], due=due)
+            except OSError as error:
+                raise RuntimeError(
+                    f"ANCE: the checkpoint's negatives could not be written to {file}, {error}"
+                ) from error
 
-    def _start(self, model: SentenceTransformer, step: int) -> None:
-        """Begins a refresh by the model as it is."""
+    def _start(self, model: SentenceTransformer, step: int) -> str:
+        """Begins a refresh by the model as it is; where it cannot, returns what went wrong."""
+        self._due = step + self.every
+        try:
+            self._begin(model, step)
+        except Exception as error:  # what saves a model has errors of its own for a full disk
+            shutil.rmtree(self._job, ignore_errors=True)
+            return f"{type(error).__name__}: {error}"
+        self._busy = True
+        return ""
+
+    def _begin(self, model: SentenceTransformer, step: int) -> None:
         if self._child is not None and self._child.poll() is not None:
             self._stop()
         shutil.rmtree(self._job, ignore_errors=True)
@@ -252,20 +280,19 @@ class ANCE(TrainerCallback):
         job = {"step": step, "seed": self.seed + step, "loading": loading, "mining": self.mining}
         (self._job / "job.json").write_text(json.dumps(job), encoding="utf-8")
         if self._child is None:
-            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+            environment = dict(os.environ)
             if self.device == "cpu":  # faiss would else take all GPUs
                 environment["CUDA_VISIBLE_DEVICES"] = ""
-            command = [sys.executable, "-c", SERVE, str(self._folder)]
+            command = [sys.executable, "-c", SERVE, str(self._folder), *sys.path]
             with open(self._log, "wb") as log:
                 # In a group of its own, so that what it starts can be ended with it.
                 self._child = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, process_group=0
+                    command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
                 )
         assert self._child.stdin is not None
         with suppress(BrokenPipeError):  # that it has ended is seen at the next step
             self._child.stdin.write(b"\n")
             self._child.stdin.flush()
-        self._busy, self._due = True, step + self.every
 
     def _ended(self) -> bool:
         """Whether a refresh has, well or not."""
@@ -298,11 +325,24 @@ class ANCE(TrainerCallback):
         shutil.rmtree(self._job, ignore_errors=True)
 
 
-class Lookup:
-    """A Dataset's transform: turns the number of a row, in a column negative_k, into its k-th negative of now."""
+class Held:
+    """A folder that goes when nothing holds it any more in the process that made it, or that process ends."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        weakref.finalize(self, _remove, folder, os.getpid())
+
+
+def _remove(folder: Path, owner: int) -> None:
+    if os.getpid() == owner:  # and not a process forked from it, which may end or let go earlier
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class Lookup:
+    """A Dataset's transform: turns the number of a row, in a column negative_k, into its k-th negative of now."""
+
+    def __init__(self, folder: Path, held: Held | None = None) -> None:
+        self.folder, self._held = folder, held
         self._corpus: Dataset | None = None
         self._seen: tuple[int, ...] = ()
         self._table: Any = None
@@ -310,6 +350,10 @@ class Lookup:
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, in a worker, reads the files itself."""
         return Lookup, (self.folder,)
+
+    def __deepcopy__(self, memo: Any) -> Lookup:
+        """A copy in this process, as most methods of a Dataset make one, holds the folder, too."""
+        return Lookup(self.folder, self._held)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch with texts; all its rows are of one table, whole, since a file is replaced and never changed."""
@@ -366,10 +410,36 @@ def _load(path: Path) -> Dataset:
 
 
 def _write(path: Path, **arrays: Any) -> None:
+    """Whole or not at all."""
     part = path.with_name(f"{path.name}.part")
-    with open(part, "wb") as file:
-        np.savez(file, **arrays)
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            np.savez(file, **arrays)
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _read(path: Path, shape: tuple[int, int], texts: int) -> tuple[Any, int, int]:
+    """A checkpoint's negatives, numbers of texts of that shape, when they were mined and when the next are due."""
+    try:
+        with np.load(path) as found:
+            table, *steps = (found[name] for name in ("table", "mined_at", "due"))
+    except Exception as error:  # zipfile's, numpy's and others
+        came = f"{type(error).__name__}: {error}"
+    else:
+        arrays = (table, *steps)
+        if any(array.dtype.kind not in "iu" for array in arrays) or [a.shape for a in arrays] != [shape, (), ()]:
+            came = ", ".join(f"{array.dtype} {list(array.shape)}" for array in arrays)
+        elif not 0 <= table.min() <= table.max() < texts or steps[0] < -1 or steps[1] < 0:
+            came = f"{table.min()} to {table.max()}, mined at step {steps[0]}, due at step {steps[1]}"
+        else:
+            return table.astype(np.int64), int(steps[0]), int(steps[1])
+    raise ValueError(
+        f"resume_from_checkpoint: expected ANCE's negatives in {path}, integers {list(shape)} from 0 to {texts - 1}, "
+        f"and two steps, got {came}; delete the file to have them mined anew, or resume from another checkpoint"
+    )
 
 
 def _count(name: str, value: Any, at_least: int = 1) -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pickle
 import queue
 import random
+import resource
 import shutil
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -197,7 +200,11 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
     at_first = negatives(ance)
     story = Story(ance, root)
     trainer = trainer_of(ance, root, story, save_strategy="steps", save_steps=8)
-    with warnings.catch_warnings(record=True) as caught:
+    here = tmp_path_factory.mktemp("here")
+    for name in ("json", "queue"):
+        (here / f"{name}.py").write_text(f"raise ImportError('the {name} of the current directory')")
+    with warnings.catch_warnings(record=True) as caught, pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)  # whose modules are not the child's
         warnings.simplefilter("always")
         trainer.train()
     return Told(ance, story, trainer, root, [str(w.message) for w in caught if "ANCE" in str(w.message)], at_first)
@@ -412,6 +419,140 @@ def test_pairs_with_too_few_keep_theirs(options: dict[str, Any], kept: int) -> N
     assert ance.mined_at == 4
 
 
+@pytest.mark.parametrize("place", ["", "of its own"])
+def test_child_has_the_modules_of_the_process_that_trains(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the order in which that has them: those of the current directory in a notebook, of the folder of a script."""
+    package = tmp_path / place / "undimix_sentence_transformers"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "ance.py").write_text("def serve(folder): print('found here')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path / place) if place else "", *sys.path])
+    ance = new()
+    ance._start(model(), 0)
+    wait_for(ance._ended)
+    assert ance._swap() == "exit code 0:\nfound here"
+
+
+class FullDisk(TrainerCallback):
+    """At the end of step 9 no file can be written."""
+
+    def __init__(self, ance: ANCE) -> None:
+        self.ance, self.limits = ance, resource.getrlimit(resource.RLIMIT_FSIZE)
+        self.tables: list[list[tuple[str, ...]]] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.fill(state.global_step == 8)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.fill(False)
+        self.tables.append(negatives(self.ance))
+        assert self.ance._busy == self.ance._job.exists() == (state.global_step > 9)
+
+    def fill(self, full: bool) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 if full else self.limits[0], self.limits[1]))
+
+
+def test_full_disk_leaves_a_warning_and_the_next_is_tried(told: Told, tmp_path: Path) -> None:
+    ance = new(every=1)
+    disk = FullDisk(ance)
+    trainer = trainer_of(ance, tmp_path, disk, max_steps=11)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train(resume_from_checkpoint=str(told.root / "checkpoint-8"))
+    assert trainer.state.global_step == 11
+    (text,) = (str(warning.message) for warning in caught if "ANCE" in str(warning.message))
+    assert text.startswith("ANCE: a refresh failed and negatives stay as they are, ")
+    assert "File too large" in text
+    assert disk.tables[:2] == [told.story.tables[8]] * 2
+
+
+def test_full_disk_at_first_or_at_a_checkpoint_is_an_error(tmp_path: Path) -> None:
+    ance = new()
+    disk, trainer = FullDisk(ance), trainer_of(ance, tmp_path)
+    (tmp_path / "checkpoint-0").mkdir()
+    disk.fill(True)
+    try:
+        with pytest.raises(RuntimeError, match=r"^ANCE: the first refresh failed, (?s:.*)File too large"):
+            trainer.train()
+        with pytest.raises(RuntimeError, match=r"^ANCE: .* not be written to .*checkpoint-0/ance-.*File too large"):
+            ance.on_save(trainer.args, trainer.state, trainer.control)
+    finally:
+        disk.fill(False)
+    assert list((tmp_path / "checkpoint-0").iterdir()) == []
+    assert not ance._job.exists()
+
+
+def of_zeros(**changes: Any) -> dict[str, Any]:
+    return {"table": np.zeros((41, 2), np.int64), "mined_at": 6, "due": 8, **changes}
+
+
+DAMAGED: dict[str, tuple[bytes | dict[str, Any], str]] = {
+    "empty": (b"", "EOFError"),
+    "not-one": (b"PK\x03\x04", "BadZipFile"),
+    "other-names": ({"table": np.zeros((41, 2), np.int64)}, "KeyError"),
+    "shape": (of_zeros(table=np.zeros((41, 3), np.int64)), r"int64 \[41, 3\], int64 \[\], int64 \[\]"),
+    "floats": (of_zeros(table=np.zeros((41, 2))), r"float64 \[41, 2\]"),
+    "negative": (of_zeros(table=np.full((41, 2), -1)), "-1 to -1, mined at step 6, due at step 8"),
+    "too-large": (of_zeros(table=np.full((41, 2), 53)), "53 to 53, mined at step 6, due at step 8"),
+    "due": (of_zeros(due=-3), "0 to 0, mined at step 6, due at step -3"),
+}
+
+
+@pytest.mark.parametrize(("content", "came"), DAMAGED.values(), ids=DAMAGED)
+def test_damaged_checkpoint_is_named(content: bytes | dict[str, Any], came: str, told: Told, tmp_path: Path) -> None:
+    ance, whole = new(), next((told.root / "checkpoint-8").glob("ance-*.npz"))
+    with np.load(whole) as saved:
+        assert saved["table"].max() < ance._texts == 53  # 12 others and 41 positives
+    file = tmp_path / "checkpoint-8" / whole.name
+    file.parent.mkdir()
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        np.savez(file, **content)
+    trainer = trainer_of(ance, tmp_path)
+    ance._trainer, ance._resumed_from = trainer, file.parent
+    message = (
+        rf"^resume_from_checkpoint: expected ANCE's negatives in {file}, integers \[41, 2\] from 0 to 52, and two "
+    )
+    with pytest.raises(ValueError, match=rf"{message}steps, got {came}.*; delete the file"):
+        ance.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    assert ance.mined_at == -1
+
+
+def test_truncated_checkpoint_is_named(told: Told, tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(told.root / "checkpoint-8", tmp_path / "checkpoint-8")
+    file = next(checkpoint.glob("ance-*.npz"))
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=rf"^resume_from_checkpoint: expected ANCE's negatives in {file}, "):
+        trainer_of(new(), tmp_path).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_dataset_keeps_its_folder() -> None:
+    """Until neither it nor a copy is left in its process; one that ends elsewhere takes nothing along."""
+    ance = new()
+    folder, dataset = ance._folder, ance.dataset
+    del ance
+    gc.collect()
+    assert len(dataset[:3]["negative_1"]) == 3
+    elsewhere = pickle.loads(pickle.dumps(dataset))
+    del elsewhere
+    pid = os.fork()
+    if pid == 0:
+        dataset = None
+        gc.collect()
+        os._exit(0)
+    os.waitpid(pid, 0)
+    dataset = dataset.select([2, 1]).rename_column("positive", "answer")  # copies, each of the one before
+    gc.collect()
+    assert len(dataset[:]["negative_2"]) == 2
+    del dataset
+    gc.collect()
+    assert not folder.exists()
+
+
 def test_child_ends_with_the_process_that_trains() -> None:
     reads, writes = os.pipe()
     pid = os.fork()
@@ -464,6 +605,10 @@ def test_refusals(tmp_path: Path) -> None:
         ANCE(pairs().with_format("numpy"), every=1)
     with pytest.raises(ValueError, match=r"^pairs and corpus: expected texts, got 5"):
         ANCE(pairs(), [5], every=1)  # type: ignore[list-item]
+    for corpus in ("a text", b"a text", {"a": "text"}, {"a text"}, pairs(), 5):
+        came = type(corpus).__name__
+        with pytest.raises(TypeError, match=rf"^corpus: expected a sequence of texts, got {came}; pass a list of them"):
+            ANCE(pairs(), corpus, every=1)  # type: ignore[arg-type]
     for name, value in (("every", 0), ("every", 2.5), ("num_negatives", 0), ("seed", -1), ("range_min", -1)):
         with pytest.raises(ValueError, match=rf"^{name}: expected an integer of at least [01], got {value}"):
             new(**{name: value})

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightly.loss.directclr_loss import DirectCLRLoss as HostDirectCLRLoss
 from lightly.loss.ntx_ent_loss import NTXentLoss as HostNTXentLoss
+from lightly.models.modules.memory_bank import MemoryBankModule
 from lightly.utils import dist
 from torch import Tensor
 
@@ -85,9 +86,9 @@ class NTXentLoss(WeightedLoss, HostNTXentLoss):
 
         Raises:
             ValueError: For projections that are no matrices, are empty or do not match each other or the memory bank,
-                or (on the CPU) are not finite; the memory bank is left as it was. For labels that do not match, or
-                beside a memory bank; on every process, for batches to gather that differ in size. On other devices,
-                non-finite projections give a loss of NaN.
+                or (on the CPU) are not finite. For labels that do not match, or beside a memory bank; on every
+                process, for batches to gather that differ in size. On other devices, non-finite projections give a
+                loss of NaN. A call that raises, whatever the error, leaves the memory bank as it was.
         """
         bank = self.memory_bank
         if not bank.size[0]:
@@ -105,10 +106,26 @@ class NTXentLoss(WeightedLoss, HostNTXentLoss):
         if self.gather_distributed and dist.world_size() > 1:
             check_equal_batches("out0", len(first))
             everyone = _of_bank(first.detach(), bank.size[0])
-        second, negatives = bank.forward(second, update=first.requires_grad)
-        assert negatives is not None
-        pool = negatives.T.to(first)
-        return info_nce(Contrast(first, second, pool, None, self.temperature, everyone=everyone), self.weighting)
+        pool = _entries(bank, second).to(first)
+        loss = info_nce(Contrast(first, second, pool, None, self.temperature, everyone=everyone), self.weighting)
+        if first.requires_grad:
+            _enqueue(bank, second)  # once the loss is there: a step that raises leaves the bank as it was
+        return loss
+
+
+# Outside of a compiled graph: it would keep the bank for its backward pass, not the copy, and find it written to.
+@torch.compiler.disable
+def _entries(bank: MemoryBankModule, keys: Tensor) -> Tensor:
+    """A copy of the bank's entries [entries, width]."""
+    _, negatives = bank.forward(keys)
+    assert negatives is not None
+    return negatives.T
+
+
+@torch.compiler.disable
+def _enqueue(bank: MemoryBankModule, keys: Tensor) -> None:
+    """Puts keys in the place of the bank's oldest."""
+    bank.forward(keys, update=True)
 
 
 def _of_bank(anchors: Tensor, entries: int) -> Everyone:

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from lightly.loss import NTXentLoss
+from lightly.loss import DirectCLRLoss, NTXentLoss
 from torch import Tensor
+from torch.nn.functional import normalize
 
 import undimix_lightly
-from undimix_plugins import Uniform, undimix
+from undimix_plugins import (
+    HCL,
+    Contrast,
+    FalseNegativeElimination,
+    UnDiMix,
+    Uniform,
+    Weighting,
+    info_nce,
+    support_set,
+    undimix,
+)
 
 WIDTH = 16
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -83,6 +96,39 @@ def test_bad_batches_are_refused_before_the_bank_takes_them(bank: int | tuple[in
         with pytest.raises(ValueError, match=r"out0: expected width 16, as the memory bank has, got shape \[4, 9\]"):
             criterion(torch.randn(4, 9, requires_grad=True), torch.randn(4, 9))
     assert torch.equal(criterion.memory_bank.bank, before)
+
+
+class Broken(Weighting):
+    """Of another shape than weights have, which shows only in the loss."""
+
+    def log_weights(self, prepared: Any, rows: slice) -> Tensor:
+        return torch.zeros(1, 1)
+
+
+@pytest.mark.parametrize("loss", [NTXentLoss(memory_bank_size=(8, WIDTH)), DirectCLRLoss(9, memory_bank_size=(8, 9))])
+def test_a_step_that_fails_leaves_the_bank_as_it_was(loss: NTXentLoss) -> None:
+    first, second = torch.randn(3, WIDTH, requires_grad=True), torch.randn(3, WIDTH)
+    undimix(loss)(first, second)
+    before = loss.memory_bank.bank.clone()
+    with pytest.raises(ValueError, match="Broken"):
+        undimix(loss, Broken())(first, second)
+    with support_set(torch.randn(4, before.shape[1])), pytest.raises(ValueError, match="support_set"):
+        undimix(loss, FalseNegativeElimination(k=2))(first, second)
+    assert torch.equal(loss.memory_bank.bank, before)
+    assert loss.memory_bank.bank_ptr.item() == 3
+    undimix(loss)(first, second)
+    assert loss.memory_bank.bank_ptr.item() == 6
+
+
+@pytest.mark.parametrize("weighting", [UnDiMix(), UnDiMix(detached=True), HCL()], ids=repr)
+def test_the_backward_pass_has_the_bank_of_the_loss(weighting: Weighting) -> None:
+    """Although keys have been put in by then."""
+    criterion = undimix(NTXentLoss(temperature=0.2, memory_bank_size=(40, WIDTH)).double(), weighting)
+    first, second = views(7, torch.float64)
+    rows = normalize(first, dim=1), normalize(second, dim=1), criterion.memory_bank.bank.clone()
+    expected = torch.autograd.grad(info_nce(Contrast(*rows, None, 0.2), weighting), (first, second))
+    for one, other in zip(value_and_gradients(criterion, (first, second))[1:], expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("temperature", [0.0, -0.5, float("nan"), float("inf")])

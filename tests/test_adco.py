@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 from itertools import pairwise
@@ -227,6 +228,17 @@ def test_precisions() -> None:
         assert single(q.bfloat16(), k.bfloat16()).dtype == torch.float32
         single.step(q.bfloat16(), k.bfloat16())
     assert single.pool.isfinite().all()
+
+
+def test_a_step_that_fails_leaves_the_pool_and_its_momentum() -> None:
+    module = adversary(9)
+    query, key = batch(4)
+    module.step(query, key)
+    before = copy.deepcopy(module.state_dict())
+    module.lr = None  # type: ignore[assignment]  # as a schedule might return by mistake
+    with pytest.raises(TypeError):
+        module.step(query, key)
+    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
 
 
 def test_no_grad_around_a_step() -> None:

@@ -150,8 +150,10 @@ class AdCo(nn.Module):
             if processes() > 1:
                 dist.all_reduce(gradient)
                 gradient /= processes()
-            self.velocity.mul_(self.momentum).sub_(gradient).add_(self.pool, alpha=self.weight_decay)
-            self.pool.sub_(self.velocity, alpha=self.lr)
+            velocity = (self.velocity * self.momentum).sub_(gradient).add_(self.pool, alpha=self.weight_decay)
+            pool = self.pool.sub(velocity, alpha=self.lr)
+            self.velocity.copy_(velocity)  # once both are there: a step that raises leaves both as they were
+            self.pool.copy_(pool)
 
     @torch.no_grad()
     def fill(self, batches: Iterable[Tensor]) -> None:

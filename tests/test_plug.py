@@ -7,6 +7,7 @@ import importlib
 import pickle
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 from tests import stranger
 from tests.cases import random_rows
-from undimix_plugins import HCL, UnDiMix, Uniform, WeightedLoss, info_nce, two_views, undimix
+from undimix_plugins import HCL, Debiased, UnDiMix, Uniform, WeightedLoss, compose, info_nce, two_views, undimix
+from undimix_plugins.schedule import set_hardness
 
 GROUP = "undimix_plugins.adapters"
 
@@ -55,15 +57,52 @@ def test_refuses_what_is_no_loss_object() -> None:
         undimix(nn.ReLU)
 
 
-def test_refuses_a_toolkit_without_an_adapter() -> None:
+class InfoNCE(nn.Module):
+    """A user's own, of no toolkit, with a temperature that it learns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_temperature = nn.Parameter(torch.zeros(()))
+
+
+@pytest.mark.parametrize(
+    ("loss", "came"),
+    [
+        (nn.CrossEntropyLoss(), "CrossEntropyLoss, which compares no anchor with negatives"),
+        (nn.Sequential(nn.Linear(2, 2)), "Sequential, which looks like a model: weight the loss that trains it"),
+        (InfoNCE(), f"InfoNCE of {InfoNCE.__module__.partition('.')[0]!r}"),
+        (len, "builtin_function_or_method of 'builtins'"),
+    ],
+    ids=["torch's", "model", "own", "function"],
+)
+def test_refuses_what_no_adapter_knows(loss: object, came: str) -> None:
     with pytest.raises(TypeError) as raised:
-        undimix(nn.ReLU())
+        undimix(loss)
     message = str(raised.value)
-    assert message.startswith("loss: expected a loss object of a toolkit, got ReLU: there is no adapter for 'torch'")
+    assert message.startswith("loss: expected a contrastive loss that an adapter knows, of ")
+    assert f", got {came}. To weight a loss of your own, call info_nce(two_views(" in message
     assert "weighted(loss, weighting)" in message
     assert repr(GROUP) in message
     for toolkit in ("lightly", "sentence_transformers", "undimix_pyg", "undimix_transformers"):
         assert toolkit in message
+
+
+@pytest.mark.parametrize(
+    ("option", "to_do"),
+    [
+        ({"temperature": 0.2}, r"NTXentLoss\(temperature=0\.2\)\), got temperature=0\.2$"),
+        ({"scale": 5}, r"MultipleNegativesRankingLoss\(model, scale=5\)\), got scale=5$"),
+        ({"beta": 0.5}, r"undimix\(loss, HCL\(beta=0\.5, tau_plus=0\)\), got beta=0\.5$"),
+        ({"tau_plus": 0.1}, r"HCL or Debiased"),
+        ({"alpha": 9}, r"SimilarityPenalty"),
+        ({"labels": [0, 1]}, r"criterion\(z0, z1, labels\)"),
+    ],
+    ids=str,
+)
+def test_says_where_an_option_belongs(option: dict[str, object], to_do: str, toolkit: ModuleType) -> None:
+    (name,) = option
+    with pytest.raises(TypeError, match=rf"^options: {name} is none of undimix\(\), .*{to_do}"):
+        undimix(toolkit.PairLoss(), **option)
 
 
 def test_refuses_what_is_no_weighting(toolkit: ModuleType) -> None:
@@ -72,8 +111,12 @@ def test_refuses_what_is_no_weighting(toolkit: ModuleType) -> None:
         undimix(loss, HCL)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"^weighting: expected an instance of Weighting .*, got 'hcl'$"):
         undimix(loss, "hcl")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"^options: expected none of UnDiMix beside a weighting, got hardness$"):
+    with pytest.raises(
+        TypeError, match=r"^options: expected none of UnDiMix beside a weighting, got hardness beside HCL"
+    ):
         undimix(loss, HCL(), hardness=2.0)
+    with pytest.raises(TypeError, match=r"^weighting: expected an instance .*; several become one by compose\("):
+        undimix(loss, [UnDiMix(), HCL()])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="hardnes"):
         undimix(loss, hardnes=2.0)
     with pytest.raises(ValueError, match=r"^hardness: .*got -1"):
@@ -82,7 +125,7 @@ def test_refuses_what_is_no_weighting(toolkit: ModuleType) -> None:
 
 def test_a_strangers_toolkit_joins_in(toolkit: ModuleType) -> None:
     host = toolkit.PairLoss()
-    with pytest.raises(TypeError, match=r"got ReLU: there is no adapter .*strange_toolkit"):
+    with pytest.raises(TypeError, match=r"an adapter knows, of .*strange_toolkit.*, got ReLU"):
         undimix(nn.ReLU())
     plain = undimix(host, Uniform())
     torch.testing.assert_close(plain(*batch()), host(*batch()))
@@ -167,6 +210,15 @@ class TestDropIn:
         assert other.seen is host.seen
         assert undimix(weighted, hardness=3.0).weighting == UnDiMix(hardness=3.0)
 
+    def test_options_change_what_they_name(self, host: nn.Module) -> None:
+        harder = undimix(host, hardness=2.0, influence=0.0)
+        assert undimix(harder, similarity=1.0).weighting == UnDiMix(similarity=1.0, influence=0.0, hardness=2.0)
+        set_hardness(harder, 0.25)  # in the middle of a warm-up
+        assert undimix(harder, similarity=1.0).weighting == UnDiMix(similarity=1.0, influence=0.0, hardness=2.0)
+        composed = undimix(host, compose(UnDiMix(hardness=2.0), Debiased()))
+        assert undimix(composed, diversity=0.0).weighting == compose(UnDiMix(diversity=0.0, hardness=2.0), Debiased())
+        assert undimix(undimix(host, HCL()), diversity=0.0).weighting == UnDiMix(diversity=0.0)
+
     def test_plain_is_not_weighted_already(self, host: nn.Module) -> None:
         plain = undimix(host, Uniform())
         assert undimix(plain).weighting == UnDiMix()
@@ -186,3 +238,13 @@ def test_refuses_code_that_would_be_lost(toolkit: ModuleType, users_code: Module
     patched.forward = lambda first, second: first.sum()
     with pytest.raises(TypeError, match=r"^loss: PairLoss replaces PairLoss\.forward by its own"):
         undimix(patched)
+
+
+def test_a_temperature_that_makes_all_negatives_alike_is_told(toolkit: ModuleType) -> None:
+    with pytest.warns(UserWarning, match=r"^temperature=20\.0: .*all candidates count nearly the same; .* 1 / 20$"):
+        undimix(toolkit.PairLoss(temperature=20.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        undimix(toolkit.PairLoss(temperature=2.0))
+    with pytest.raises(ValueError, match=r"^temperature: expected at least 1e-10, got 5e-324$"):
+        undimix(toolkit.PairLoss(temperature=5e-324))

@@ -11,6 +11,7 @@ from torch import Tensor
 from undimix_plugins.checks import check_embeddings, check_inputs, check_number, check_whole
 from undimix_plugins.components import task_gradients
 from undimix_plugins.contrast import as_full_precision, full_precision
+from undimix_plugins.settings import constant
 
 
 @torch.no_grad()
@@ -101,6 +102,7 @@ def k_means_plus_plus(points: Tensor, seeds: int, *, generator: torch.Generator 
     return torch.cat(picked)
 
 
+@constant
 @dataclass(frozen=True)
 class ActiveSampling:
     """Active contrastive learning: of a pool of candidates, a memory bank gets those uncertain and diverse.

@@ -8,10 +8,14 @@ surfaces as a loss of NaN: nothing on the way replaces it.
 from __future__ import annotations
 
 import math
+import warnings
 from numbers import Real
 
 import torch
 from torch import Tensor
+
+LEAST_TEMPERATURE = 1e-10  # below it a logit of unit rows has no digit left that tells two candidates apart
+WARM = 2.0  # a temperature above which all candidates count nearly the same
 
 
 def values_are_free(tensor: Tensor) -> bool:
@@ -159,6 +163,36 @@ def check_number(
         ]
         expected = " ".join(["a finite number", " and ".join(bounds)]).strip()
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    return number
+
+
+def check_temperature(name: str, value: float, *, inverse: bool = False) -> float:
+    """Checks a temperature, or with `inverse` what similarities are multiplied by, and returns it as a float.
+
+    Raises:
+        ValueError: For what is no finite number above 0, or a temperature below 1e-10.
+
+    Warns:
+        UserWarning: For a temperature above 2.
+
+    Examples:
+        >>> check_temperature("scale", 20, inverse=True)
+        20.0
+    """
+    number = check_number(name, value, above=0)
+    if torch.compiler.is_compiling():
+        return number
+    temperature = 1 / max(number, LEAST_TEMPERATURE) if inverse else number
+    if temperature < LEAST_TEMPERATURE:
+        bound = f"at most {1 / LEAST_TEMPERATURE:g}" if inverse else f"at least {LEAST_TEMPERATURE:g}"
+        raise ValueError(f"{name}: expected {bound}, got {value!r}")
+    if temperature > WARM:
+        means = f" means a temperature of {temperature:g}" if inverse else ""
+        usual = "usual scales are 2 to 20" if inverse else "usual ones are .05 to .5; that of a scale of 20 is 1 / 20"
+        warnings.warn(
+            f"{name}={value!r}{means}: at such a temperature all candidates count nearly the same; {usual}",
+            stacklevel=4,
+        )
     return number
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from undimix_plugins.checks import check_choice, check_embeddings, check_number, check_same_length
 from undimix_plugins.contrast import Contrast, unit_rows
 from undimix_plugins.loss import info_nce
+from undimix_plugins.settings import constant
 from undimix_plugins.weightings.weighting import Uniform, Weighting
 
 
@@ -34,6 +35,7 @@ class Mixed(NamedTuple):
     lam: Tensor
 
 
+@constant
 @dataclass(frozen=True)
 class IMix:
     """i-Mix: inputs are mixed, and so are the virtual labels that say whose key is the positive.
@@ -189,6 +191,7 @@ class IMix:
         return mixed.lam * of_own + (1 - mixed.lam) * of_other
 
 
+@constant
 @dataclass(frozen=True)
 class UnMix:
     """Un-Mix: a batch is mixed with itself in reversed order, and two losses of it join the plain one.
@@ -318,16 +321,25 @@ def _span(length: int, share: Tensor) -> Tensor:
 def _of_one_step(criterion: Callable[..., Tensor], *batches: tuple[Tensor, Tensor]) -> list[Tensor]:
     """A criterion of several pairs of batches, each with its buffers as they are now; the last call alone changes them.
 
-    A memory bank would else hold a batch's own keys, as negatives, from the second call on.
+    A memory bank would else hold a batch's own keys, as negatives, from the second call on. Where a call raises, the
+    buffers are as they were.
     """
     module = criterion if isinstance(criterion, nn.Module) else nn.Module()
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+
+    def rewind() -> None:
+        for name, buffer in module.named_buffers():
+            buffer.copy_(before[name])
+
     losses: list[Tensor] = []
-    for pair in batches:
-        if losses:
-            for name, buffer in module.named_buffers():
-                buffer.copy_(before[name])
-        losses.append(criterion(*pair))
+    try:
+        for pair in batches:
+            if losses:
+                rewind()
+            losses.append(criterion(*pair))
+    except BaseException:
+        rewind()
+        raise
     return losses
 
 

@@ -8,19 +8,30 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar, TypeVar, cast
 
 from torch import Tensor, nn
 
-from undimix_plugins.checks import check_number
+from undimix_plugins.checks import check_temperature
 from undimix_plugins.last_layer import LastLayer, inputs_over_lengths
+from undimix_plugins.weightings.compose import Composed, compose
 from undimix_plugins.weightings.undimix import UnDiMix
 from undimix_plugins.weightings.weighting import Uniform, Weighting, check_weighting
 
 GROUP = "undimix_plugins.adapters"
+
+# What belongs to something else than the verb, and where it goes.
+ELSEWHERE = {
+    "temperature": "it belongs to the loss: undimix(NTXentLoss(temperature=0.2))",
+    "scale": "it belongs to the loss: undimix(MultipleNegativesRankingLoss(model, scale=5))",
+    "beta": "it belongs to HCL: undimix(loss, HCL(beta=0.5, tau_plus=0))",
+    "tau_plus": "it belongs to HCL or Debiased: undimix(loss, HCL(beta=0.5, tau_plus=0))",
+    "alpha": "it belongs to SimilarityPenalty: undimix(loss, SimilarityPenalty(alpha=9.0))",
+    "labels": "labels go into the loss's call, where it takes them: criterion(z0, z1, labels)",
+}
 
 WARMING_UP = "_full_and_softened"  # the attribute of a loss on its way to its full weighting
 
@@ -34,7 +45,7 @@ def undimix(
 
     The result is a new object that shares the loss's model, memory bank and buffers; the loss itself is left as it was.
     A loss that is weighted already (by anything but `Uniform()`, which is the plain loss) is returned as it is, or with
-    the new weighting if one is given.
+    the new weighting if one is given; options change those that they name of the `UnDiMix` that it has.
 
     Args:
         loss: A loss object of a toolkit that has an adapter.
@@ -48,9 +59,9 @@ def undimix(
         A loss with the same call, settings and class (`isinstance` holds).
 
     Raises:
-        TypeError: For what is no loss, a loss without negatives or one not supported yet (the error lists those of its
-            toolkit that are), a toolkit without an adapter, something else than a `Weighting`, options of `UnDiMix`
-            beside one, options that neither it nor the loss has, or a last layer that is no Linear.
+        TypeError: For what is no contrastive loss that an adapter knows (the error lists those of its toolkit, and says
+            how to weight one's own), something else than a `Weighting`, options of `UnDiMix` beside one, options that
+            neither it nor the loss has, or a last layer that is no Linear.
         ValueError: For options that `UnDiMix` refuses, or settings of the loss that rule a weighting out.
 
     Examples:
@@ -66,16 +77,14 @@ def undimix(
     known = [field.name for field in fields(UnDiMix)]
     settings = {name: value for name, value in options.items() if name not in known}
     ours = {name: value for name, value in options.items() if name in known}
-    if weighting is not None and ours:
-        raise TypeError(f"options: expected none of UnDiMix beside a weighting, got {', '.join(ours)}")
+    for name, why in ELSEWHERE.items():
+        if name in settings:
+            raise TypeError(f"options: {name} is none of undimix(), {why}, got {name}={settings[name]!r}")
     if last_layer is not None:
         settings["last_layer"] = last_layer
         if weighting is None:
             ours.setdefault("gradient", "weight")
-    if ours:
-        weighting = UnDiMix(**ours)
-    if weighting is not None:
-        check_weighting(weighting)
+    weighting = chosen_weighting(weighting, ours, before=_weighting_in(loss))
     if getattr(weighting, "gradient", "") == "weight" and last_layer is None and not _has_last_layer(loss):
         raise TypeError(
             "last_layer: expected the nn.Linear whose outputs the loss is given, which gradient='weight' needs, got "
@@ -84,9 +93,61 @@ def undimix(
     return cast(Loss, _adapter(loss).load()(loss, weighting, **settings))
 
 
-def _has_last_layer(loss: object) -> bool:
+def chosen_weighting(
+    weighting: Weighting | None, options: Mapping[str, Any], *, before: Weighting | None = None
+) -> Weighting | None:
+    """The weighting, or `UnDiMix` with these options of it; None for neither.
+
+    Args:
+        weighting: What was given as one.
+        options: Of `UnDiMix`, by name.
+        before: What a loss had before: options change an `UnDiMix` in it and leave its others as they are.
+
+    Raises:
+        TypeError: For both, for what is no weighting, and for options that `UnDiMix` does not have.
+
+    Examples:
+        >>> chosen_weighting(None, {"hardness": 2.0}, before=UnDiMix(influence=0.0)).influence
+        0.0
+    """
+    if weighting is not None:
+        check_weighting(weighting)
+        if options:
+            raise TypeError(
+                f"options: expected none of UnDiMix beside a weighting, got {', '.join(options)} beside {weighting}; "
+                "set them where it is made"
+            )
+        return weighting
+    known = [field.name for field in fields(UnDiMix)]
+    if unknown := [name for name in options if name not in known]:
+        raise TypeError(f"options: expected some of UnDiMix's ({', '.join(known)}), got {', '.join(unknown)}")
+    if not options:
+        return None
+    if isinstance(before, UnDiMix):
+        return replace(before, **options)
+    if isinstance(before, Composed) and any(isinstance(part, UnDiMix) for part in before.parts):
+        return compose(*(replace(part, **options) if isinstance(part, UnDiMix) else part for part in before.parts))
+    return UnDiMix(**options)
+
+
+def _weighted_losses(loss: object) -> list[WeightedLoss]:
     modules = loss.modules() if isinstance(loss, nn.Module) else ()
-    return any(isinstance(module, WeightedLoss) and module.last_layer is not None for module in modules)
+    return [module for module in modules if isinstance(module, WeightedLoss)]
+
+
+def _weighting_in(loss: object) -> Weighting | None:
+    """The full weighting of a loss that is weighted already, or has such a one inside."""
+    return next((full_weighting(weighted) for weighted in _weighted_losses(loss)), None)
+
+
+def full_weighting(loss: WeightedLoss) -> Weighting:
+    """What a loss on its way through a warm-up comes to."""
+    full, _ = vars(loss).get(WARMING_UP, (loss.weighting, None))
+    return full  # type: ignore[no-any-return]
+
+
+def _has_last_layer(loss: object) -> bool:
+    return any(weighted.last_layer is not None for weighted in _weighted_losses(loss))
 
 
 def _adapter(loss: object) -> EntryPoint:
@@ -95,14 +156,26 @@ def _adapter(loss: object) -> EntryPoint:
     for package in packages:
         if package in adapters:
             return adapters[package]
+    name = type(loss).__name__
     if isinstance(loss, (dict, list, tuple)):
-        raise TypeError(f"loss: expected one loss object, got a {type(loss).__name__}: weight each loss in it")
+        raise TypeError(f"loss: expected one loss object, got a {name}: weight each loss in it")
     losses_of = ", ".join(sorted(adapters)) or "no toolkit (is undimix-plugins installed?)"
+    came = f"{name}, {_no_loss(loss)}" if _no_loss(loss) else f"{name} of {packages[0]!r}"
     raise TypeError(
-        f"loss: expected a loss object of a toolkit, got {type(loss).__name__}: there is no adapter for "
-        f"{packages[0]!r}, but for the losses of {losses_of}. To add a toolkit, register a function "
-        f"weighted(loss, weighting) under the entry-point group {GROUP!r}, named for its import package"
+        f"loss: expected a contrastive loss that an adapter knows, of {losses_of}, got {came}. To weight a loss of "
+        "your own, call info_nce(two_views(z0, z1, temperature), UnDiMix()) of undimix_plugins in it. For another "
+        f"toolkit, register a function weighted(loss, weighting) under the entry-point group {GROUP!r}, named for its "
+        "import package"
     )
+
+
+def _no_loss(loss: object) -> str:
+    """What stands for a loss by its looks, and what to do; empty where it may be one."""
+    cls = type(loss)
+    named_so = any("loss" in base.__name__.lower() for base in cls.__mro__)
+    if isinstance(loss, nn.Module) and not named_so and len(list(loss.parameters())) > 1:  # one may be a temperature
+        return "which looks like a model: weight the loss that trains it"
+    return "which compares no anchor with negatives" if cls.__module__.startswith("torch.nn.") else ""
 
 
 class WeightedLoss(nn.Module):
@@ -132,16 +205,15 @@ class WeightedLoss(nn.Module):
     settings: ClassVar[Mapping[str, Any]] = {}
     replaces: ClassVar[tuple[str, ...]] = ("forward",)
 
-    def weigh(self, weighting: Weighting | None) -> None:
-        """Sets the weighting, by default `UnDiMix()`; a class extends it to check that its settings go with that.
+    def weigh(self, weighting: Weighting | None, **options: Any) -> None:
+        """Sets the weighting, by default `UnDiMix(**options)`; a class extends it to check that its settings fit.
 
         A host's `temperature` is checked here: hosts take some that no weighting can work with.
         """
         if isinstance(temperature := getattr(self, "temperature", None), (int, float)):
-            check_number("temperature", temperature, above=0)
-        weighting = UnDiMix() if weighting is None else weighting
-        check_weighting(weighting)
-        self.weighting = weighting
+            check_temperature("temperature", temperature)
+        chosen = chosen_weighting(weighting, options)
+        self.weighting = UnDiMix() if chosen is None else chosen
 
     def set_options(self, **settings: Any) -> None:
         """Sets what the class takes beside the weighting; a TypeError for what it does not."""
@@ -210,7 +282,7 @@ def reweight(
         `WeightedLoss` has one.
     """
     if isinstance(loss, WeightedLoss):
-        full, _ = vars(loss).get(WARMING_UP, (loss.weighting, None))
+        full = full_weighting(loss)
         if weighting is None and full != Uniform():
             if not settings and full is loss.weighting:
                 return loss
@@ -238,6 +310,8 @@ def _weighted_class(loss: nn.Module, classes: Mapping[type[nn.Module], type[Weig
     if host is None:
         wraps = isinstance(getattr(loss, "loss", None), tuple(classes))
         hint = f". Weight the loss inside it: {cls.__name__}(..., undimix(loss), ...)" if wraps else ""
+        if _no_loss(loss):
+            raise TypeError(f"loss: expected a contrastive loss, got {cls.__name__}, {_no_loss(loss)}")
         raise TypeError(
             f"loss: {cls.__name__} has no negatives to weight or is not supported; supported: {supported}{hint}"
         )

@@ -24,7 +24,7 @@ from undimix_plugins import (
     gather_parts,
     info_nce,
 )
-from undimix_plugins.checks import check_number
+from undimix_plugins.checks import check_temperature
 
 
 class DetConSLoss(WeightedLoss, HostDetConSLoss):
@@ -66,10 +66,10 @@ class DetConSLoss(WeightedLoss, HostDetConSLoss):
         super().__init__(temperature, gather_distributed)
         self.weigh(weighting)
 
-    def weigh(self, weighting: Weighting | None) -> None:
+    def weigh(self, weighting: Weighting | None, **options: Any) -> None:
         """Sets the weighting; a ValueError for a temperature that no weighting can work with."""
-        check_number("temperature", self.detconbloss.temperature, above=0)
-        super().weigh(weighting)
+        check_temperature("temperature", self.detconbloss.temperature)
+        super().weigh(weighting, **options)
 
     def forward(self, view0: Tensor, view1: Tensor, mask_view0: Tensor, mask_view1: Tensor) -> Tensor:
         """The weighted loss of two views of a batch of images, each of a number of regions.

@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from undimix_plugins import Contrast, Uniform, Weighting, unit_rows
 from undimix_plugins.checks import check_choice, check_number
+from undimix_plugins.settings import constant
 
 CITATION = """
 @inproceedings{ge2021robust,
@@ -229,6 +230,7 @@ def non_semantic_columns(*embeddings: Tensor) -> Iterator[None]:
         COLUMNS[:] = before
 
 
+@constant
 @dataclass(frozen=True)
 class NonSemanticNegatives(Weighting):
     """Non-semantic negatives: an image's own texture or patches join the denominator of its anchor.

@@ -26,11 +26,12 @@ class GRACELoss(WeightedLoss):
     Args:
         temperature: t, what cosines are divided by, a finite number above 0; 0.5 is the default of the authors' code,
             which sets 0.4 for Cora, 0.9 for CiteSeer, 0.7 for PubMed and DBLP.
-        weighting: How much each negative counts; defaults to `UnDiMix()`. `Uniform()` is plain GRACE.
+        weighting: How much each negative counts; defaults to `UnDiMix(**options)`. `Uniform()` is plain GRACE.
+        options: Of `UnDiMix`, such as `hardness=2.0`, instead of a weighting.
 
     Raises:
         ValueError: For a temperature that is no finite number above 0.
-        TypeError: For a weighting that is no `Weighting`.
+        TypeError: For a weighting that is no `Weighting`, or options beside one or that `UnDiMix` does not have.
 
     References:
         Zhu et al.: Deep Graph Contrastive Representation Learning, ICML workshop on Graph Representation Learning and
@@ -40,10 +41,10 @@ class GRACELoss(WeightedLoss):
         >>> loss = GRACELoss(temperature=0.4)(torch.randn(8, 32), torch.randn(8, 32))
     """
 
-    def __init__(self, temperature: float = 0.5, weighting: Weighting | None = None) -> None:
+    def __init__(self, temperature: float = 0.5, weighting: Weighting | None = None, **options: Any) -> None:
         super().__init__()
         self.temperature = check_number("temperature", temperature, above=0)
-        self.weigh(weighting)
+        self.weigh(weighting, **options)
 
     def forward(self, z1: Tensor, z2: Tensor, labels: Tensor | None = None) -> Tensor:
         """The weighted loss of two views of nodes.

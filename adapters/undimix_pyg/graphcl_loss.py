@@ -22,11 +22,12 @@ class GraphCLLoss(WeightedLoss):
 
     Args:
         temperature: t, what cosines are divided by, a finite number above 0; 0.2 is the authors' for TUDatasets.
-        weighting: How much each negative counts; defaults to `UnDiMix()`. `Uniform()` is plain GraphCL.
+        weighting: How much each negative counts; defaults to `UnDiMix(**options)`. `Uniform()` is plain GraphCL.
+        options: Of `UnDiMix`, such as `hardness=2.0`, instead of a weighting.
 
     Raises:
         ValueError: For a temperature that is no finite number above 0.
-        TypeError: For a weighting that is no `Weighting`.
+        TypeError: For a weighting that is no `Weighting`, or options beside one or that `UnDiMix` does not have.
 
     References:
         You et al.: Graph Contrastive Learning with Augmentations, NeurIPS 2020, arXiv 2010.13902, section 3.3,
@@ -36,10 +37,10 @@ class GraphCLLoss(WeightedLoss):
         >>> loss = GraphCLLoss(temperature=0.2)(torch.randn(8, 32), torch.randn(8, 32))
     """
 
-    def __init__(self, temperature: float = 0.2, weighting: Weighting | None = None) -> None:
+    def __init__(self, temperature: float = 0.2, weighting: Weighting | None = None, **options: Any) -> None:
         super().__init__()
         self.temperature = check_number("temperature", temperature, above=0)
-        self.weigh(weighting)
+        self.weigh(weighting, **options)
 
     def forward(self, z1: Tensor, z2: Tensor, labels: Tensor | None = None) -> Tensor:
         """The weighted loss of two views of a batch of graphs.

@@ -33,11 +33,12 @@ class InfoGraphLoss(WeightedLoss):
     Args:
         temperature: t, what cosines are divided by, a finite number above 0. InfoGraph has none; 0.2 is GraphCL's for
             the same data sets.
-        weighting: How much each negative counts; defaults to `UnDiMix()`. `Uniform()` is plain InfoNCE.
+        weighting: How much each negative counts; defaults to `UnDiMix(**options)`. `Uniform()` is plain InfoNCE.
+        options: Of `UnDiMix`, such as `hardness=2.0`, instead of a weighting.
 
     Raises:
         ValueError: For a temperature that is no finite number above 0; from `undimix()` for a last layer.
-        TypeError: For a weighting that is no `Weighting`.
+        TypeError: For a weighting that is no `Weighting`, or options beside one or that `UnDiMix` does not have.
 
     References:
         Sun et al.: InfoGraph, ICLR 2020, arXiv 1908.01000, section 3.2; Hjelm et al.: Deep InfoMax, ICLR 2019, arXiv
@@ -49,10 +50,10 @@ class InfoGraphLoss(WeightedLoss):
         >>> loss = InfoGraphLoss(temperature=0.2)(torch.randn(3, 32), torch.randn(8, 32), batch)
     """
 
-    def __init__(self, temperature: float = 0.2, weighting: Weighting | None = None) -> None:
+    def __init__(self, temperature: float = 0.2, weighting: Weighting | None = None, **options: Any) -> None:
         super().__init__()
         self.temperature = check_number("temperature", temperature, above=0)
-        self.weigh(weighting)
+        self.weigh(weighting, **options)
 
     def set_options(self, **settings: Any) -> None:
         """Sets what the class takes beside the weighting; a ValueError for a last layer, of which there are two."""

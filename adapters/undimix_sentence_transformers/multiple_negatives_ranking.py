@@ -35,7 +35,8 @@ from undimix_plugins import (
     log_sums,
     reweight,
 )
-from undimix_plugins.checks import check_labels, check_number, check_same_length
+from undimix_plugins.checks import check_labels, check_same_length, check_temperature
+from undimix_plugins.plug import chosen_weighting
 from undimix_sentence_transformers.exclusions import Known, text_keys
 
 Direction = Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
@@ -51,6 +52,20 @@ class RankingLoss(WeightedLoss):
     exclude_duplicates: bool = False
     exclude_same_class: bool = False
     of_batch: Known | None = None  # what is known of the batch whose loss is worked out
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "model" and "model" in self._modules and self.last_layer is not None:
+            self._follow(value)
+        super().__setattr__(name, value)
+
+    def _follow(self, model: nn.Module) -> None:
+        """Goes on with the same layer of another model, as the Trainer sets one where it has a `model_init`."""
+        assert self.last_layer is not None
+        layer = self.last_layer.layer
+        if all(part is not layer for part in model.modules()):
+            paths = [path for path, part in _bare(self.model).named_modules() if part is layer]
+            theirs = dict(_bare(model).named_modules())
+            self.last_layer = LastLayer(cast(nn.Linear, theirs.get(paths[0]) if paths else None))
 
     def set_options(self, **settings: Any) -> None:
         """Sets what the class takes beside the weighting; a ValueError for any beside `hardness_mode`."""
@@ -94,6 +109,13 @@ class RankingLoss(WeightedLoss):
         """BibTeX of the host's loss and of the weighting, for the model card."""
         of_host = str(getattr(super(), "citation", ""))  # CachedGISTEmbedLoss has none
         return of_host.rstrip("\n") + "\n" + self.weighting.citation.lstrip("\n")
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """A model without what `torch.compile` and data parallelism put around it."""
+    while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
+        model = inner
+    return model
 
 
 def joint_loss(contrasts: Sequence[Contrast], weighting: Weighting) -> Tensor:
@@ -192,10 +214,10 @@ class MultipleNegativesRankingLoss(RankingLoss, host.MultipleNegativesRankingLos
         )
         self.weigh(weighting)
 
-    def weigh(self, weighting: Weighting | None) -> None:
+    def weigh(self, weighting: Weighting | None, **options: Any) -> None:
         """Sets the weighting; a ValueError for settings that do not go with it."""
-        check_number("scale", self.scale, above=0)
-        super().weigh(weighting)
+        check_temperature("scale", self.scale, inverse=True)
+        super().weigh(weighting, **options)
         if self.hardness_mode is not None and self.weighting != Uniform():
             raise ValueError(
                 f"hardness_mode: expected None beside weighting={self.weighting}, got {self.hardness_mode!r}; both "
@@ -503,12 +525,14 @@ class CachedMultipleNegativesRankingLoss(RankingLoss, host.CachedMultipleNegativ
         """What remembers the inputs of the layer whose outputs the loss is given."""
         return self.loss.last_layer
 
-    def weigh(self, weighting: Weighting | None) -> None:
+    def weigh(self, weighting: Weighting | None, **options: Any) -> None:
         """Sets the weighting; a ValueError for settings that do not go with it."""
         classes: dict[type[nn.Module], type[WeightedLoss]] = {
             host.MultipleNegativesRankingLoss: MultipleNegativesRankingLoss
         }
-        self.loss = cast(MultipleNegativesRankingLoss, reweight(self.loss, weighting, classes))
+        self.loss = cast(
+            MultipleNegativesRankingLoss, reweight(self.loss, chosen_weighting(weighting, options), classes)
+        )
 
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None) -> Tensor:
         """The weighted loss of a batch of tokenised columns, whose backward pass embeds them again.

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from undimix_plugins.checks import check_number
 from undimix_plugins.contrast import Contrast
+from undimix_plugins.settings import constant
 from undimix_plugins.weightings.weighting import Weighting
 
 NOT_ZERO = 1e-3  # what the authors' code adds to two divisors
 
 
+@constant
 @dataclass(frozen=True)
 class BCL(Weighting):
     """Bayesian self-supervised contrastive learning: importance by the posterior of a true, hard negative.

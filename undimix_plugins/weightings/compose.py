@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from undimix_plugins.contrast import Contrast
+from undimix_plugins.settings import loadable
 from undimix_plugins.weightings.bcl import BCL
 from undimix_plugins.weightings.debiased import Debiased
 from undimix_plugins.weightings.false_negatives import FalseNegatives
@@ -95,6 +96,7 @@ def _weighs(part: Weighting) -> bool:
     return not weighs_alike(part.weigher())
 
 
+@loadable
 class Composed(Weighting):
     """What `compose` returns.
 

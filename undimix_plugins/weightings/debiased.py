@@ -10,9 +10,11 @@ from torch import Tensor
 
 from undimix_plugins.checks import check_number
 from undimix_plugins.contrast import Contrast
+from undimix_plugins.settings import constant
 from undimix_plugins.weightings.weighting import Uniform, Weighting, check_share
 
 
+@constant
 @dataclass(frozen=True)
 class Debiased(Weighting):
     """The debiased contrastive loss: all negatives count the same, less what the anchor's class makes of their sum.

@@ -13,6 +13,7 @@ from torch import Tensor
 from undimix_plugins import tiled
 from undimix_plugins.checks import check_choice, check_number, check_whole
 from undimix_plugins.contrast import Contrast, full_precision, unit_rows
+from undimix_plugins.settings import constant
 from undimix_plugins.weightings.weighting import Uniform, Weighting, check_share
 
 SUPPORT: list[Tensor] = []  # further views of the batch's samples, inside of a `support_set`
@@ -45,6 +46,7 @@ def support_set(*views: Tensor) -> Iterator[None]:
         SUPPORT[:] = before
 
 
+@constant
 @dataclass(frozen=True)
 class FalseNegatives(Weighting):
     """What `FalseNegativeElimination` and `FalseNegativeAttraction` have in common: how they find false negatives."""
@@ -103,6 +105,7 @@ class FalseNegatives(Weighting):
         return columns.masked_fill(~(best > self.threshold), -1)
 
 
+@constant
 @dataclass(frozen=True)
 class FalseNegativeElimination(FalseNegatives):
     """False negative cancellation by elimination: likely false negatives are left out of the denominator.
@@ -138,6 +141,7 @@ class FalseNegativeElimination(FalseNegatives):
         return contrast.without(self.found(contrast))
 
 
+@constant
 @dataclass(frozen=True)
 class FalseNegativeAttraction(FalseNegatives):
     """False negative cancellation by attraction: likely false negatives are further positives.

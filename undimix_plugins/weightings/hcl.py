@@ -9,10 +9,12 @@ from torch import Tensor
 
 from undimix_plugins.checks import check_number
 from undimix_plugins.contrast import Contrast
+from undimix_plugins.settings import constant
 from undimix_plugins.weightings.debiased import debiased
 from undimix_plugins.weightings.weighting import Weighting, check_share, mean_one
 
 
+@constant
 @dataclass(frozen=True)
 class HCL(Weighting):
     """Contrastive learning with hard negative samples: importance `exp(beta * s / t)`, debiased.

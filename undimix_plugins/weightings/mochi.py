@@ -13,9 +13,11 @@ from torch.utils.checkpoint import checkpoint
 from undimix_plugins import tiled
 from undimix_plugins.checks import check_whole
 from undimix_plugins.contrast import Contrast
+from undimix_plugins.settings import constant
 from undimix_plugins.weightings.weighting import Uniform, Weighting
 
 
+@constant
 @dataclass(frozen=True)
 class MoCHi(Weighting):
     """Mixing of contrastive hard negatives: synthetic negatives join the denominator, each with weight 1.

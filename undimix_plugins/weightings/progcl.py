@@ -12,6 +12,7 @@ from torch import Tensor
 from undimix_plugins import tiled
 from undimix_plugins.checks import check_number, check_whole
 from undimix_plugins.contrast import Contrast, full_precision
+from undimix_plugins.settings import loadable
 from undimix_plugins.weightings.weighting import Uniform, Weighting, mean_one
 
 COLUMNS = 100  # of the pool, whose similarities a mixture is fitted to
@@ -19,6 +20,7 @@ TINY = 1e-12  # what the authors' code keeps similarities and responsibilities o
 MOST = 1e8  # alpha + beta + 1 of a distribution: one of a single similarity would be infinitely high
 
 
+@loadable
 class Mixture(NamedTuple):
     """Two beta distributions of similarities in (0, 1), the first that of true negatives.
 
@@ -45,6 +47,7 @@ class Mixture(NamedTuple):
         return joint[..., 0] / (joint.sum(dim=-1) + TINY)
 
 
+@loadable
 @dataclass(eq=False)
 class ProGCL(Weighting):
     """ProGCL-weight: importance by the probability of being a true negative, and by similarity.

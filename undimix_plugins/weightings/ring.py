@@ -10,9 +10,11 @@ from torch import Tensor
 
 from undimix_plugins.checks import check_number
 from undimix_plugins.contrast import Contrast, remembered
+from undimix_plugins.settings import constant
 from undimix_plugins.weightings.weighting import Uniform, Weighting, check_share
 
 
+@constant
 @dataclass(frozen=True)
 class Ring(Weighting):
     """Conditional negative sampling: an anchor keeps the negatives between two percentiles of similarity to it.

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from undimix_plugins.checks import check_number
 from undimix_plugins.contrast import Contrast
+from undimix_plugins.settings import constant
 from undimix_plugins.weightings.weighting import Weighting, check_share
 
 
+@constant
 @dataclass(frozen=True)
 class SimilarityPenalty(Weighting):
     """Hardness-weighted contrastive learning: importance `exp(alpha * s)` of a negative of similarity s, constant.

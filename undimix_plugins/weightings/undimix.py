@@ -12,6 +12,7 @@ from torch import Tensor
 from undimix_plugins.checks import check_choice, check_number
 from undimix_plugins.components import TaskGradients, mean_distances, task_gradients
 from undimix_plugins.contrast import Contrast, full_precision
+from undimix_plugins.settings import constant
 from undimix_plugins.weightings.weighting import Weighting, check_share, mean_one
 
 # A deviation below this many eps of the terms that made a score is rounding: coincident rows must weigh the same.
@@ -28,6 +29,7 @@ class Prepared(NamedTuple):
     of_pool: TaskGradients | None
 
 
+@constant
 @dataclass(frozen=True)
 class UnDiMix(Weighting):
     """Uncertainty and diversity mixing: negatives near the anchor, influential and diverse count more.

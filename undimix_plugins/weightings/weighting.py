@@ -10,6 +10,7 @@ from torch import Tensor
 
 from undimix_plugins.checks import check_number
 from undimix_plugins.contrast import Contrast, full_precision
+from undimix_plugins.settings import constant
 
 
 class Weighting:
@@ -112,6 +113,7 @@ class Weighting:
         return self if share == 1 else Softened(self, share)
 
 
+@constant
 @dataclass(frozen=True)
 class Softened(Weighting):
     """A share of a weighting, above 0 and below 1, as `Weighting.softened` has it.
@@ -156,6 +158,7 @@ class Softened(Weighting):
         return torch.lerp(negatives, self.weighting.combine(contrast, positives, negatives, count), self.share)
 
 
+@constant
 @dataclass(frozen=True)
 class Uniform(Weighting):
     """Every negative counts the same: the host's plain loss.
@@ -192,7 +195,10 @@ def check_weighting(weighting: object) -> None:
     """Raises a TypeError unless `weighting` is an instance of `Weighting`."""
     if not isinstance(weighting, Weighting):
         came = f"the class {weighting.__name__}" if isinstance(weighting, type) else repr(weighting)
-        raise TypeError(f"weighting: expected an instance of Weighting such as UnDiMix(), got {came}")
+        several = (
+            "; several become one by compose(UnDiMix(), Debiased())" if isinstance(weighting, (list, tuple)) else ""
+        )
+        raise TypeError(f"weighting: expected an instance of Weighting such as UnDiMix(), got {came}{several}")
 
 
 def checked(weighting: Weighting, log_weights: object, logits: Tensor) -> Tensor:

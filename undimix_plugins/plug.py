@@ -84,7 +84,7 @@ def undimix(
         settings["last_layer"] = last_layer
         if weighting is None:
             ours.setdefault("gradient", "weight")
-    weighting = chosen_weighting(weighting, ours, before=_weighting_in(loss))
+    weighting = chosen_weighting(weighting, ours, before=_weighting_in(loss) if ours else None)
     if getattr(weighting, "gradient", "") == "weight" and last_layer is None and not _has_last_layer(loss):
         raise TypeError(
             "last_layer: expected the nn.Linear whose outputs the loss is given, which gradient='weight' needs, got "
@@ -310,10 +310,9 @@ def _weighted_class(loss: nn.Module, classes: Mapping[type[nn.Module], type[Weig
     if host is None:
         wraps = isinstance(getattr(loss, "loss", None), tuple(classes))
         hint = f". Weight the loss inside it: {cls.__name__}(..., undimix(loss), ...)" if wraps else ""
-        if _no_loss(loss):
-            raise TypeError(f"loss: expected a contrastive loss, got {cls.__name__}, {_no_loss(loss)}")
+        looks = f", {_no_loss(loss)}" if _no_loss(loss) else ""
         raise TypeError(
-            f"loss: {cls.__name__} has no negatives to weight or is not supported; supported: {supported}{hint}"
+            f"loss: {cls.__name__} has no negatives to weight or is not supported{looks}; supported: {supported}{hint}"
         )
     ours = classes[host]
     for name in ours.replaces:

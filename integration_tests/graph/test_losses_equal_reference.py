@@ -415,5 +415,5 @@ def test_undimix_takes_the_loss(loss: type[Any]) -> None:
 
 def test_what_has_no_negatives_is_refused() -> None:
     supported = "undimix_pyg's GRACELoss, undimix_pyg's GraphCLLoss, undimix_pyg's InfoGraphLoss$"
-    with pytest.raises(TypeError, match=rf"^loss: GRACE has no negatives .*; supported: {supported}"):
+    with pytest.raises(TypeError, match=rf"^loss: GRACE has no negatives .* looks like a model.*; supported: {supported}"):
         undimix(GRACE(GCN(34, 8, num_layers=2), 8))

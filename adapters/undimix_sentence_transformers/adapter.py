@@ -11,6 +11,7 @@ from sentence_transformers.sparse_encoder import losses as sparse
 from torch import nn
 
 from undimix_plugins import WeightedLoss, Weighting, reweight
+from undimix_plugins.plug import _subclass
 from undimix_sentence_transformers import gist_embed, multiple_negatives_ranking
 
 CLASSES: dict[type[nn.Module], type[WeightedLoss]] = {
@@ -24,6 +25,7 @@ CLASSES: dict[type[nn.Module], type[WeightedLoss]] = {
     host.CachedGISTEmbedLoss: gist_embed.CachedGISTEmbedLoss,
     sparse.SparseMultipleNegativesRankingLoss: multiple_negatives_ranking.SparseMultipleNegativesRankingLoss,
 }
+SETTINGS = ("weighting", "last_layer", *multiple_negatives_ranking.RankingLoss.settings)
 # Each holds the loss that it modifies as `loss`. Matryoshka2dLoss and CachedSpladeLoss are subclasses.
 WRAPPERS = (host.MatryoshkaLoss, host.AdaptiveLayerLoss, sparse.SpladeLoss, sparse.CSRLoss)
 REFUSED = {
@@ -34,6 +36,21 @@ REFUSED = {
         "late interaction compares texts by many vectors each: there is no one inner product for a pair"
     ),
 }
+
+
+class Around(nn.Module):
+    """What `undimix()` adds to the class of a host's loss around a weighted one: settings reach the one inside."""
+
+    loss: nn.Module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loss, name) if name in SETTINGS else super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in SETTINGS:
+            setattr(self.loss, name, value)
+        else:
+            super().__setattr__(name, value)
 
 
 def weighted(loss: nn.Module, weighting: Weighting | None, **settings: Any) -> nn.Module:
@@ -48,10 +65,12 @@ def weighted(loss: nn.Module, weighting: Weighting | None, **settings: Any) -> n
         )
     if isinstance(loss, WRAPPERS):
         inner = weighted(loss.loss, weighting, **settings)
-        if inner is loss.loss:
+        if inner is loss.loss and isinstance(loss, Around):
             return loss
         wrapper = copy(loss)
         wrapper._modules = {**loss._modules, "loss": inner}
+        if not isinstance(loss, Around):
+            wrapper.__class__ = _subclass(Around, type(loss))  # type: ignore[arg-type]  # classes do hash
         return wrapper
     decorator = vars(loss).get("calculate_loss")
     if not isinstance(decorator, CachedLossDecorator):

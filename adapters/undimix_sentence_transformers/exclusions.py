@@ -12,10 +12,14 @@ from undimix_plugins import gather_constants
 
 # Odd numbers of 64 bits (2^64 over the golden ratio, and two of SplitMix64), which spread what they multiply.
 SPREAD = (-7046029254386353131, -4658895280553007687, -7723592293110705685)
+KEPT = "_undimix_text_keys"  # the attribute of a column's token ids
 
 
 def text_keys(features: Mapping[str, Any]) -> Tensor:
     """A number for each text of a column, which only the same text has (but for a chance of 2^-64).
+
+    A loss such as `MatryoshkaLoss` calls the one inside several times with the same features, into which the model
+    writes what it makes of them: then the numbers are those of the first time, kept beside the token ids.
 
     Args:
         features: What the model is given: padded tokens ("input_ids", "attention_mask"), flattened ones
@@ -25,7 +29,8 @@ def text_keys(features: Mapping[str, Any]) -> Tensor:
         Integers [texts], int64.
 
     Raises:
-        ValueError: For features without token ids, or with images or sounds beside, which they do not tell apart.
+        ValueError: For features without token ids, or with images or sounds beside, which they do not tell apart; for
+            features that a model has written into before.
 
     Examples:
         >>> tokens = torch.tensor([[5, 6, 0], [5, 6, 7], [5, 6, 9]])
@@ -38,6 +43,21 @@ def text_keys(features: Mapping[str, Any]) -> Tensor:
         raise ValueError(
             f"exclude_duplicates: expected inputs with 'input_ids', which tell texts apart, got {sorted(features)}"
         )
+    version = 0 if tokens.is_inference() else tokens._version
+    if "sentence_embedding" in features:
+        kept_at, keys = vars(tokens).get(KEPT, (None, tokens))
+        if kept_at != version:
+            raise ValueError(
+                "exclude_duplicates: expected inputs as the model is given them, got some that a model has written its "
+                "'sentence_embedding' into"
+            )
+        return keys
+    keys = _keys(features, tokens)
+    vars(tokens)[KEPT] = (version, keys)
+    return keys
+
+
+def _keys(features: Mapping[str, Any], tokens: Tensor) -> Tensor:
     beside = [key for key, value in features.items() if isinstance(value, Tensor) and value.is_floating_point()]
     if beside:
         raise ValueError(f"exclude_duplicates: expected texts alone, whose tokens tell them apart, got {beside} beside")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal, cast
@@ -52,6 +53,10 @@ class RankingLoss(WeightedLoss):
     exclude_duplicates: bool = False
     exclude_same_class: bool = False
     of_batch: Known | None = None  # what is known of the batch whose loss is worked out
+    cites_weighting: bool = True  # but not inside a cached loss, which does: a model's card lists both
+
+    def __init_subclass__(cls) -> None:
+        """Not the host's, which warns of a subclass of a deprecated loss, whether or not anybody uses it."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "model" and "model" in self._modules and self.last_layer is not None:
@@ -63,9 +68,10 @@ class RankingLoss(WeightedLoss):
         assert self.last_layer is not None
         layer = self.last_layer.layer
         if all(part is not layer for part in model.modules()):
-            paths = [path for path, part in _bare(self.model).named_modules() if part is layer]
             theirs = dict(_bare(model).named_modules())
-            self.last_layer = LastLayer(cast(nn.Linear, theirs.get(paths[0]) if paths else None))
+            for path, part in _bare(self.model).named_modules():
+                if part is layer:
+                    self.last_layer = LastLayer(cast(nn.Linear, theirs.get(path)))
 
     def set_options(self, **settings: Any) -> None:
         """Sets what the class takes beside the weighting; a ValueError for any beside `hardness_mode`."""
@@ -108,6 +114,8 @@ class RankingLoss(WeightedLoss):
     def citation(self) -> str:
         """BibTeX of the host's loss and of the weighting, for the model card."""
         of_host = str(getattr(super(), "citation", ""))  # CachedGISTEmbedLoss has none
+        if not self.cites_weighting:
+            return of_host
         return of_host.rstrip("\n") + "\n" + self.weighting.citation.lstrip("\n")
 
 
@@ -377,6 +385,7 @@ class MultipleNegativesSymmetricRankingLoss(MultipleNegativesRankingLoss, host.M
         gather_across_devices: bool = False,
         weighting: Weighting | None = None,
     ) -> None:
+        warnings.warn(host.MultipleNegativesSymmetricRankingLoss.__deprecated__, DeprecationWarning, stacklevel=2)
         host.MultipleNegativesSymmetricRankingLoss.__init__(self, model, scale, similarity_fct, gather_across_devices)
         self.weigh(weighting)
 
@@ -533,6 +542,7 @@ class CachedMultipleNegativesRankingLoss(RankingLoss, host.CachedMultipleNegativ
         self.loss = cast(
             MultipleNegativesRankingLoss, reweight(self.loss, chosen_weighting(weighting, options), classes)
         )
+        self.loss.cites_weighting = False
 
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None) -> Tensor:
         """The weighted loss of a batch of tokenised columns, whose backward pass embeds them again.
@@ -618,6 +628,7 @@ class CachedMultipleNegativesSymmetricRankingLoss(
         show_progress_bar: bool = False,
         weighting: Weighting | None = None,
     ) -> None:
+        warnings.warn(host.CachedMultipleNegativesSymmetricRankingLoss.__deprecated__, DeprecationWarning, stacklevel=2)
         host.CachedMultipleNegativesRankingLoss.__init__(
             self,
             model,

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import pickle
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.cross_encoder import losses as cross_losses
 from sentence_transformers.multi_vector_encoder import losses as multi_losses
 from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sparse_encoder import losses as sparse_losses
+from sentence_transformers.util import fullname
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import set_seed
@@ -232,13 +236,63 @@ def test_wrappers(name: str, wrap: Callable[[SentenceTransformer, nn.Module], nn
     assert_same(outcome(model, wrap(model, undimix(make(model), Uniform())), columns), want)
     wrapper = wrap(model, make(model))
     weighted = undimix(wrapper)
-    assert type(weighted) is type(wrapper)
+    assert isinstance(weighted, type(wrapper))
+    assert fullname(weighted) == fullname(wrapper)  # which a model's card names
+    assert weighted.get_config_dict() == wrapper.get_config_dict()
+    assert weighted.state_dict().keys() == wrapper.state_dict().keys()
     assert undimix(weighted) is weighted
     around, within = outcome(model, weighted, columns), outcome(model, wrap(model, undimix(make(model))), columns)
     assert_same(around, within)
     assert (around[0] - want[0]).abs() > 1e-4
     assert_same(outcome(model, wrapper, columns), want)  # which was left as it was
     assert_same(outcome(model, copy.deepcopy(weighted), columns)[:1], around[:1])
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["", "weighted-inside"])
+@pytest.mark.parametrize("wrap", [matryoshka, adaptive, matryoshka_2d], ids=lambda wrap: wrap.__name__)
+def test_settings_of_a_wrapper_reach_the_loss_inside(
+    wrap: Callable[[SentenceTransformer, nn.Module], nn.Module], inside: bool
+) -> None:
+    model = encoder().double()
+    host = losses.MultipleNegativesRankingLoss(model)
+    loss = undimix(wrap(model, undimix(host) if inside else host))
+    innermost = loss.loss.loss if wrap is matryoshka_2d else loss.loss
+    assert loss.weighting is innermost.weighting
+    assert loss.last_layer is None
+    for changed in (loss, pickle.loads(pickle.dumps(loss)), undimix(loss, hardness=2.0)):
+        changed.weighting = HCL()
+        assert changed.weighting == HCL()
+        got = outcome(changed.model, changed, 2)
+        assert_same(got, outcome(model, undimix(wrap(model, host), HCL()), 2))
+    loss.exclude_duplicates = True
+    assert innermost.exclude_duplicates is True
+    assert "exclude_duplicates" not in vars(loss)
+    with pytest.raises(AttributeError, match="has no attribute 'weight'"):
+        loss.weight  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["MNRL", "GIST"])
+@pytest.mark.parametrize("wrap", [matryoshka, adaptive, matryoshka_2d], ids=lambda wrap: wrap.__name__)
+def test_duplicates_inside_a_wrapper(name: str, wrap: Callable[[SentenceTransformer, nn.Module], nn.Module]) -> None:
+    """It calls the loss inside several times with the same features, into which the model has written by then."""
+    data = news(2, 8).to_dict()
+    data["positive"][4] = data["positive"][1]  # a passage of two questions, as if these were of a class
+    data, labels = type(news()).from_dict(data), torch.tensor([0, 1, 2, 3, 1, 5, 6, 7])
+    model = encoder().double()
+    host = losses.MultipleNegativesRankingLoss(model)
+    if name == "GIST":  # a margin that leaves duplicates in
+        host = losses.GISTEmbedLoss(model, guide(), 0.1, margin=-0.02)
+    by_text, by_class = (
+        undimix(wrap(model, host), **{name: True}) for name in ("exclude_duplicates", "exclude_same_class")
+    )
+    got = outcome(model, by_text, 2, data=data)
+    assert_same(got, outcome(model, by_class, 2, labels, data=data))
+    assert (got[0] - outcome(model, undimix(wrap(model, host)), 2, data=data)[0]).abs() > 1e-4
+    if wrap is matryoshka:
+        twin: Any = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=5)
+        if name == "GIST":
+            twin = losses.CachedGISTEmbedLoss(model, guide(), 0.1, mini_batch_size=5, margin=-0.02)
+        assert_same(got, outcome(model, undimix(wrap(model, twin), exclude_duplicates=True), 2, data=data), 1e-9)
 
 
 def test_a_cached_loss_that_sits_in_a_matryoshka_already() -> None:
@@ -288,6 +342,9 @@ def test_splade(cached: bool) -> None:
     weighted = outcome(model, undimix(make(lambda inner: inner)), 3)
     assert (weighted[0] - want[0]).abs() > 1e-4
     assert all(part.isfinite().all() for part in weighted)
+    schedule = undimix(make(lambda inner: inner))
+    schedule.weighting = Uniform()
+    assert_same(outcome(model, schedule, 3), want)
 
 
 def test_csr() -> None:
@@ -295,7 +352,10 @@ def test_csr() -> None:
     host = sparse_losses.CSRLoss(model)
     want = outcome(model, host, 3)
     assert_same(outcome(model, undimix(host, Uniform()), 3), want)
-    assert (outcome(model, undimix(host), 3)[0] - want[0]).abs() > 1e-4
+    weighted = undimix(host)
+    assert (outcome(model, weighted, 3)[0] - want[0]).abs() > 1e-4
+    weighted.weighting = Uniform()
+    assert_same(outcome(model, weighted, 3), want)
 
 
 def test_sparse_loss_alone_is_refused_as_by_the_host() -> None:
@@ -423,6 +483,12 @@ def test_duplicates_of_a_static_embedding_and_of_flattened_inputs() -> None:
         text_keys({"pixel_values": torch.zeros(2, 3)})
     with pytest.raises(ValueError, match=r"exclude_duplicates: expected texts alone.*got \['pixel_values'\] beside"):
         text_keys({**padded, "pixel_values": torch.zeros(4, 3)})
+    written = {**padded, "sentence_embedding": torch.zeros(4, 3)}
+    assert torch.equal(text_keys(written), keys)  # of before the model wrote
+    padded["input_ids"][3] = padded["input_ids"][0]
+    for late in (written, {**written, "input_ids": padded["input_ids"].clone()}):
+        with pytest.raises(ValueError, match=r"exclude_duplicates: expected inputs as the model is given them"):
+            text_keys(late)
 
 
 def test_keys_do_not_collide() -> None:
@@ -482,6 +548,36 @@ def test_a_last_layer_inside_matryoshka_is_refused() -> None:
     loss = matryoshka(model, undimix(losses.MultipleNegativesRankingLoss(model), last_layer=model[-1].linear))
     with pytest.raises(ValueError, match="last_layer: expected the loss to be given this Linear's outputs as they are"):
         outcome(model, loss, 2)
+
+
+@pytest.mark.parametrize("name", ["MNRL", "Cached", "GIST", "CachedGIST"])
+def test_the_last_layer_of_another_model(name: str) -> None:
+    """As a Trainer with `model_init` puts one into the loss."""
+    columns, make = EVERY[name]
+    model, other = encoder(dense=True).double(), encoder(dense=True).double()
+    want = outcome(model, undimix(make(model), last_layer=model[-1].linear), columns)
+    loss = undimix(make(encoder(seed=3, dense=True).double()), last_layer=None)
+    loss = undimix(loss, last_layer=loss.model[-1].linear)
+    trainer = SentenceTransformerTrainer.__new__(SentenceTransformerTrainer)
+    trainer.override_model_in_loss(loss, other)
+    assert_same(outcome(other, loss, columns), want)
+    with pytest.raises(TypeError, match=r"^last_layer: expected the nn.Linear .*, got NoneType"):
+        trainer.override_model_in_loss(loss, encoder())
+
+
+def test_import_warns_of_no_loss_that_nobody_uses() -> None:
+    module = ours.multiple_negatives_ranking
+    spec = importlib.util.spec_from_file_location("again", module.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    model = encoder()
+    for cls in (ours.MultipleNegativesSymmetricRankingLoss, ours.CachedMultipleNegativesSymmetricRankingLoss):
+        with pytest.warns(DeprecationWarning, match=rf"The {cls.__name__} is deprecated") as caught:
+            cls(model)
+        assert Path(caught[0].filename) == Path(__file__)
 
 
 # --- what can't be weighted

@@ -12,10 +12,11 @@ from torch.utils.checkpoint import checkpoint
 from undimix_plugins import tiled
 from undimix_plugins.checks import values_are_free
 from undimix_plugins.contrast import Contrast, full_precision, is_not_among
+from undimix_plugins.scoped import Scoped
 from undimix_plugins.weightings.weighting import Weighting, check_weighting, checked, masked_log_sum_exp
 
 # What `undimix_plugins.statistics.watch` has put here is shown each contrast before its loss is worked out.
-OBSERVERS: list[Callable[[Contrast, Weighting], None]] = []
+OBSERVERS = Scoped[Callable[[Contrast, Weighting], None]]("watch")
 
 
 class LogSums(NamedTuple):
@@ -229,9 +230,10 @@ def _check(contrast: Contrast, weighting: Weighting) -> None:
 
 def _show(contrast: Contrast, weighting: Weighting) -> None:
     """Shows observers what is compared, once a weighting that learns has learnt of it."""
-    if not torch.compiler.is_compiling():  # the compiler is not even to look at the list, which changes
-        for observer in tuple(OBSERVERS):
-            observer(contrast, weighting)
+    if not torch.compiler.is_compiling() and (observers := OBSERVERS.values()):
+        with OBSERVERS.holding_nothing():  # they may work out losses, too
+            for observer in observers:
+                observer(contrast, weighting)
 
 
 @torch.no_grad()

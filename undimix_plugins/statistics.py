@@ -28,8 +28,8 @@ MOST_PAIRS = 2**20  # of anchors and candidates, unless more anchors are asked f
 def watch(observer: Observer) -> Iterator[None]:
     """Shows an observer what the losses compare, as long as the context lasts: for any loop and any loss.
 
-    All losses in the process are watched, each contrast before its loss is worked out. Losses under `torch.compile`
-    are not.
+    All losses in this thread or task are watched, each contrast before its loss is worked out. Losses that the observer
+    works out itself are not, nor those under `torch.compile`.
 
     Args:
         observer: Is called with a Contrast, whose tensors carry no gradient, and the Weighting; what it returns is
@@ -47,11 +47,8 @@ def watch(observer: Observer) -> Iterator[None]:
         with torch.no_grad():
             observer(without_gradient(contrast), weighting)
 
-    OBSERVERS.append(observe)
-    try:
+    with OBSERVERS.holding(observe):
         yield
-    finally:
-        OBSERVERS.remove(observe)
 
 
 def without_gradient(contrast: Contrast) -> Contrast:

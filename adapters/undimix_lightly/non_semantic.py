@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from undimix_plugins import Contrast, Uniform, Weighting, unit_rows
 from undimix_plugins.checks import check_choice, check_number
+from undimix_plugins.scoped import Scoped
 from undimix_plugins.settings import constant
 
 CITATION = """
@@ -29,7 +30,7 @@ CITATION = """
 SIDE = 224  # of the images that sizes are given for
 SOURCE = 96  # the side of the two pieces that a texture is made of
 CANDIDATES = 2  # of which the one that fits best is laid: the more there are, the more of the image's layout comes back
-COLUMNS: list[Tensor] = []  # embeddings of the batch's non-semantic images, inside of `non_semantic_columns`
+COLUMNS = Scoped[Tensor]("non_semantic_columns")  # embeddings of the batch's non-semantic images
 
 
 class NonSemanticTransform(nn.Module):
@@ -206,6 +207,8 @@ def _pixels(images: Tensor, places: Tensor) -> Tensor:
 def non_semantic_columns(*embeddings: Tensor) -> Iterator[None]:
     """Embeddings of a batch's non-semantic images, which join their own anchors' negatives in the losses inside.
 
+    In this thread or task alone.
+
     Args:
         embeddings: One batch or several, each [samples, width], floating point, as the loss is given the views' ones;
             brought to length 1. Of a loss that compares regions (DetCon), these are the samples. Where they carry a
@@ -223,11 +226,8 @@ def non_semantic_columns(*embeddings: Tensor) -> Iterator[None]:
     if not embeddings:
         raise ValueError("embeddings: expected at least one batch, got none")
     rows = unit_rows(**{f"embeddings[{place}]": batch for place, batch in enumerate(embeddings)})
-    before, COLUMNS[:] = tuple(COLUMNS), [torch.stack(rows, dim=1)]
-    try:
+    with COLUMNS.holding(torch.stack(rows, dim=1)):
         yield
-    finally:
-        COLUMNS[:] = before
 
 
 @constant
@@ -272,9 +272,10 @@ class NonSemanticNegatives(Weighting):
 
     def combine(self, contrast: Contrast, positives: Tensor, negatives: Tensor, count: Tensor) -> Tensor:
         """The negatives with the non-semantic ones [n]."""
-        if not COLUMNS:
+        columns = COLUMNS.values()
+        if not columns:
             raise ValueError("non_semantic_columns: expected the loss to be called inside of it, got no columns")
-        (rows,), anchors = COLUMNS, contrast.anchors
+        rows, anchors = columns[-1], contrast.anchors
         samples, width = len(rows), anchors.shape[1]
         if len(anchors) not in (samples, 2 * samples) or rows.shape[2] != width:
             raise ValueError(

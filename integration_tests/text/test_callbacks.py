@@ -332,7 +332,7 @@ def test_statistics_in_the_plain_trainer(sentences: list[Any], tmp_path: Path) -
     (entry,) = (entry for entry in trainer.state.log_history if "negatives/count" in entry)
     assert len(history(trainer)) == 1
     assert {name: entry[f"negatives/{name}"] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    assert OBSERVERS == []
+    assert OBSERVERS.values() == []
 
 
 def test_statistics_without_anything_to_see(sentences: list[Any], tmp_path: Path) -> None:
@@ -364,4 +364,4 @@ def test_refusals(sentences: list[Any], tmp_path: Path) -> None:
     trainer.add_callback(NegativeStatistics(trainer, every=1, labels=lambda inputs: inputs["labels"]))
     with pytest.raises(ValueError, match=r"^labels: expected one for each sample of the batch"):
         trainer.train()  # the collator gives each label twice
-    assert OBSERVERS == []
+    assert OBSERVERS.values() == []

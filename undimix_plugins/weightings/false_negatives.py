@@ -13,15 +13,16 @@ from torch import Tensor
 from undimix_plugins import tiled
 from undimix_plugins.checks import check_choice, check_number, check_whole
 from undimix_plugins.contrast import Contrast, full_precision, unit_rows
+from undimix_plugins.scoped import Scoped
 from undimix_plugins.settings import constant
 from undimix_plugins.weightings.weighting import Uniform, Weighting, check_share
 
-SUPPORT: list[Tensor] = []  # further views of the batch's samples, inside of a `support_set`
+SUPPORT: Scoped[list[Tensor]] = Scoped("support_set")  # further views of the batch's samples
 
 
 @contextmanager
 def support_set(*views: Tensor) -> Iterator[None]:
-    """Further views of a batch's samples, by which the losses inside find false negatives.
+    """Further views of a batch's samples, by which the losses inside find false negatives, in this thread or task.
 
     Args:
         views: Embeddings of further views, each [samples, width], in the batch's order, as the loss is given the first
@@ -39,11 +40,8 @@ def support_set(*views: Tensor) -> Iterator[None]:
     if not views:
         raise ValueError("views: expected at least one, got none")
     rows = unit_rows(**{f"views[{place}]": view for place, view in enumerate(views)})
-    before, SUPPORT[:] = tuple(SUPPORT), [view.detach() for view in rows]
-    try:
+    with SUPPORT.holding([view.detach() for view in rows]):
         yield
-    finally:
-        SUPPORT[:] = before
 
 
 @constant
@@ -79,7 +77,7 @@ class FalseNegatives(Weighting):
     @torch.no_grad()
     def found(self, contrast: Contrast) -> Tensor:
         """The columns of the false negatives of each anchor [n, k], padded with -1."""
-        support = tuple(SUPPORT)
+        support = (SUPPORT.values() or [[]])[-1]
         n, width = len(contrast.anchors), contrast.pool.shape[1]
         for place, view in enumerate(support):
             if n not in (len(view), 2 * len(view)) or view.shape[1] != width:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 import time
 import traceback
@@ -100,11 +101,20 @@ def quarters(seen: list[dict[str, float]]) -> dict[str, dict[str, float]]:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path` when it is complete: no older file is lost on the way."""
+    """A path to write to, which takes the place of `path` when it is complete: no older file is lost on the way.
+
+    Where that fails, nothing is left of it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    yield part
-    part.replace(path)
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        if part.is_dir():
+            shutil.rmtree(part)
+        else:
+            part.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -120,13 +130,32 @@ def rounded(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
+def read(path: Path) -> dict[str, Any]:
+    """The result in a file; a ValueError that names the file where it has none, or a part of one."""
+    try:
+        return checked(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:  # no JSON, too
+        raise ValueError(
+            f"{path}: expected a whole result, got none ({error}); delete the file to have it made anew"
+        ) from error
+
+
+def checked(result: Any) -> dict[str, Any]:
+    """The result, a ValueError unless it has scores."""
+    metrics = result.get("metrics") if isinstance(result, dict) else None
+    if not isinstance(metrics, dict) or not metrics or {*map(type, metrics.values())} - {int, float}:
+        came = repr(metrics if isinstance(result, dict) else result)
+        raise ValueError(f"metrics: expected a number for each name, got {came:.80}")
+    return dict(result)
+
+
 def result_of(train: Train, run: Run, data_dir: Path | None, folder: Path = RESULTS) -> dict[str, Any]:
     """The result of a run: read, or made and written."""
     path = run.path(folder)
     if path.exists():
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return read(path)
     start = time.perf_counter()
-    made = rounded(train(run, data_dir))
+    made = checked(rounded(train(run, data_dir)))
     result = {
         "modality": run.modality,
         "configuration": asdict(run),
@@ -148,8 +177,17 @@ def sweep(
 
     Returns:
         The runs that failed; what went wrong is printed.
+
+    Raises:
+        ValueError: For a result that is there, and is empty or not whole.
     """
-    todo = [run for run in dict.fromkeys(runs) if not run.path(folder).exists()]
+    todo = []
+    for run in dict.fromkeys(runs):
+        path = run.path(folder)
+        if path.exists():
+            read(path)
+        else:
+            todo.append(run)
     if not todo:
         return []
     # For the processes: each has its share of the cores, and threads that wait must not take another's.
@@ -174,9 +212,15 @@ def sweep(
 
 
 def load(folder: Path = RESULTS) -> dict[Run, dict[str, Any]]:
-    """All results that are there, by run."""
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob("*.json"))]
-    return {Run(**result["configuration"]): result for result in results}
+    """All results that are there, by run; a ValueError for one that is none."""
+    results = {}
+    for path in sorted(folder.rglob("*.json")):
+        result = read(path)
+        try:
+            results[Run(**result["configuration"])] = result
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: expected a run's configuration, got {error!r}; delete the file") from error
+    return results
 
 
 def metrics_of(results: dict[Run, dict[str, Any]]) -> dict[Run, dict[str, float]]:

@@ -122,7 +122,10 @@ class KeptViews(Dataset[Any]):
                     of_epoch[place] = (torch.stack(view(image)) * 255).round().byte().numpy()
             with whole(path) as part, part.open("wb") as file:
                 np.save(file, made)
-        self.views = np.load(path, mmap_mode="r")
+        try:
+            self.views = np.load(path, mmap_mode="r")
+        except (EOFError, ValueError) as error:
+            raise ValueError(f"{path}: expected kept views, got {error}; delete it to have them made anew") from error
 
     def __len__(self) -> int:
         return len(self.labels)

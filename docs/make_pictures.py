@@ -39,6 +39,7 @@ from undimix_plugins import (
 )
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
+from saving import save_whole
 from texts import halves, lee_articles
 
 matplotlib.use("Agg")
@@ -60,7 +61,8 @@ BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#777777"
 
 def save(figure: plt.Figure, name: str) -> None:
     PICTURES.mkdir(exist_ok=True)
-    figure.savefig(PICTURES / f"{name}.svg", metadata={"Date": None}, facecolor="white")
+    settings = {"format": "svg", "metadata": {"Date": None}, "facecolor": "white"}
+    save_whole(figure, PICTURES / f"{name}.svg", **settings)
     plt.close(figure)
 
 

@@ -27,6 +27,7 @@ from images import digit_views, images
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from negatives import draw_image, draw_molecule, draw_negatives, draw_text
+from saving import save_whole
 from scipy.stats import ttest_rel
 from texts import halves, lee_articles
 from torch.nn.functional import normalize
@@ -125,18 +126,17 @@ def picture(modalities: list[Modality], path: Path) -> None:
         contrast, items = modality.contrast(modality.model)
         title = f"{modality.name}: negatives weighted most (red) and least (blue)"
         draw_negatives(part, title, contrast, items, modality.draw, anchors=(3, 8), k=modality.columns)
-    # Whole or not at all: an interrupted run leaves the last picture as it was.
-    partial = path.with_suffix(".partial")
-    figure.savefig(partial, format="png", dpi=110)
-    partial.replace(path)
+    save_whole(figure, path, format="png", dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3, help="how often each is trained")
     parser.add_argument("--max-steps", type=int, default=-1, help="stop each training after so many steps")
-    parser.add_argument("--picture", type=Path, default=Path("demo.png"), help="where to save the picture")
+    parser.add_argument("--picture", type=Path, default=Path("demo.png"), help="where to save the picture, a PNG")
     options = parser.parse_args()
+    if options.picture.is_dir() or not options.picture.parent.is_dir():  # rather than after all trainings
+        parser.error(f"--picture: expected a file in a folder that is there, got {options.picture}")
     modalities = [
         Modality(
             "vision: lightly SimCLR, MNIST",

@@ -32,7 +32,7 @@ from PIL import Image
 from scipy import stats
 
 from benchmarks import graphs, tables, text, vision
-from benchmarks.runs import UNTRAINED, Run, load, metrics_of, result_of, sweep, write_whole
+from benchmarks.runs import UNTRAINED, Run, load, metrics_of, result_of, sweep, whole, write_whole
 from benchmarks.tiers import (
     CONTENDERS,
     CURVES,
@@ -665,3 +665,83 @@ def test_a_result_that_is_there_is_not_made_again(tmp_path: Path) -> None:
 
     assert result_of(never, one, None, tmp_path) == {"metrics": {"accuracy": 0.5}}
     assert sweep(never, [one, one], folder=tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "came"),
+    [
+        ("", "Expecting value: line 1 column 1"),
+        ('{"metrics": {"accuracy": 0.', "Expecting"),
+        ("[0.5]", r"metrics: expected a number for each name, got \[0.5\]"),
+        ("{}", "metrics: expected a number for each name, got None"),
+        ('{"metrics": {}}', "metrics: expected a number for each name, got {}"),
+        ('{"metrics": {"accuracy": null}}', "metrics: expected a number for each name, got {'accuracy': None}"),
+    ],
+)
+def test_a_result_that_is_not_whole_is_named(content: str, came: str, tmp_path: Path) -> None:
+    """And not taken for done, nor made again over what may be of worth."""
+    one = graphs.BENCHMARKS[0].at("Uniform()", 0.4, 0)
+    path = one.path(tmp_path)
+    write_whole(path, content)
+    for use in (
+        lambda: sweep(graphs.train, [one], folder=tmp_path),
+        lambda: result_of(graphs.train, one, None, tmp_path),
+        lambda: tables.Results.read(tmp_path),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"^{path}: expected a whole result, got none \(.*{came}.*; delete the file"
+        ):
+            use()
+    assert path.read_text() == content
+
+
+@pytest.mark.parametrize("configuration", [{}, {"configuration": {"hardness": 1}}])
+def test_a_result_of_nothing_is_named(configuration: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text(json.dumps({"metrics": {"accuracy": 0.5}, **configuration}))
+    with pytest.raises(
+        ValueError, match=rf"^{tmp_path}/other.json: expected a run's configuration, got .*; delete the"
+    ):
+        load(tmp_path)
+
+
+def test_a_training_without_scores_has_no_result(tmp_path: Path) -> None:
+    one = graphs.BENCHMARKS[0].at("Uniform()", 0.4, 0)
+    with pytest.raises(ValueError, match=r"^metrics: expected a number for each name, got {}$"):
+        result_of(lambda run, data_dir: {"metrics": {}}, one, None, tmp_path)
+    assert not one.path(tmp_path).exists()
+
+
+@pytest.mark.parametrize("before", ["a file", "a folder", "nothing"])
+def test_what_fails_halfway_leaves_nothing(before: str, tmp_path: Path) -> None:
+    path = tmp_path / "written"
+    if before == "a file":
+        path.write_text("as it was")
+
+    def write(part: Path) -> None:
+        if before == "a folder":
+            part.mkdir()
+            part /= "inner"
+        part.write_text("by half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), whole(path) as part:
+        write(part)
+    assert [file.read_text() for file in tmp_path.iterdir()] == (["as it was"] if before == "a file" else [])
+
+
+def test_kept_views_that_are_not_whole_are_named(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    one = replace(vision.BENCHMARKS[0].base, scale="tiny")
+    scale = vision.SCALES[one.scale]
+    path = vision.KEPT_VIEWS / f"CIFAR-10-local-{scale.images}-{scale.epochs}-{one.seed}.npy"
+    path.parent.mkdir(parents=True)
+    np.save(path, np.zeros((2, 3)))
+    assert vision.KeptViews(one, data_dir).views.shape == (2, 3)
+    for content in (b"", path.read_bytes()[:-1]):
+        path.write_bytes(content)
+        with pytest.raises(
+            ValueError, match=rf"^{path}: expected kept views, got .*; delete it to have them made anew"
+        ):
+            vision.KeptViews(one, data_dir)

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
 IN_DEMO = {"lightly_simclr.py", "pyg_graphcl.py", "sentence_transformers_mnrl.py"}  # whose `train` the demo calls
 STEPS = {
-    script: ["--seeds", "1", "--max-steps", "2"] if script == "demo.py" else ["--max-steps", "2", "--seed", "1"]
+    script: ["--seeds", "1", "--max-steps", "2", "--picture", "demo.partial"]
+    if script == "demo.py"
+    else ["--max-steps", "2", "--seed", "1"]
     for script in SCRIPTS
     if script not in IN_DEMO
 }
@@ -54,6 +59,7 @@ def results(root: Path) -> Any:
     """What each script printed, what it failed with and what it left behind, for its help and for a run."""
     runs = [(f"help {script}", script, ["--help"]) for script in SCRIPTS if script != "demo.py"]
     runs += [(f"run {script}", script, arguments) for script, arguments in STEPS.items()]
+    runs.append(("demo.py without a folder", "demo.py", ["--picture", "nowhere/demo.png"]))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     given = json.dumps([str(EXAMPLES), str(root), *runs])
     done = subprocess.run(
@@ -103,5 +109,31 @@ def test_demo_runs(root: Path, results: dict[str, Any]) -> None:
     assert not result["failure"]
     for modality in ("vision", "text", "graphs"):
         assert f"| {modality}" in result["printed"]
-    assert (root / "run demo.py" / "demo.png").read_bytes().startswith(b"\x89PNG")
-    assert result["left"] == ["demo.png"]
+    assert (root / "run demo.py" / "demo.partial").read_bytes().startswith(b"\x89PNG")
+    assert result["left"] == ["demo.partial"]
+
+
+class Unwell(Text):
+    """Drawn by half."""
+
+    def draw(self, renderer: Any) -> None:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", ["demo.png", "x.partial", "x.part"])
+def test_picture_is_whole_or_as_it_was(name: str, tmp_path: Path) -> None:
+    save_whole, figure, path = runpy.run_path(str(EXAMPLES / "saving.py"))["save_whole"], Figure(), tmp_path / name
+    save_whole(figure, path, format="png")
+    before = path.read_bytes()
+    assert before.startswith(b"\x89PNG")
+    figure.add_artist(Unwell())
+    with pytest.raises(KeyboardInterrupt):
+        save_whole(figure, path, format="png")
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_demo_refuses_a_picture_that_it_could_not_save(results: dict[str, Any]) -> None:
+    """Before it trains for minutes."""
+    assert results["demo.py without a folder"]["failure"] == "2"
+    assert results["demo.py without a folder"]["left"] == []

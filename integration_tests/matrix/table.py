@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.runs import write_whole
 
 BEGIN, END = "<!-- matrix -->", "<!-- /matrix -->"
 NAMES = {
@@ -66,7 +67,5 @@ def write(table: str, file: Path) -> bool:
         return False
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    part = file.with_suffix(".part")
-    part.write_text(f"{before}{BEGIN}\n{table}{END}{after}", encoding="utf-8")
-    os.replace(part, file)
+    write_whole(file, f"{before}{BEGIN}\n{table}{END}{after}")
     return True

@@ -11,7 +11,7 @@ from torch_geometric.utils import dropout_edge, mask_feature
 
 from undimix_plugins.checks import check_number
 from undimix_pyg.augmentations import checked_data, edges_of, features_of
-from undimix_pyg.checks import check_width
+from undimix_pyg.checks import check_width, encode
 
 
 class GRACE(nn.Module):
@@ -24,8 +24,8 @@ class GRACE(nn.Module):
     set to 0 for all nodes alike.
 
     Args:
-        encoder: Called as `encoder(x, edge_index)`, with `edge_weight` too where the data has that; returns embeddings
-            of the nodes [num_nodes, hidden_channels].
+        encoder: Called as `encoder(x, edge_index)`, with what its `forward` takes of the data's `edge_weight`,
+            `edge_attr` and `edge_type`; returns embeddings of the nodes [num_nodes, hidden_channels].
         hidden_channels: The width of the encoder's output and of the head, at least 1.
         drop_edge_rate_1: The probability of an edge to be removed from the first view, in [0, 1). The defaults are
             those of the authors' code for Cora.
@@ -102,8 +102,9 @@ class GRACE(nn.Module):
             `eval()` and call it under `torch.no_grad()`.
 
         Raises:
-            ValueError: For a graph without `x`, or an encoder whose output is not of the shape promised. For a
-                `HeteroData`, or for sparse adjacency matrices in place of `edge_index`.
+            ValueError: For a graph without `x`, or without the edges' weights, features or types that the encoder
+                needs; for an encoder whose output is not of the shape promised. For a `HeteroData`, or for sparse
+                adjacency matrices in place of `edge_index`.
         """
         return self._encode(data, drop_edge_rate=0, drop_feature_rate=0)
 
@@ -111,8 +112,7 @@ class GRACE(nn.Module):
         data = checked_data(data)
         x, _ = mask_feature(features_of(data), drop_feature_rate)
         edge_index, kept = dropout_edge(edges_of(data), drop_edge_rate)
-        weights = {} if data.edge_weight is None else {"edge_weight": data.edge_weight[kept]}
-        h = self.encoder(x, edge_index, **weights)
+        h = encode(self.encoder, data, x, edge_index, kept)
         if h.shape != (len(x), self.hidden_channels):
             raise ValueError(
                 f"encoder: expected output of shape [{len(x)} nodes, {self.hidden_channels} hidden_channels], "

@@ -20,7 +20,7 @@ from undimix_pyg.augmentations import (
     features_of,
     graphs_of,
 )
-from undimix_pyg.checks import check_width
+from undimix_pyg.checks import check_width, encode
 
 AUGMENTATIONS = (NodeDropping(), EdgePerturbation(), AttributeMasking(), RandomWalkSubgraph())
 
@@ -33,8 +33,9 @@ class GraphCL(nn.Module):
     for two views of every graph, which `GraphCLLoss` then pulls together.
 
     Args:
-        encoder: Called as `encoder(x, edge_index, batch=batch)`; returns embeddings of the nodes
-            [num_nodes, hidden_channels], which are pooled here, or already of the graphs [num_graphs, hidden_channels].
+        encoder: Called as `encoder(x, edge_index, batch=batch)`, with what its `forward` takes of the data's
+            `edge_weight`, `edge_attr` and `edge_type`; returns embeddings of the nodes [num_nodes, hidden_channels],
+            which are pooled here, or already of the graphs [num_graphs, hidden_channels].
         hidden_channels: The encoder's output width, at least 1.
         projection_channels: The head's output width, at least 1; by default `hidden_channels`, as in the authors' code.
         augmentations: What views are made with, at least one; for each view of each batch one of them, drawn uniformly.
@@ -110,12 +111,13 @@ class GraphCL(nn.Module):
             `eval()` and call it under `torch.no_grad()`.
 
         Raises:
-            ValueError: For graphs without `x`, an encoder whose output has neither a row per node nor one per graph,
-                or not the width promised; and what `graphs_of` raises.
+            ValueError: For graphs without `x`, or without the edges' weights, features or types that the encoder
+                needs; for an encoder whose output has neither a row per node nor one per graph, or not the width
+                promised; and what `graphs_of` raises.
         """
         batch, num_graphs = graphs_of(data)
         data = cast(Data, data)  # a Batch of Data is a Data, but its class is made at run time only
-        h = self.encoder(features_of(data), edges_of(data), batch=batch)
+        h = encode(self.encoder, data, features_of(data), edges_of(data), batch=batch)
         if h.dim() != 2 or h.size(0) not in (len(batch), num_graphs) or h.size(1) != self.hidden_channels:
             raise ValueError(
                 f"encoder: expected output of shape [{len(batch)} nodes or {num_graphs} graphs, "
@@ -125,5 +127,5 @@ class GraphCL(nn.Module):
         return self.pooling(h, batch, size=num_graphs) if h.size(0) == len(batch) else h
 
     def _view(self, data: Data | Batch) -> Data | Batch:
-        view: Data | Batch = self.augmentations[int(torch.randint(len(self.augmentations), ()))](data)
+        view: Data | Batch = self.augmentations[int(torch.randint(len(self.augmentations), (), device="cpu"))](data)
         return view

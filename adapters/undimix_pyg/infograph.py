@@ -11,7 +11,7 @@ from torch_geometric.data.data import Data
 from torch_geometric.nn import global_add_pool
 
 from undimix_pyg.augmentations import edges_of, features_of, graphs_of
-from undimix_pyg.checks import check_width
+from undimix_pyg.checks import check_width, encode
 
 
 class InfoGraph(nn.Module):
@@ -23,8 +23,9 @@ class InfoGraph(nn.Module):
     each with a bias. `InfoGraphLoss` then pulls graphs together with their own nodes.
 
     Args:
-        encoder: Called as `encoder(x, edge_index, batch=batch)`; returns embeddings of the nodes
-            [num_nodes, hidden_channels]. The authors' joins those of all layers, as PyG's do with `jk="cat"`.
+        encoder: Called as `encoder(x, edge_index, batch=batch)`, with what its `forward` takes of the data's
+            `edge_weight`, `edge_attr` and `edge_type`; returns embeddings of the nodes [num_nodes, hidden_channels].
+            The authors' joins those of all layers, as PyG's do with `jk="cat"`.
         hidden_channels: The width of the encoder's output and of the heads, at least 1.
         pooling: From embeddings of nodes to those of graphs, called as `pooling(h, batch, size=num_graphs)`; the sum,
             as in the authors' code, by default.
@@ -89,15 +90,15 @@ class InfoGraph(nn.Module):
             `eval()` and call it under `torch.no_grad()`.
 
         Raises:
-            ValueError: For graphs without `x`, an encoder whose output is not of the shape promised, and what
-                `graphs_of` raises.
+            ValueError: For graphs without `x`, or without the edges' weights, features or types that the encoder
+                needs; for an encoder whose output is not of the shape promised; and what `graphs_of` raises.
         """
         return self._encode(data)[0]
 
     def _encode(self, data: Data | Batch) -> tuple[Tensor, Tensor, Tensor]:
         batch, num_graphs = graphs_of(data)
         data = cast(Data, data)  # a Batch of Data is a Data, but its class is made at run time only
-        nodes = self.encoder(features_of(data), edges_of(data), batch=batch)
+        nodes = encode(self.encoder, data, features_of(data), edges_of(data), batch=batch)
         if nodes.shape != (len(batch), self.hidden_channels):
             raise ValueError(
                 f"encoder: expected output of shape [{len(batch)} nodes, {self.hidden_channels} hidden_channels], "

@@ -170,6 +170,13 @@ def test_convex_sum_of_any_criterion() -> None:
     torch.testing.assert_close(ours, 0.8 * twin(queries, keys) + 0.2 * other, **EXACT)
     torch.testing.assert_close(criterion.queue, twin.queue, **EXACT)  # the keys are in it once, in their order
 
+    # Where a call raises, the first or the last, the queue is as it was.
+    for good in (0, 1):
+        one, other = [queries, queries[:, :4]] if good else [queries[:, :4], queries]
+        with pytest.raises(RuntimeError):
+            UnMix().loss(criterion, one, other, keys, mixed)
+        torch.testing.assert_close(criterion.queue, twin.queue, **EXACT)
+
     mixed_queries = random_rows(6, 5, seed=3)
     expected = simclr(queries, keys) + 0.8 * simclr(mixed_queries, keys) + 0.2 * simclr(mixed_queries.flip(0), keys)
     torch.testing.assert_close(UnMix().loss(simclr, queries, mixed_queries, keys, mixed), expected, **EXACT)

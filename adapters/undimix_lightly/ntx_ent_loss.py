@@ -114,7 +114,7 @@ class NTXentLoss(WeightedLoss, HostNTXentLoss):
 
 
 # Outside of a compiled graph: it would keep the bank for its backward pass, not the copy, and find it written to.
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _entries(bank: MemoryBankModule, keys: Tensor) -> Tensor:
     """A copy of the bank's entries [entries, width]."""
     _, negatives = bank.forward(keys)
@@ -122,7 +122,7 @@ def _entries(bank: MemoryBankModule, keys: Tensor) -> Tensor:
     return negatives.T
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _enqueue(bank: MemoryBankModule, keys: Tensor) -> None:
     """Puts keys in the place of the bank's oldest."""
     bank.forward(keys, update=True)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from undimix_plugins.checks import check_embeddings, check_inputs, check_number, check_whole
+from undimix_plugins.checks import check_embeddings, check_finite, check_inputs, check_number, check_whole
 from undimix_plugins.components import task_gradients
 from undimix_plugins.contrast import as_full_precision, full_precision
 from undimix_plugins.settings import constant
@@ -85,7 +85,7 @@ def k_means_plus_plus(points: Tensor, seeds: int, *, generator: torch.Generator 
         >>> sorted(k_means_plus_plus(points, 2).tolist()) in ([0, 2], [1, 2])
         True
     """
-    check_embeddings(points=points)
+    check_finite(points=points)
     m = len(points)
     check_whole("seeds", seeds, at_least=1, below=m + 1)
     points = as_full_precision(points)

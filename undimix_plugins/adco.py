@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import itemgetter
 from typing import ClassVar
 
 import torch
@@ -184,10 +185,14 @@ class AdCo(nn.Module):
 
     def _compared(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries at length 1, all processes' keys at length 1, and the queries' own among these [n]."""
-        queries, keys = unit_rows(query=query, key=key)
+
+        def checked() -> list[Tensor]:
+            rows = unit_rows(query=query, key=key)
+            check_embeddings(pool=self.pool, query=rows[0])
+            return rows
+
+        queries, keys = check_equal_batches("query", checked, itemgetter(0))
         keys = keys.detach()
-        check_embeddings(pool=self.pool, query=queries)
-        check_equal_batches("query", len(queries))
         first = dist.get_rank() * len(queries) if processes() > 1 else 0
         own = torch.arange(len(queries), device=queries.device) + first
         return queries, gather_constants(keys), own

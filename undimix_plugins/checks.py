@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from numbers import Real
 
 import torch
@@ -23,6 +24,24 @@ def values_are_free(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+INTEGERS = (
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def largest_product(dtype: torch.dtype) -> float:
+    """What inner products of rows, over the temperature, may come to: their squares are to be summed up."""
+    return 1e-4 * math.sqrt(torch.finfo(torch.promote_types(dtype, torch.float32)).max)
+
+
+def length_of_all(rows: Tensor) -> float:
+    """The length of all rows as one vector, in full precision."""
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    return float(torch.linalg.vector_norm(rows.detach(), dtype=dtype))
+
+
 def check_embeddings(**embeddings: Tensor) -> None:
     """Checks that the named tensors are matrices of finite floats of one width, dtype and device.
 
@@ -30,23 +49,39 @@ def check_embeddings(**embeddings: Tensor) -> None:
         embeddings: One or more tensors [rows, width], by the name that an error is to use.
 
     Raises:
-        ValueError: For a rank other than 2, no rows, no columns, a dtype that is no float, widths, dtypes or devices
-            that differ, or (on the CPU) a row that is not finite.
+        ValueError: For a rank other than 2, no rows, no columns, what is not dense and in memory, a dtype that is none
+            of float16, bfloat16, float32 and float64, widths, dtypes or devices that differ, or (on the CPU) a row that
+            is not finite or longer than 1e15 (1e150 in float64), whose inner products could overflow.
 
     Examples:
         >>> check_embeddings(out0=torch.zeros(4, 8), out1=torch.zeros(4, 9))
         Traceback (most recent call last):
         ValueError: out1: expected width 8, as out0 has, got shape [4, 9]
     """
+    check_lengths(embeddings, check_finite(**embeddings))
+
+
+def check_finite(**embeddings: Tensor) -> dict[str, float]:
+    """As `check_embeddings`, for rows of any length.
+
+    Returns:
+        The length of each tensor as one vector, infinite where it overflows, of those whose values are free to look at.
+    """
     first_name, first = next(iter(embeddings.items()))
+    lengths = {}
     for name, rows in embeddings.items():
-        if not isinstance(rows, Tensor) or rows.dim() != 2:
-            came = f"shape {list(rows.shape)}" if isinstance(rows, Tensor) else f"{type(rows).__name__}"
-            raise ValueError(f"{name}: expected a tensor of shape [rows, width], got {came}")
+        if not isinstance(rows, Tensor):
+            raise ValueError(f"{name}: expected a tensor of shape [rows, width], got {type(rows).__name__}")
+        if rows.is_nested or rows.layout != torch.strided:
+            layout = "a nested tensor" if rows.is_nested else str(rows.layout)
+            raise ValueError(f"{name}: expected a dense tensor of shape [rows, width], got {layout}")
+        if rows.dim() != 2:
+            raise ValueError(f"{name}: expected a tensor of shape [rows, width], got shape {list(rows.shape)}")
         if rows.numel() == 0:
             raise ValueError(f"{name}: expected at least one row and one column, got shape {list(rows.shape)}")
-        if not rows.is_floating_point():
-            raise ValueError(f"{name}: expected floating-point embeddings, got {rows.dtype}")
+        if rows.dtype not in DTYPES:
+            few = ", which has fewer than 16 bits" if rows.is_floating_point() else ""
+            raise ValueError(f"{name}: expected floating-point embeddings, got {rows.dtype}{few}")
         if rows.shape[1] != first.shape[1]:
             raise ValueError(
                 f"{name}: expected width {first.shape[1]}, as {first_name} has, got shape {list(rows.shape)}"
@@ -55,20 +90,37 @@ def check_embeddings(**embeddings: Tensor) -> None:
             raise ValueError(f"{name}: expected {first.dtype}, as {first_name} has, got {rows.dtype}")
         if rows.device != first.device:
             raise ValueError(f"{name}: expected device {first.device}, as {first_name} has, got {rows.device}")
-        # A sum shows what is not finite in one pass; it can also overflow by itself.
-        if values_are_free(rows) and not math.isfinite(float(rows.detach().sum())):
-            finite = rows.isfinite().all(dim=1)
-            if not finite.all():
-                row = int((~finite).nonzero()[0, 0])
-                raise ValueError(f"{name}: expected finite embeddings, got a non-finite value in row {row}")
+        if values_are_free(rows):
+            lengths[name] = length_of_all(rows)  # what is not finite shows in it; it can also overflow by itself
+            if not math.isfinite(lengths[name]):
+                finite = rows.isfinite().all(dim=1)
+                if not finite.all():
+                    row = int((~finite).nonzero()[0, 0])
+                    raise ValueError(f"{name}: expected finite embeddings, got a non-finite value in row {row}")
+    return lengths
 
 
-def check_columns(name: str, columns: Tensor, *, shape: tuple[int | None, ...], pool: Tensor) -> None:
-    """Checks columns of the pool, padded with -1.
+def check_lengths(embeddings: Mapping[str, Tensor], lengths: Mapping[str, float]) -> None:
+    """Checks that no row is so long that inner products could overflow; `lengths` are those of `check_finite`."""
+    for name, length in lengths.items():
+        most = largest_product(embeddings[name].dtype)
+        if length <= most:
+            continue
+        # In float64, the squares of float32 do not overflow; those of float64 may, and are infinite then.
+        of_rows = torch.linalg.vector_norm(embeddings[name].detach(), dim=1, dtype=torch.float64)
+        if float(of_rows.max()) > most:
+            raise ValueError(
+                f"{name}: expected embeddings of a length up to {most:.0e}, whose inner products do not overflow, got "
+                f"{float(of_rows.max()):.0e} in row {int(of_rows.argmax())}"
+            )
+
+
+def check_columns(name: str, columns: Tensor, *, shape: tuple[int | None, ...], pool: Tensor) -> Tensor:
+    """Checks columns of the pool, padded with -1, and returns them as int64.
 
     Args:
         name: What an error is to call them.
-        columns: Integers.
+        columns: Integers of any width, signed or not.
         shape: Their shape, None where any length will do.
         pool: The candidates [m, d].
 
@@ -77,7 +129,7 @@ def check_columns(name: str, columns: Tensor, *, shape: tuple[int | None, ...], 
             is neither -1 nor one of the pool's.
 
     Examples:
-        >>> check_columns("itself", torch.tensor([0, 7]), shape=(2,), pool=torch.zeros(3, 4))
+        >>> columns = check_columns("itself", torch.tensor([0, 7]), shape=(2,), pool=torch.zeros(3, 4))
         Traceback (most recent call last):
         ValueError: itself: expected columns from -1 (none) to 2, got 0 to 7
     """
@@ -86,14 +138,16 @@ def check_columns(name: str, columns: Tensor, *, shape: tuple[int | None, ...], 
     if columns.dim() != len(shape) or any(a not in (None, b) for a, b in zip(shape, columns.shape, strict=True)):
         expected = ", ".join("k" if length is None else str(length) for length in shape)
         raise ValueError(f"{name}: expected shape [{expected}], got {list(columns.shape)}")
-    if columns.is_floating_point() or columns.is_complex() or columns.dtype == torch.bool:
+    if columns.dtype not in INTEGERS:
         raise ValueError(f"{name}: expected integer columns of the pool, got {columns.dtype}")
     if columns.device != pool.device:
         raise ValueError(f"{name}: expected device {pool.device}, as the pool has, got {columns.device}")
+    columns = columns.long()
     if values_are_free(columns) and columns.numel():
         least, most = int(columns.min()), int(columns.max())
         if least < -1 or most >= len(pool):
             raise ValueError(f"{name}: expected columns from -1 (none) to {len(pool) - 1}, got {least} to {most}")
+    return columns
 
 
 def check_same_length(**tensors: Tensor) -> None:
@@ -113,7 +167,7 @@ def check_labels(labels: Tensor | None, rows: Tensor, of: str) -> None:
         raise ValueError(f"labels: expected one for each {of}, of shape [{len(rows)}], got {came}")
     if labels.device != rows.device:
         raise ValueError(f"labels: expected device {rows.device}, as the embeddings have, got {labels.device}")
-    if labels.is_floating_point():
+    if labels.is_floating_point() or labels.is_complex():
         raise ValueError(f"labels: expected integers, got {labels.dtype}")
 
 

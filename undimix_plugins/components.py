@@ -108,7 +108,7 @@ def influence(
         check_embeddings(anchors=anchors, positives=positives)
         check_same_length(anchors=anchors, positives=positives)
     if itself is not None:
-        check_columns("itself", itself, shape=(len(anchors),), pool=pool)
+        itself = check_columns("itself", itself, shape=(len(anchors),), pool=pool)
     check_inputs(anchors, pool, anchor_inputs, pool_inputs)
     with full_precision(pool):
         of_anchors, of_pool = task_gradients(anchors, pool, temperature, itself, positives)
@@ -171,7 +171,8 @@ def task_gradients(
         return first, first
     of_whom, own_columns, all_anchors = itself, columns, anchors
     if everyone is not None:
-        of_whom, own_columns, all_anchors = everyone.itself, everyone.own, everyone.anchors()
+        of_whom, own_columns = everyone.itself, everyone.own
+        all_anchors = everyone.anchors if isinstance(everyone.anchors, Tensor) else everyone.anchors()
     candidates = pool if everyone is None else pool[everyone.own]
 
     def of_pool(rows: slice) -> TaskGradients:
@@ -285,7 +286,7 @@ def diversity(pool: Tensor, excluded: Tensor, *, distance: str = "cosine") -> Te
     """
     check_embeddings(pool=pool)
     check_choice("distance", distance, ("cosine", "euclidean"))
-    check_columns("excluded", excluded, shape=(None, None), pool=pool)
+    excluded = check_columns("excluded", excluded, shape=(None, None), pool=pool)
     with full_precision(pool):
         return mean_distances(pool, is_not_among(excluded, len(pool)), distance)
 

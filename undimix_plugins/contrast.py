@@ -14,9 +14,12 @@ from torch import Tensor
 from undimix_plugins.checks import (
     check_columns,
     check_embeddings,
+    check_finite,
     check_inputs,
+    check_lengths,
     check_number,
     check_same_length,
+    largest_product,
     values_are_free,
 )
 from undimix_plugins.distributed import gather_parts, processes
@@ -36,13 +39,13 @@ class Everyone:
     out the tasks of its own candidates, and the results are gathered.
 
     Attributes:
-        anchors: Gives all processes' anchors [N, d], constants.
+        anchors: All processes' anchors [N, d], constants; or a function that gathers them, which all processes call.
         itself: Those anchors' own columns in the pool [N], -1 where there is none; None for no anchor at all.
         own: This process's own rows of the pool [p]; the contrast's `itself` where these are its anchors.
         gather: From numbers for this process's rows [p, k] to those for the whole pool [m, k], without gradient.
     """
 
-    anchors: Callable[[], Tensor]
+    anchors: Tensor | Callable[[], Tensor]
     itself: Tensor | None
     own: Tensor
     gather: Callable[[Tensor], Tensor]
@@ -117,21 +120,24 @@ class Contrast:
     def __post_init__(self) -> None:
         by_column = isinstance(self.positives, Tensor) and not self.positives.is_floating_point()
         rows = {"anchors": self.anchors, "positives": self.positives, "pool": self.pool}
-        check_embeddings(**{name: of for name, of in rows.items() if name != "positives" or not by_column})
+        rows = {name: of for name, of in rows.items() if name != "positives" or not by_column}
+        lengths = check_finite(**rows)
         check_inputs(self.anchors, self.pool, self.anchor_inputs, self.pool_inputs)
         one_batch = self.anchors is self.pool
         n, device = len(self.anchors), self.anchors.device
         if isinstance(self.temperature, Tensor):
-            self._set("temperature", checked_temperature(self.temperature))
+            self._set("temperature", checked_temperature(self.temperature, self.pool.dtype))
         else:
             self._set("temperature", check_number("temperature", self.temperature, above=0))
+        if lengths:
+            check_lengths(rows, lengths)
+            self._check_that_logits_fit(lengths)
 
         pool = as_full_precision(self.pool)
         self._set("anchors", pool if one_batch else as_full_precision(self.anchors))
         self._set("pool", pool)
         if by_column:
-            check_columns("positives", self.positives, shape=(n, None), pool=pool)
-            columns = self.positives.long()
+            columns = check_columns("positives", self.positives, shape=(n, None), pool=pool)
             if columns.shape[1] == 0:  # none at all
                 columns = columns.new_full((n, 1), -1)
             self._set("positive_columns", distinct(columns))
@@ -151,15 +157,14 @@ class Contrast:
 
         excluded = torch.empty(n, 0, dtype=torch.long, device=device)
         if self.excluded is not None:
-            check_columns("excluded", self.excluded, shape=(n, None), pool=self.pool)
-            excluded = self.excluded.long()
+            excluded = check_columns("excluded", self.excluded, shape=(n, None), pool=self.pool)
         if self.positive_columns is not None:
             excluded = torch.cat([excluded, self.positive_columns], dim=1)
         excluded = distinct(excluded)
         itself = None
         if self.itself is not None:
-            check_columns("itself", self.itself, shape=(n,), pool=self.pool)
-            itself = self.itself.long()[:, None]
+            self._set("itself", check_columns("itself", self.itself, shape=(n,), pool=self.pool))
+            itself = self.itself[:, None]
         elif one_batch:
             itself = torch.arange(n, device=device)[:, None]
         if itself is not None:
@@ -169,6 +174,20 @@ class Contrast:
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen for everybody else
+
+    def _check_that_logits_fit(self, lengths: dict[str, float]) -> None:
+        """A ValueError for rows and a temperature whose logits could overflow; from bounds, if these are low enough."""
+        bound, temperature = largest_product(self.pool.dtype), float(self.held_temperature)
+        others = [name for name in lengths if name != "anchors"]
+        if lengths["anchors"] * max(lengths[name] for name in others) <= bound * temperature:
+            return
+        of = {name: getattr(self, name).detach().norm(dim=1, dtype=torch.float64).max().item() for name in lengths}
+        other = max(others, key=of.__getitem__)
+        if of["anchors"] * of[other] > bound * temperature:
+            raise ValueError(
+                f"temperature: expected similarities over it up to {bound:.0e}, got {temperature!r} with anchors of "
+                f"length {of['anchors']:.2g} and {other} of length {of[other]:.2g}"
+            )
 
     def _mean_positives(self) -> Tensor:
         assert self.positive_columns is not None
@@ -228,7 +247,7 @@ class Contrast:
         new = copy.copy(self)
         if columns is not None:
             assert self.excluded is not None
-            check_columns("columns", columns, shape=(len(self.anchors), None), pool=self.pool)
+            columns = check_columns("columns", columns, shape=(len(self.anchors), None), pool=self.pool)
             new._set("excluded", distinct(torch.cat([self.excluded, columns], dim=1)))
         if verdicts is not None:
             new._set("verdicts", verdicts if self.verdicts is None else partial(_either, self.verdicts, verdicts))
@@ -249,7 +268,7 @@ class Contrast:
             >>> contrast.with_positives(torch.tensor([[1], [-1], [-1], [-1]])).positive_columns.tolist()
             [[1], [-1], [-1], [-1]]
         """
-        new = self.without(columns)
+        new, columns = self.without(columns), columns.long()
         if columns.shape[1] == 0:
             return new
         assert self.excluded is not None
@@ -257,7 +276,7 @@ class Contrast:
         columns = columns.masked_fill(none, -1)
         if self.positive_columns is not None:
             columns = torch.cat([self.positive_columns, columns], dim=1)
-        new._set("positive_columns", distinct(columns.long()))
+        new._set("positive_columns", distinct(columns))
         if not self.has_own_positive:
             new._set("positives", new._mean_positives())
         return new
@@ -350,12 +369,14 @@ def two_views(
     """
     check_embeddings(first=first, second=second)
     check_same_length(first=first, second=second)
-    views = torch.cat([first, second])
-    pool = views
     if gathered is not None:
         check_embeddings(first=first, **{f"gathered[{view}]": rows for view, rows in enumerate(gathered)})
         check_same_length(**{f"gathered[{view}]": rows for view, rows in enumerate(gathered)})
-        pool = torch.cat(gathered)
+    # In full precision first: autocast has no `cat` of a half precision other than its own.
+    first, second = as_full_precision(first), as_full_precision(second)
+    pool = views = torch.cat([first, second])
+    if gathered is not None:
+        pool = torch.cat([as_full_precision(rows) for rows in gathered])
     most = len(pool) // 2 - len(first)
     if not 0 <= offset <= most:
         raise ValueError(f"offset: expected a place from 0 to {most} among the gathered samples, got {offset}")
@@ -363,8 +384,8 @@ def two_views(
     other = own + len(pool) // 2
     itself = None if gathered is None else torch.cat([own, other])
     if itself is not None and len(pool) == processes() * len(views) > len(views):
-        constant, every = as_full_precision(pool.detach()), torch.arange(len(pool), device=pool.device)
-        further["everyone"] = Everyone(lambda: constant, every, itself, partial(gather_parts, parts=2))
+        constant, every = pool.detach(), torch.arange(len(pool), device=pool.device)
+        further["everyone"] = Everyone(constant, every, itself, partial(gather_parts, parts=2))
     return Contrast(
         views,
         torch.cat([second, first]),
@@ -431,7 +452,7 @@ def unit_rows(**embeddings: Tensor) -> list[Tensor]:
         embeddings: One or more tensors [rows, width], by the names that errors are to use.
 
     Returns:
-        Each of them [rows, width]; rows of zeros stay.
+        Each of them [rows, width], as `to_length_one` has it.
 
     Raises:
         ValueError: For what `check_embeddings` refuses, or tensors of different lengths.
@@ -442,8 +463,31 @@ def unit_rows(**embeddings: Tensor) -> list[Tensor]:
     """
     check_embeddings(**embeddings)
     check_same_length(**embeddings)
+    return [to_length_one(rows) for rows in embeddings.values()]
+
+
+def to_length_one(rows: Tensor) -> Tensor:
+    """Rows at length 1, in full precision, as `torch.nn.functional.normalize` has them.
+
+    A row without a direction, of zeros or of a length below 1e-12 or the least normal number of its dtype (6.1e-5 in
+    float16), has gradient 0: it would else be divided by next to nothing, and be infinite in half precision.
+
+    Args:
+        rows: Embeddings [..., width], floating point.
+
+    Returns:
+        The same shape, float32 for half precision; rows of zeros stay.
+
+    Examples:
+        >>> rows = torch.zeros(2, 4, dtype=torch.float16, requires_grad=True)
+        >>> torch.autograd.grad(to_length_one(rows).sum(), rows)[0].count_nonzero()
+        tensor(0)
+    """
     # In half precision a row of zeros, or a tiny one, would be divided by 0.
-    return [torch.nn.functional.normalize(as_full_precision(rows), dim=1) for rows in embeddings.values()]
+    full = as_full_precision(rows)
+    least = max(torch.finfo(rows.dtype).tiny, 1e-12)
+    directed = torch.linalg.vector_norm(full.detach(), dim=-1, keepdim=True) >= least
+    return torch.nn.functional.normalize(torch.where(directed, full, full.detach()), dim=-1)
 
 
 def full_precision(like: Tensor) -> torch.autocast:
@@ -451,15 +495,15 @@ def full_precision(like: Tensor) -> torch.autocast:
     return torch.autocast(like.device.type, enabled=False)
 
 
-def checked_temperature(temperature: Tensor) -> Tensor:
-    """One number as a scalar, not in half precision; a ValueError for another, or (on the CPU) not above 0."""
+def checked_temperature(temperature: Tensor, dtype: torch.dtype) -> Tensor:
+    """One number as a scalar, in a dtype's full precision; a ValueError for another, or (on the CPU) not above 0."""
     if temperature.numel() != 1 or not temperature.is_floating_point():
         raise ValueError(
             f"temperature: expected one floating-point number, got {temperature.dtype} {list(temperature.shape)}"
         )
     if values_are_free(temperature):
         check_number("temperature", float(temperature.detach()), above=0)
-    return as_full_precision(temperature.reshape(()))
+    return temperature.reshape(()).to(torch.promote_types(dtype, torch.float32))
 
 
 def checked_anchor_weights(weights: Tensor, anchors: Tensor) -> Tensor:
@@ -467,6 +511,8 @@ def checked_anchor_weights(weights: Tensor, anchors: Tensor) -> Tensor:
     if not isinstance(weights, Tensor) or weights.shape != anchors.shape[:1]:
         came = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
         raise ValueError(f"anchor_weights: expected a tensor of shape [{len(anchors)}], got {came}")
+    if weights.is_complex() or weights.layout != torch.strided:
+        raise ValueError(f"anchor_weights: expected real numbers, got {weights.dtype}, {weights.layout}")
     if weights.device != anchors.device:
         raise ValueError(f"anchor_weights: expected device {anchors.device}, as anchors has, got {weights.device}")
     if values_are_free(weights) and not bool(((weights >= 0) & weights.isfinite()).all()):
@@ -496,6 +542,5 @@ def distinct(columns: Tensor) -> Tensor:
     if columns.shape[1] < 2:
         return columns
     ordered = columns.sort(dim=1).values
-    repeated = torch.zeros_like(ordered, dtype=torch.bool)
-    repeated[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
-    return ordered.masked_fill(repeated, -1)
+    first = torch.zeros_like(ordered[:, :1], dtype=torch.bool)
+    return ordered.masked_fill(torch.cat([first, ordered[:, 1:] == ordered[:, :-1]], dim=1), -1)

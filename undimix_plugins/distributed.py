@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
 from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Checked = TypeVar("Checked")
+
+REFUSED = -1  # the count of a batch that a process has refused
 
 
 def processes() -> int:
@@ -19,34 +25,56 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def check_equal_batches(name: str, count: int) -> None:
-    """Checks that all processes have batches of one size, before a collective on them would hang or abort.
+def check_equal_batches(name: str, check: Callable[[], Checked], rows: Callable[[Checked], Tensor]) -> Checked:
+    """Checks a batch on all processes at once, before a collective on it would hang or abort.
 
-    Sizes travel between hosts alone, so that no device is waited for. Nothing is checked with one process.
+    An error of one process is an error on all: else the others would wait for it. Sizes travel between hosts alone, so
+    that no device is waited for.
 
     Args:
         name: What an error is to call the batch.
-        count: This process's number of rows.
+        check: Checks this process's batch and returns what is made of it; raises what is wrong with it.
+        rows: From what `check` returned to this process's rows [n, ...].
+
+    Returns:
+        What `check` returned.
 
     Raises:
-        ValueError: On every process, where they differ.
+        ValueError: On every process, where sizes differ, or another process's `check` raised; what this process's own
+            raised is raised on as it is.
 
     Examples:
-        >>> check_equal_batches("out0", 8)
+        >>> (z0,) = check_equal_batches("out0", lambda: unit_rows(out0=torch.randn(8, 4)), lambda checked: checked[0])
+        >>> z0.shape
+        torch.Size([8, 4])
     """
-    if processes() > 1:
-        _check(name, count)
-
-
-def _check(name: str, count: int) -> None:
-    sizes = [torch.zeros(1, dtype=torch.long) for _ in range(processes())]
-    dist.all_gather(sizes, torch.tensor([count]), group=_between_hosts())
-    counts = [int(size) for size in sizes]
+    if processes() == 1:
+        return check()
+    try:
+        checked = check()
+    except Exception:
+        _counts(REFUSED)  # tells the others
+        raise
+    counts = _counts(len(rows(checked)))
+    if REFUSED in counts:
+        refused = [rank for rank, count in enumerate(counts) if count == REFUSED]
+        raise ValueError(
+            f"{name}: expected a batch on every process, since negatives are gathered, got none on {refused}, whose "
+            "own error says why"
+        )
     if len(set(counts)) > 1:
         raise ValueError(
             f"{name}: expected as many rows on every process, since negatives are gathered, got {counts}; "
             "drop the last, incomplete batch (drop_last=True), or do without gathering"
         )
+    return checked
+
+
+def _counts(count: int) -> list[int]:
+    """All processes' counts."""
+    counts = [torch.zeros(1, dtype=torch.long, device="cpu") for _ in range(processes())]
+    dist.all_gather(counts, torch.tensor([count], device="cpu"), group=_between_hosts())
+    return [int(of_rank) for of_rank in counts]
 
 
 # Weak on both sides, as a DDP module may hold the world for longer than torch: threads of a group that outlives

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 
 from undimix_plugins.checks import check_number
-from undimix_plugins.contrast import Contrast, full_precision
+from undimix_plugins.contrast import Contrast, Everyone, full_precision
+from undimix_plugins.weightings.compose import Composed
 from undimix_plugins.weightings.undimix import UnDiMix
-from undimix_plugins.weightings.weighting import Weighting, check_weighting, checked
+from undimix_plugins.weightings.weighting import Softened, Weighting, check_weighting, checked
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -111,6 +113,7 @@ class Explanation:
 
         Raises:
             ImportError: Where matplotlib is missing.
+            TypeError: For one text in the place of labels.
             ValueError: For fewer labels than the pool has columns.
 
         Examples:
@@ -121,6 +124,8 @@ class Explanation:
             from matplotlib import pyplot as plt
         except ImportError as error:
             raise ImportError("plot needs matplotlib, which is not installed: pip install matplotlib") from error
+        if isinstance(labels, (str, bytes)):
+            raise TypeError(f"labels: expected one for each column of the pool, got one text: {labels!r:.40}")
         shown = [*self.most, *self.least]
         columns = 1 + max((negative.column for negative in shown), default=-1)
         if labels is not None and len(labels) < columns:
@@ -152,9 +157,8 @@ class Explanation:
         axes.set_ylim(max(len(names), 1) - 0.4, -0.6)
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_xlabel(self._formula())
-        axes.set_title(
-            f"anchor {self.anchor} under {type(self.weighting).__name__}", loc="left", pad=24 if self._names() else 6
-        )
+        title = textwrap.fill(f"anchor {self.anchor} under {_methods(self.weighting)}", 64)
+        axes.set_title(title, loc="left", pad=24 if self._names() else 6)
         if self._names():
             axes.legend(
                 loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, borderpad=0.2, borderaxespad=0.2
@@ -168,6 +172,37 @@ def _short(label: str) -> str:
     return textwrap.shorten(str(label), 40, placeholder=" …")
 
 
+def _methods(weighting: Weighting) -> str:
+    """What a weighting does by the methods' names, without their settings."""
+    if isinstance(weighting, Composed):
+        return " + ".join(map(_methods, weighting.parts))
+    if isinstance(weighting, Softened):
+        return f"{weighting.share:.2g} of {_methods(weighting.weighting)}"
+    return type(weighting).__name__
+
+
+def _alone(contrast: Contrast) -> Contrast:
+    """The same with nothing asked of other processes, of which none may call, too; a ValueError once it has to be."""
+    everyone, pool = contrast.everyone, contrast.pool.detach()
+    if everyone is None:
+        return contrast
+    anchors = everyone.anchors
+    if not isinstance(anchors, Tensor):
+        is_in_pool = everyone.itself is not None and bool((everyone.itself >= 0).all())
+        anchors = pool[everyone.itself] if is_in_pool else _not_here
+    every = torch.arange(len(pool), device=pool.device)
+    alone = copy.copy(contrast)
+    alone._set("everyone", Everyone(anchors, everyone.itself, every, lambda rows: rows))
+    return alone
+
+
+def _not_here() -> Tensor:
+    raise ValueError(
+        "contrast: expected all processes' anchors in it, which the influence needs, since explain asks no other process, "
+        "got a pool gathered without them; use UnDiMix(influence=0), or a loss that does not gather"
+    )
+
+
 def explain(contrast: Contrast, weighting: Weighting, anchor: int, k: int = 5) -> Explanation:
     """Which of an anchor's negatives weigh most and least, and what each component gave to that.
 
@@ -177,6 +212,9 @@ def explain(contrast: Contrast, weighting: Weighting, anchor: int, k: int = 5) -
 
     with linear mixing a part is `n_i * l_A * softmax(h * A~)_ij`, and so on, and `w_ij` is the sum. Other weightings
     have weights alone.
+
+    It asks nothing of other processes, so that one alone can call it. Where the pool is gathered, the influence needs
+    the anchors of all: a contrast has them, unless their pool is a memory bank or another encoder's.
 
     Args:
         contrast: What is compared, n anchors and a pool of m.
@@ -188,7 +226,8 @@ def explain(contrast: Contrast, weighting: Weighting, anchor: int, k: int = 5) -
         Their columns, weights and parts. Of equal weights the first columns go first.
 
     Raises:
-        ValueError: For an anchor that is none of the contrast's, a `k` below 1, and as the weighting does.
+        ValueError: For an anchor that is none of the contrast's, a `k` below 1, an influence that needs other processes'
+            anchors, and as the weighting does.
         TypeError: For something else than a Contrast and a Weighting.
 
     References:
@@ -210,7 +249,7 @@ def explain(contrast: Contrast, weighting: Weighting, anchor: int, k: int = 5) -
     anchor, k = int(anchor), int(check_number("k", k, at_least=1))
     rows = slice(anchor, anchor + 1)
     rest, told = None, weighting
-    contrast, weighting = weighting.compared(contrast), weighting.weigher()
+    contrast, weighting = _alone(weighting.compared(contrast)), weighting.weigher()
     with torch.no_grad(), full_precision(contrast.pool):
         logits = contrast.logits(rows)
         prepared = weighting.prepare(contrast)

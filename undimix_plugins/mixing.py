@@ -258,7 +258,7 @@ class UnMix:
         lam = _drawn(self.beta, (), inputs)
         reverse = torch.arange(len(inputs), device=inputs.device).flip(0)
         # Drawn where the host can see it without waiting for a device.
-        if float(torch.rand(())) < self.P:
+        if float(torch.rand((), device="cpu")) < self.P:
             return Mixed(_blended(inputs, inputs.flip(0), lam), reverse, lam)
         return Mixed(*_with_box(inputs, inputs.flip(0), lam, reverse))
 

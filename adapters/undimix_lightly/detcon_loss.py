@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -10,14 +11,12 @@ from lightly.loss.detcon_loss import DetConBLoss as HostDetConBLoss
 from lightly.loss.detcon_loss import DetConSLoss as HostDetConSLoss
 from lightly.utils import dist
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from undimix_plugins import (
     Contrast,
     Everyone,
     WeightedLoss,
     Weighting,
-    as_full_precision,
     check_embeddings,
     check_equal_batches,
     gather_constants,
@@ -25,6 +24,7 @@ from undimix_plugins import (
     info_nce,
 )
 from undimix_plugins.checks import check_temperature
+from undimix_plugins.contrast import to_length_one
 
 
 class DetConSLoss(WeightedLoss, HostDetConSLoss):
@@ -90,9 +90,7 @@ class DetConSLoss(WeightedLoss, HostDetConSLoss):
         """
         host: HostDetConBLoss = self.detconbloss
         views, masks = (view0, view1), (mask_view0, mask_view1)
-        _check(views, None, masks)
-        inputs = self.inputs_of(*(view.flatten(0, 1) for view in views))
-        return _detcon(views, None, masks, host, self.weighting, inputs)
+        return _detcon(views, None, masks, host, self)
 
 
 class DetConBLoss(WeightedLoss, HostDetConBLoss):
@@ -160,7 +158,7 @@ class DetConBLoss(WeightedLoss, HostDetConBLoss):
             ValueError: As `DetConSLoss.forward`.
         """
         predictions, targets = (pred_view0, pred_view1), (target_view0, target_view1)
-        return _detcon(predictions, targets, (mask_view0, mask_view1), self, self.weighting, None)
+        return _detcon(predictions, targets, (mask_view0, mask_view1), self, self)
 
 
 Pair = tuple[Tensor, Tensor]
@@ -171,22 +169,27 @@ def _detcon(
     targets: Pair | None,
     masks: Pair,
     host: HostDetConBLoss,
-    weighting: Weighting,
-    inputs: list[Tensor] | None,
+    criterion: DetConSLoss | DetConBLoss,
 ) -> Tensor:
     """The loss of either view's predictions against both views' targets, which are the predictions for None."""
-    _check(predictions, targets, masks)
-    b, m, _ = predictions[0].shape
     one_branch = targets is None
+    gather = host.gather_distributed and dist.world_size() > 1
+
+    def checked() -> tuple[Tensor, list[Tensor] | None]:
+        _check(predictions, targets, masks)
+        return predictions[0], criterion.inputs_of(*(view.flatten(0, 1) for view in predictions))
+
+    name = "view0" if one_branch else "pred_view0"
+    _, inputs = check_equal_batches(name, checked, itemgetter(0)) if gather else checked()
+    b, m, _ = predictions[0].shape
 
     def rows(views: Tensor) -> Tensor:
-        return normalize(as_full_precision(views.flatten(0, 1)), dim=1)
+        return to_length_one(views.flatten(0, 1))
 
     anchors = [rows(view) for view in predictions]
     pools = anchors if targets is None else [rows(view) for view in targets]
     first = 0  # where this process's regions stand in a view's pool
-    if host.gather_distributed and dist.world_size() > 1:
-        check_equal_batches("view0" if one_branch else "pred_view0", b)
+    if gather:
         pools = [torch.cat(dist.gather(view)) for view in pools]
         first = dist.rank() * b * m
     own = torch.arange(first, first + b * m, device=anchors[0].device)
@@ -220,7 +223,7 @@ def _detcon(
             everyone=everyone,
             **behind,
         )
-        losses.append(info_nce(contrast, weighting))
+        losses.append(info_nce(contrast, criterion.weighting))
     return losses[0] + losses[1]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -98,13 +99,16 @@ class NTXentLoss(WeightedLoss, HostNTXentLoss):
             return info_nce(contrast, self.weighting)
         if labels is not None:
             raise ValueError("labels: expected none beside a memory bank, whose entries have none, got some")
-        first, second = unit_rows(out0=out0, out1=out1)
-        width = bank.bank.shape[-1]
-        if width != first.shape[1]:
-            raise ValueError(f"out0: expected width {width}, as the memory bank has, got shape {list(out0.shape)}")
-        everyone = None
-        if self.gather_distributed and dist.world_size() > 1:
-            check_equal_batches("out0", len(first))
+
+        def checked() -> list[Tensor]:
+            rows, width = unit_rows(out0=out0, out1=out1), bank.bank.shape[-1]
+            if width != rows[0].shape[1]:
+                raise ValueError(f"out0: expected width {width}, as the memory bank has, got shape {list(out0.shape)}")
+            return rows
+
+        everyone, gather = None, self.gather_distributed and dist.world_size() > 1
+        first, second = check_equal_batches("out0", checked, itemgetter(0)) if gather else checked()
+        if gather:
             everyone = _of_bank(first.detach(), bank.size[0])
         pool = _entries(bank, second).to(first)
         loss = info_nce(Contrast(first, second, pool, None, self.temperature, everyone=everyone), self.weighting)

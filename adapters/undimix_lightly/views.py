@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -45,14 +46,18 @@ def contrast_of_views(
     Raises:
         ValueError: For projections or labels that do not fit, or batches of different sizes to gather.
     """
-    first, second = unit_rows(out0=out0, out1=out1)
-    check_labels(labels, first, of="sample")
-    inputs = criterion.inputs_of(out0, out1)
+
+    def checked() -> tuple[Tensor, Tensor, list[Tensor] | None]:
+        first, second = unit_rows(out0=out0, out1=out1)
+        check_labels(labels, first, of="sample")
+        return first, second, criterion.inputs_of(out0, out1)
+
+    gather = gather and dist.world_size() > 1
+    first, second, inputs = check_equal_batches("out0", checked, itemgetter(0)) if gather else checked()
     gathered, offset = None, 0
     further: dict[str, Any] = {}
     of_pool = [part for part in (labels, *(inputs or [])) if part is not None]
-    if gather and dist.world_size() > 1:
-        check_equal_batches("out0", len(first))
+    if gather:
         gathered = torch.cat(dist.gather(first)), torch.cat(dist.gather(second))
         offset, of_pool = dist.rank() * len(first), [gather_constants(part) for part in of_pool]
     if labels is not None:

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 from torch_geometric.utils import to_dense_batch
 
-from undimix_plugins import Contrast, WeightedLoss, Weighting, as_full_precision, info_nce, same_label
+from undimix_plugins import Contrast, WeightedLoss, Weighting, info_nce, same_label
 from undimix_plugins.checks import check_embeddings, check_labels, check_number, values_are_free
+from undimix_plugins.contrast import to_length_one
 
 
 class InfoGraphLoss(WeightedLoss):
@@ -89,9 +89,9 @@ class InfoGraphLoss(WeightedLoss):
         order = batch.argsort(stable=True)
         columns, _ = to_dense_batch(order, batch[order], fill_value=-1, batch_size=len(graphs))
         contrast = Contrast(
-            normalize(as_full_precision(graphs), dim=1),
+            to_length_one(graphs),
             columns,
-            normalize(as_full_precision(nodes), dim=1),
+            to_length_one(nodes),
             excluded=None,
             temperature=self.temperature,
             verdicts=None if labels is None else same_label(labels, labels[batch]),

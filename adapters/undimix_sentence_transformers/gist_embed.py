@@ -18,7 +18,6 @@ from undimix_sentence_transformers.exclusions import Known
 from undimix_sentence_transformers.multiple_negatives_ranking import (
     Features,
     RankingLoss,
-    checked_columns,
     joint_loss,
 )
 
@@ -39,10 +38,7 @@ class GuidedLoss(RankingLoss):
 
     def loss_of(self, embeddings: Sequence[Tensor], of_guide: Sequence[Tensor]) -> Tensor:
         """The weighted loss of embedded columns, the model's and the guide's, each [batch, width]."""
-        columns = checked_columns(embeddings, self.gather_across_devices)
-        of_batch = self.known_of(columns[0], None)
-        inputs = self.inputs_of(*embeddings)
-        columns = [normalize_embeddings(column) for column in columns]
+        columns, of_batch, inputs = self.checked_batch(embeddings, None, cosines=True)
         guide = [normalize_embeddings(as_full_precision(column)) for column in of_guide]
         return joint_loss(self._contrasts(columns, guide, inputs, of_batch), self.weighting)
 

@@ -16,7 +16,6 @@ from sentence_transformers.util import (
     cos_sim,
     dot_score,
     get_rank,
-    normalize_embeddings,
 )
 from torch import Tensor, nn
 
@@ -37,6 +36,7 @@ from undimix_plugins import (
     reweight,
 )
 from undimix_plugins.checks import check_labels, check_same_length, check_temperature
+from undimix_plugins.contrast import to_length_one
 from undimix_plugins.plug import chosen_weighting
 from undimix_sentence_transformers.exclusions import Known, text_keys
 
@@ -69,7 +69,7 @@ class RankingLoss(WeightedLoss):
         layer = self.last_layer.layer
         if all(part is not layer for part in model.modules()):
             theirs = dict(_bare(model).named_modules())
-            for path, part in _bare(self.model).named_modules():
+            for path, part in _bare(cast(nn.Module, self.model)).named_modules():
                 if part is layer:
                     self.last_layer = LastLayer(cast(nn.Linear, theirs.get(path)))
 
@@ -82,6 +82,24 @@ class RankingLoss(WeightedLoss):
                 f"hardness_mode: expected None beside {', '.join(settings)}, got {mode!r}, which leaves the loss to "
                 "the host"
             )
+
+    def checked_batch(
+        self, embeddings: Sequence[Tensor], labels: Tensor | None, cosines: bool
+    ) -> tuple[list[Tensor], Known, list[Tensor] | None]:
+        """Columns in full precision, of length 1 for cosines, what is known of them, and a last layer's inputs.
+
+        Raises:
+            ValueError: For what one of these refuses; on all processes where negatives are gathered.
+        """
+
+        def check() -> tuple[list[Tensor], Known, list[Tensor] | None]:
+            columns = checked_columns(embeddings)
+            return columns, self.known_of(columns[0], labels), self.inputs_of(*embeddings, normalized=cosines)
+
+        gather: bool = self.gather_across_devices  # type: ignore[assignment]  # an attribute of the host's class
+        checked = check_equal_batches("embeddings", check, lambda checked: checked[0][0]) if gather else check()
+        columns, known, inputs = checked
+        return [to_length_one(column) if cosines else as_full_precision(column) for column in columns], known, inputs
 
     def known_of(self, anchors: Tensor, labels: Tensor | None) -> Known:
         """What is known of the batch of these anchors [batch, width]; from labels alone where there are no texts."""
@@ -140,17 +158,15 @@ def joint_loss(contrasts: Sequence[Contrast], weighting: Weighting) -> Tensor:
     return (torch.stack(parts).logsumexp(dim=0) - positive).mean()
 
 
-def checked_columns(embeddings: Sequence[Tensor], gather: bool) -> list[Tensor]:
-    """Columns of embeddings in full precision; a ValueError for fewer than two, or bad ones."""
+def checked_columns(embeddings: Sequence[Tensor]) -> list[Tensor]:
+    """Columns of embeddings, dense; a ValueError for fewer than two, or bad ones."""
     if len(embeddings) < 2:
         raise ValueError(f"embeddings: expected at least 2 columns, got {len(embeddings)}")
-    embeddings = [column.to_dense() if column.is_sparse else column for column in embeddings]
-    named = {f"embeddings[{column}]": rows for column, rows in enumerate(embeddings)}
+    columns = [column if column.layout == torch.strided else column.to_dense() for column in embeddings]
+    named = {f"embeddings[{column}]": rows for column, rows in enumerate(columns)}
     check_embeddings(**named)
     check_same_length(**named)
-    if gather:
-        check_equal_batches("embeddings", len(embeddings[0]))
-    return [as_full_precision(column) for column in embeddings]
+    return columns
 
 
 class MultipleNegativesRankingLoss(RankingLoss, host.MultipleNegativesRankingLoss):
@@ -285,12 +301,8 @@ class MultipleNegativesRankingLoss(RankingLoss, host.MultipleNegativesRankingLos
         """
         if self.hardness_mode is not None:
             return super().compute_loss_from_embeddings(embeddings, labels)  # type: ignore[arg-type]  # unused there
-        columns = checked_columns(embeddings, self.gather_across_devices)
-        of_batch = self.known_of(columns[0], labels)
         cosines = self._compares_cosines()
-        inputs = self.inputs_of(*embeddings, normalized=cosines)
-        if cosines:
-            columns = [normalize_embeddings(column) for column in columns]
+        columns, of_batch, inputs = self.checked_batch(embeddings, labels, cosines)
         contrasts = self._contrasts(columns, inputs, cosines, of_batch)
         if self.partition_mode == "joint":
             return joint_loss(contrasts, self.weighting)
@@ -328,7 +340,7 @@ class MultipleNegativesRankingLoss(RankingLoss, host.MultipleNegativesRankingLos
             everyone = None
             if len(queries) > batch_size:
                 everyone = Everyone(
-                    anchors=(queries if of_anchors == "query" else docs[0]).detach,
+                    anchors=(queries if of_anchors == "query" else docs[0]).detach(),
                     itself=None if itself is None else torch.arange(len(queries), device=own.device),
                     own=own_docs[:, :parts].T.flatten(),
                     gather=partial(gather_parts, parts=parts),
@@ -385,7 +397,8 @@ class MultipleNegativesSymmetricRankingLoss(MultipleNegativesRankingLoss, host.M
         gather_across_devices: bool = False,
         weighting: Weighting | None = None,
     ) -> None:
-        warnings.warn(host.MultipleNegativesSymmetricRankingLoss.__deprecated__, DeprecationWarning, stacklevel=2)
+        text: str = host.MultipleNegativesSymmetricRankingLoss.__deprecated__  # type: ignore[attr-defined]
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
         host.MultipleNegativesSymmetricRankingLoss.__init__(self, model, scale, similarity_fct, gather_across_devices)
         self.weigh(weighting)
 
@@ -628,7 +641,8 @@ class CachedMultipleNegativesSymmetricRankingLoss(
         show_progress_bar: bool = False,
         weighting: Weighting | None = None,
     ) -> None:
-        warnings.warn(host.CachedMultipleNegativesSymmetricRankingLoss.__deprecated__, DeprecationWarning, stacklevel=2)
+        text: str = host.CachedMultipleNegativesSymmetricRankingLoss.__deprecated__  # type: ignore[attr-defined]
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
         host.CachedMultipleNegativesRankingLoss.__init__(
             self,
             model,

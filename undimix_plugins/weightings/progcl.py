@@ -134,8 +134,10 @@ class ProGCL(Weighting):
         Raises:
             ValueError: For a contrast in which those have no two different similarities.
         """
-        generator = torch.Generator().manual_seed(self.calls)  # the training's own random numbers stay as they are
-        columns = torch.randperm(len(contrast.pool), generator=generator)[:COLUMNS].to(contrast.pool.device)
+        # The training's own random numbers stay as they are.
+        generator = torch.Generator("cpu").manual_seed(self.calls)
+        columns = torch.randperm(len(contrast.pool), generator=generator, device="cpu")[:COLUMNS]
+        columns = columns.to(contrast.pool.device)
         with full_precision(contrast.pool):
             similarity = _between_0_and_1(contrast.anchors @ contrast.pool[columns].T)
         negative = torch.cat([contrast.is_negative(block)[:, columns] for block in tiled.blocks_of(contrast)])

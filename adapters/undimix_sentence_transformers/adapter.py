@@ -70,7 +70,7 @@ def weighted(loss: nn.Module, weighting: Weighting | None, **settings: Any) -> n
         wrapper = copy(loss)
         wrapper._modules = {**loss._modules, "loss": inner}
         if not isinstance(loss, Around):
-            wrapper.__class__ = _subclass(Around, type(loss))  # type: ignore[arg-type]  # classes do hash
+            wrapper.__class__ = _subclass(Around, type(loss))  # type: ignore[arg-type,assignment]
         return wrapper
     decorator = vars(loss).get("calculate_loss")
     if not isinstance(decorator, CachedLossDecorator):

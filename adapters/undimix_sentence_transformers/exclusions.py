@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ def text_keys(features: Mapping[str, Any]) -> Tensor:
                 "exclude_duplicates: expected inputs as the model is given them, got some that a model has written its "
                 "'sentence_embedding' into"
             )
-        return keys
+        return cast(Tensor, keys)
     keys = _keys(features, tokens)
     vars(tokens)[KEPT] = (version, keys)
     return keys

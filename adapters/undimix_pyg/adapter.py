@@ -13,5 +13,12 @@ from undimix_pyg.infograph_loss import InfoGraphLoss
 
 
 def weighted(loss: nn.Module, weighting: Weighting | None, **settings: Any) -> nn.Module:
-    """The adapter of `undimix()` for this package's own losses."""
-    return reweight(loss, weighting, {cls: cls for cls in (GraphCLLoss, GRACELoss, InfoGraphLoss)}, **settings)
+    """The adapter of `undimix()` for this package's own losses; a TypeError for settings that they do not have."""
+    by_labels = settings.pop("exclude_same_class", None)
+    new = reweight(loss, weighting, {cls: cls for cls in (GraphCLLoss, GRACELoss, InfoGraphLoss)}, **settings)
+    if by_labels is not None:
+        raise TypeError(
+            f"exclude_same_class: expected none for {type(new).__name__}, which takes labels last in the call, as in "
+            f"criterion(z1, z2, labels), got {by_labels!r}"
+        )
+    return new

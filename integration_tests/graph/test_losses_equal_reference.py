@@ -411,9 +411,15 @@ def test_undimix_takes_the_loss(loss: type[Any]) -> None:
     assert plain.weighting == Uniform()
     assert undimix(loss(), HCL()).weighting == HCL()
     assert undimix(plain, hardness=2.0)(*SPELT[loss.__name__.removesuffix("Loss")]([0, 1, 2]).given).isfinite()
+    with pytest.raises(
+        TypeError, match=rf"^exclude_same_class: .* {loss.__name__}, which takes labels last in the call"
+    ):
+        undimix(plain, exclude_same_class=True)
 
 
 def test_what_has_no_negatives_is_refused() -> None:
     supported = "undimix_pyg's GRACELoss, undimix_pyg's GraphCLLoss, undimix_pyg's InfoGraphLoss$"
-    with pytest.raises(TypeError, match=rf"^loss: GRACE has no negatives .* looks like a model.*; supported: {supported}"):
+    with pytest.raises(
+        TypeError, match=rf"^loss: GRACE has no negatives .* looks like a model.*; supported: {supported}"
+    ):
         undimix(GRACE(GCN(34, 8, num_layers=2), 8))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import csv
+import gc
 import gzip
 import itertools
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.utils.data import DataLoader, TensorDataset
+from transformers import Trainer, TrainingArguments
 
 from undimix_lightly import HardnessWarmup, MemoryBankCheckpoint, NegativeStatistics
 from undimix_plugins import HCL, UnDiMix, Uniform, negative_statistics, two_views, undimix
@@ -37,7 +41,8 @@ class Model(pl.LightningModule):
         self.key_encoder = copy.deepcopy(self.encoder) if momentum else self.encoder
         if momentum:
             deactivate_requires_grad(self.key_encoder)
-        self.criterion, self.breaks_at = criterion, breaks_at
+        self.criterion, self.breaks_at, self.logs = criterion, breaks_at, False
+        self.also: Any = lambda step, views: 0
         self.weightings: list[Any] = []
         self.losses: list[float] = []
         self.views: list[list[Tensor]] = []
@@ -51,7 +56,9 @@ class Model(pl.LightningModule):
             update_momentum(self.encoder, self.key_encoder, m=0.9)
         noisy = [images + 0.1 * torch.randn_like(images) for _ in range(2)]
         embedded = [self.encoder(noisy[0]), self.key_encoder(noisy[1])]
-        loss: Tensor = self.criterion(*embedded)
+        loss: Tensor = self.criterion(*embedded) + self.also(self.global_step, embedded)
+        if self.logs:
+            self.log("train_loss", loss)
         self.views.append([view.detach() for view in embedded])
         self.losses.append(loss.item())
         self.weightings.append(getattr(self.criterion, "weighting", None))
@@ -59,6 +66,15 @@ class Model(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen() -> Iterator[None]:
+    """Keeps what is imported out of garbage collections, of which a Trainer makes one for each training."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +180,9 @@ def test_warmup_broken_off_leaves_the_full_weighting(digits: Digits, tmp_path: P
 def test_warmup_refuses(digits: Digits, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="steps, share: expected one of the two"):
         HardnessWarmup()
-    with pytest.raises(ValueError, match=r"expected a LightningModule with a weighted loss .* got Model without one"):
+    with pytest.raises(
+        ValueError, match=r"expected a LightningModule with a weighted loss .* got Model .*did you call undimix\?"
+    ):
         fit(make(lambda loss: loss), digits, tmp_path, HardnessWarmup(steps=5))
     with pytest.raises(ValueError, match="share: expected a training whose number of steps is known, got inf"):
         fit(make(), digits, tmp_path, HardnessWarmup(share=0.5), max_epochs=-1)
@@ -178,44 +196,85 @@ def statistics(logger: CSVLogger) -> list[dict[str, float]]:
     """The rows of the log that have any."""
     with (Path(logger.log_dir) / "metrics.csv").open() as file:
         rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
-    return [row for row in rows if "negatives/count" in row]
+    return [row for row in rows if any(name.startswith("negatives/") for name in row)]
 
 
 def test_statistics_are_logged(digits: Digits, tmp_path: Path) -> None:
-    """Each as worked out from the views of its batch; training goes on as without."""
+    """Each as worked out from the views of its batch, at its step, which the Trainer logs or not; training goes on."""
     watched, unwatched = make(hard), make(hard)
+    watched.logs = True
     logger = CSVLogger(tmp_path)
     callback = NegativeStatistics(every=3, labels=of_classes)
-    trainer = fit(watched, digits, tmp_path, callback, logger=logger, log_every_n_steps=3)
+    trainer = fit(watched, digits, tmp_path, callback, logger=logger, log_every_n_steps=2)
     fit(unwatched, digits, tmp_path)
     assert watched.losses == unwatched.losses
-    assert OBSERVERS == []
+    assert OBSERVERS.values() == []
 
     classes = [batch[1] for batch in digits] * 2
     logged = statistics(logger)
     assert [row["step"] for row in logged] == [2, 5, 8]
+    assert [row["epoch"] for row in logged] == [0, 1, 1]
     for row in logged:
         batch = int(row["step"])
         first, second = (normalize(view, dim=1) for view in watched.views[batch])
         expected = negative_statistics(two_views(first, second, 0.2), FULL, labels=classes[batch])
-        assert len(expected) == 9
+        assert len(expected) >= 9
         assert {name: row[f"negatives/{name}"] for name in expected} == pytest.approx(expected, rel=1e-5)
-    assert trainer.callback_metrics["negatives/count"] == 48
+        assert len(row) == len(expected) + 2
+    for known in (trainer.callback_metrics, trainer.logged_metrics):
+        assert known["negatives/count"] == 48
+        assert known["negatives/similarity_influence"] == pytest.approx(expected["similarity_influence"])
 
 
-def test_statistics_of_all_micro_batches(digits: Digits, tmp_path: Path) -> None:
-    """Batches of the step that are accumulated are logged one by one, as Lightning logs a loss."""
+def test_statistics_that_a_step_has_not_are_not_in_its_row(digits: Digits, tmp_path: Path) -> None:
+    """Nor is what an earlier step had, in the row or for other callbacks."""
+    model, logger = make(bank=(50, 8)), CSVLogger(tmp_path)
+    model.also = lambda step, views: undimix(NTXentLoss())(*views) if step < 4 else 0  # of these, labels are known
+    trainer = fit(model, digits, tmp_path, NegativeStatistics(every=2, labels=of_classes), logger=logger, max_epochs=1)
+    assert [(row["step"], "negatives/false_negatives" in row) for row in statistics(logger)] == [(1, True), (3, True)]
+    model.also = lambda step, views: undimix(NTXentLoss())(*views) if step < 2 else 0
     logger = CSVLogger(tmp_path)
-    model = make(bank=(50, 8))
-    callback = NegativeStatistics(every=2, labels=of_classes)  # of a memory bank no labels are known
-    fit(model, digits, tmp_path, callback, logger=logger, log_every_n_steps=1, accumulate_grad_batches=2, max_epochs=1)
+    trainer = fit(model, digits, tmp_path, NegativeStatistics(every=2, labels=of_classes), logger=logger, max_epochs=1)
+    assert [(row["step"], "negatives/false_negatives" in row) for row in statistics(logger)] == [(1, True), (3, False)]
+    assert "negatives/count" in trainer.callback_metrics
+    assert "negatives/false_negatives" not in trainer.callback_metrics
+
+
+def test_statistics_of_a_step_are_of_all_its_batches(digits: Digits, tmp_path: Path) -> None:
+    """Those that are accumulated, too: one row for a step, with their mean; the last step is of one batch."""
+    model, logger = make(hard), CSVLogger(tmp_path)
+    callback = NegativeStatistics(every=1)
+    fit(model, digits, tmp_path, callback, logger=logger, accumulate_grad_batches=2, max_epochs=1)
     logged = statistics(logger)
-    assert [row["negatives/count"] for row in logged] == [50, 50]
-    assert "negatives/false_negatives" not in logged[0]
+    assert [row["step"] for row in logged] == [0, 1, 2]
+    each = []
+    for views in model.views:
+        first, second = (normalize(view, dim=1) for view in views)
+        each.append(negative_statistics(two_views(first, second, 0.2), FULL)["effective_number"])
+    expected = [(each[0] + each[1]) / 2, (each[2] + each[3]) / 2, each[4]]
+    assert [row["negatives/effective_number"] for row in logged] == pytest.approx(expected, rel=1e-5)
+
+
+def test_statistics_go_on_in_a_resumed_training(digits: Digits, tmp_path: Path) -> None:
+    fit(make(hard), digits, tmp_path, max_epochs=1).save_checkpoint(tmp_path / "begun.ckpt")
+    logger, callback = CSVLogger(tmp_path), NegativeStatistics(every=4)
+    fit(make(hard), digits, tmp_path, callback, logger=logger, ckpt=tmp_path / "begun.ckpt")
+    assert [row["step"] for row in statistics(logger)] == [7]
+
+
+@pytest.mark.filterwarnings("error:NegativeStatistics")
+def test_statistics_of_a_training_that_is_too_short(digits: Digits, tmp_path: Path) -> None:
+    callback = NegativeStatistics(every=6)
+    with pytest.warns(UserWarning, match="logged nothing: no step of this training was a multiple of `every`"):
+        fit(make(hard), digits, tmp_path, callback, max_epochs=1)
+    fit(make(hard), digits, tmp_path, callback, max_steps=6)
+    with pytest.warns(UserWarning, match="logged nothing"):  # in spite of the training before
+        fit(make(hard), digits, tmp_path, callback, max_steps=1)
 
 
 def test_statistics_without_anything_to_see(digits: Digits, tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="NegativeStatistics saw no weighted loss"):
+    expected = "NegativeStatistics saw no weighted loss: did you call undimix?"
+    with pytest.warns(UserWarning, match=re.escape(expected)):
         trainer = fit(make(lambda loss: loss), digits, tmp_path, NegativeStatistics(every=2), max_epochs=1)
     assert "negatives/count" not in trainer.callback_metrics
 
@@ -225,7 +284,23 @@ def test_statistics_refuse(digits: Digits, tmp_path: Path) -> None:
         NegativeStatistics(every=0)
     with pytest.raises(ValueError, match="labels: expected one for each sample of the batch"):
         fit(make(), digits, tmp_path, NegativeStatistics(every=1, labels=lambda batch: batch[1][1:]))
-    assert OBSERVERS == []  # although training was broken off
+    assert OBSERVERS.values() == []  # although training was broken off
+
+
+def test_transformers_trainer_is_told_which_callbacks_are_for_it(tmp_path: Path) -> None:
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    for callback in (HardnessWarmup(steps=5), NegativeStatistics()):
+        name = type(callback).__name__
+        expected = rf"callbacks: expected undimix_transformers.{name} for transformers' .* got undimix_lightly.{name}"
+        with pytest.raises(TypeError, match=expected):
+            Trainer(model=nn.Linear(2, 2), args=args, callbacks=[callback])
+        trainer = Trainer(model=nn.Linear(2, 2), args=args, train_dataset=[{"input": torch.zeros(2)}])
+        trainer.add_callback(callback)
+        with pytest.raises(TypeError, match=expected):
+            trainer.train()
+    with pytest.raises(TypeError, match=r"expected a TrainerCallback .* got undimix_lightly.MemoryBankCheckpoint"):
+        Trainer(model=nn.Linear(2, 2), args=args, callbacks=[MemoryBankCheckpoint()])
+    assert copy.deepcopy(MemoryBankCheckpoint()).state_key == "MemoryBankCheckpoint"
 
 
 BANK = (60, 8)

@@ -7,7 +7,8 @@ import pickle
 
 import pytest
 import torch
-from lightly.loss import BarlowTwinsLoss, NTXentLoss
+from lightly.loss import BarlowTwinsLoss, DetConSLoss, NTXentLoss
+from torch import nn
 
 import undimix_lightly
 from undimix_plugins import HCL, UnDiMix, Uniform, undimix
@@ -69,6 +70,22 @@ def test_refused() -> None:
         undimix(patched)
     with pytest.raises(TypeError, match="weighting: expected an instance of Weighting"):
         undimix_lightly.NTXentLoss(weighting=UnDiMix)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("loss", "how"),
+    [
+        (NTXentLoss(), r"takes labels in the call, criterion\(z0, z1, labels\)"),
+        (NTXentLoss(memory_bank_size=(8, 4)), "compares with a memory bank, whose entries have no labels"),
+        (DetConSLoss(), "knows by its masks what belongs together"),
+    ],
+)
+def test_labels_go_into_the_call(loss: nn.Module, how: str) -> None:
+    name = type(loss).__name__
+    with pytest.raises(TypeError, match=f"^exclude_same_class: expected none for {name}, which {how}, got True$"):
+        undimix(loss, exclude_same_class=True)
+    with pytest.raises(TypeError, match="BarlowTwinsLoss has no negatives to weight"):
+        undimix(BarlowTwinsLoss(), exclude_same_class=True)
 
 
 def test_gathered_negatives_need_no_process_group() -> None:

@@ -214,7 +214,7 @@ def explain(contrast: Contrast, weighting: Weighting, anchor: int, k: int = 5) -
     have weights alone.
 
     It asks nothing of other processes, so that one alone can call it. Where the pool is gathered, the influence needs
-    the anchors of all: a contrast has them, unless their pool is a memory bank or another encoder's.
+    the anchors of all: a contrast has them, unless its pool is a memory bank or two encoders or a guide are compared.
 
     Args:
         contrast: What is compared, n anchors and a pool of m.

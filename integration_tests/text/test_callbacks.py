@@ -403,8 +403,6 @@ def test_statistics_are_of_their_own_step(event: str, sentences: list[Any], tmp_
     entries = [entry for entry in trainer.state.log_history if "negatives/count" in entry]
     assert [entry["step"] for entry in entries] == [1, 2, 3, 4]
     assert {entry["negatives/count"] for entry in entries} == {3}
-    if "negatives/hardness" in entries[0]:
-        assert [entry["negatives/hardness"] for entry in entries] == [0, 0.5, 1, 1.5]
 
 
 class Lightning(pl.LightningModule):

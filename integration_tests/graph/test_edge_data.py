@@ -179,3 +179,12 @@ def test_edges_that_stay_keep_what_is_theirs(augmentation: Callable[[Any], Any] 
         stayed.append(int(old.sum()))
     assert stayed[2] == 48
     assert max(stayed[:2]) < 48 or isinstance(augmentation, AttributeMasking)
+
+
+@pytest.mark.parametrize("norm", ["GraphNorm", "BatchNorm"])
+def test_norms_of_a_batch_are_those_of_its_graphs(norm: str) -> None:
+    """In GRACE, too, where a batch is else one graph of many parts."""
+    model, data = GRACE(GCN(7, 8, 2, norm=norm), 8).eval(), batch()
+    del data.edge_weight  # which was made for the batch, so that its graphs have none
+    alone = torch.cat([model.embed(graph) for graph in data.to_data_list()])
+    torch.testing.assert_close(model.embed(data), alone)

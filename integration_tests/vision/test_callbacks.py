@@ -255,6 +255,30 @@ def test_statistics_of_a_step_are_of_all_its_batches(digits: Digits, tmp_path: P
     assert [row["negatives/effective_number"] for row in logged] == pytest.approx(expected, rel=1e-5)
 
 
+class TwoOptimisers(Model):
+    """Both of which step for each batch, so that `global_step` counts two."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.manual_backward(loss)
+        for optimiser in self.optimizers():
+            optimiser.step()
+            optimiser.zero_grad()
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(layer.parameters(), lr=0.5) for layer in (self.encoder[0], self.encoder[2])]
+
+
+def test_statistics_count_batches_of_several_optimisers_once(digits: Digits, tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    model = TwoOptimisers(undimix(NTXentLoss(temperature=0.2)))
+    fit(model, digits, tmp_path, NegativeStatistics(every=2), logger=logger, max_epochs=1)
+    assert [row["step"] for row in statistics(logger)] == [1, 3]
+
+
 def test_statistics_go_on_in_a_resumed_training(digits: Digits, tmp_path: Path) -> None:
     fit(make(hard), digits, tmp_path, max_epochs=1).save_checkpoint(tmp_path / "begun.ckpt")
     logger, callback = CSVLogger(tmp_path), NegativeStatistics(every=4)

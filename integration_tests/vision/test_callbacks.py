@@ -255,6 +255,17 @@ def test_statistics_of_a_step_are_of_all_its_batches(digits: Digits, tmp_path: P
     assert [row["negatives/effective_number"] for row in logged] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("warmup_first", [True, False])
+def test_statistics_are_of_the_hardness_of_their_step(warmup_first: bool, digits: Digits, tmp_path: Path) -> None:
+    """In whatever order the callbacks are: of the plain loss at first, where all negatives count alike."""
+    callbacks, logger = [HardnessWarmup(steps=4), NegativeStatistics(every=1)], CSVLogger(tmp_path)
+    model = make(hard)
+    fit(model, digits, tmp_path, *(callbacks if warmup_first else callbacks[::-1]), logger=logger, max_epochs=1)
+    logged = statistics(logger)
+    assert logged[0]["negatives/effective_number"] == pytest.approx(48)
+    assert all(row["negatives/effective_number"] < 47 for row in logged[1:])
+
+
 class TwoOptimisers(Model):
     """Both of which step for each batch, so that `global_step` counts two."""
 

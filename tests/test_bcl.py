@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tests import references
-from tests.cases import Case, bank, in_batch, random_rows, rectangular
+from tests.cases import Case, bank, in_batch, make_every_look_cost, random_rows, rectangular
 from tests.test_tiled import (
     CASES,
     Apart,
@@ -28,8 +28,7 @@ from tests.test_tiled import (
     to,
     total,
 )
-from undimix_plugins import BCL, Uniform, importance_weights, info_nce, log_sums, tiled, two_views
-from undimix_plugins import loss as loss_module
+from undimix_plugins import BCL, Uniform, importance_weights, info_nce, log_sums, two_views
 from undimix_plugins.weightings.bcl import no_more_similar
 from undimix_plugins.weightings.weighting import Softened
 
@@ -227,8 +226,7 @@ def test_gradcheck(case: Case, kept: bool) -> None:
 
 
 def test_a_device_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (tiled, loss_module):
-        monkeypatch.setattr(module, "values_are_free", lambda tensor: False)
+    make_every_look_cost(monkeypatch)
     made, inputs = leaves(rectangular(5, 9, offset=2))
     contrast = made.contrast()
     with Waits() as waits:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from tests import references
-from tests.cases import in_batch, random_rows
+from tests.cases import in_batch, make_every_look_cost, random_rows
 from tests.test_debiased import published
 from tests.test_false_negatives import (
     FORMS,
@@ -48,7 +48,6 @@ from undimix_plugins import (
     UnDiMix,
     Uniform,
     Weighting,
-    checks,
     compose,
     decoupled,
     effective_number,
@@ -58,12 +57,9 @@ from undimix_plugins import (
     log_sums,
     negative_statistics,
     support_set,
-    tiled,
     two_views,
     watch,
 )
-from undimix_plugins import contrast as contrast_module
-from undimix_plugins import loss as loss_module
 from undimix_plugins.weightings.compose import Composed
 from undimix_plugins.weightings.weighting import Softened
 
@@ -694,8 +690,7 @@ def test_a_new_batch_of_a_support_set_is_not_compiled_again() -> None:
 @once
 def test_a_device_is_not_waited_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     of = of_two_views(7)
-    for module in (checks, contrast_module, loss_module, tiled):
-        monkeypatch.setattr(module, "values_are_free", lambda tensor: False)
+    make_every_look_cost(monkeypatch)
     with Waits() as waits:
         torch.autograd.grad(info_nce(of.contrast, ALL[name]), of.inputs)
     assert not waits.seen

@@ -182,7 +182,7 @@ def as_lists(columns: Tensor) -> list[list[int]]:
     return [sorted(j for j in row if j >= 0) for row in columns.tolist()]
 
 
-SETTINGS = [(1, 0.0, "max"), (2, 0.3, "max"), (3, 0.1, "mean"), (40, 0.25, "max"), (40, -2.0, "mean"), (2, 0.99, "max")]
+SETTINGS = [(1, 0.0, "max"), (2, 0.3, "max"), (3, 0.1, "mean"), (40, 0.25, "max"), (40, -1.0, "mean"), (2, 0.99, "max")]
 each_setting = pytest.mark.parametrize("setting", SETTINGS, ids=str)
 
 
@@ -199,7 +199,7 @@ def test_found(form: str, setting: tuple[int, float, str]) -> None:
 def test_what_is_found_differs() -> None:
     """That the settings above find all, some and none; and as many as they may, or fewer."""
     counts = {setting: [len(row) for row in slow_found(of_two_views(7), *setting)] for setting in SETTINGS}
-    assert set(counts[40, -2.0, "mean"]) == {12}
+    assert set(counts[40, -1.0, "mean"]) == {12}
     assert set(counts[2, 0.99, "max"]) <= {0, 1}
     assert set(counts[2, 0.3, "max"]) >= {2}
     assert len(set(counts[40, 0.25, "max"])) > 2
@@ -242,22 +242,23 @@ def test_attraction(form: str, setting: tuple[int, float, str]) -> None:
     assert_same(decoupled(of.contrast, weighting), want, of.inputs)
 
 
-@each_form
+@pytest.mark.parametrize("form", [form for form in FORMS if "raw" not in form and form != "rectangular-5x9"])
 def test_without_any_found_both_are_the_plain_loss(form: str) -> None:
+    """Of forms whose negatives have a cosine below 1."""
     of = made(form)
     for kind in (FalseNegativeElimination, FalseNegativeAttraction):
-        assert_same(info_nce(of.contrast, kind(threshold=1e6)), info_nce(of.contrast, Uniform()), of.inputs)
+        assert_same(info_nce(of.contrast, kind(threshold=1)), info_nce(of.contrast, Uniform()), of.inputs)
 
 
 @each_form
 def test_elimination_of_all(form: str) -> None:
     of = made(form)
     for loss in (info_nce, decoupled):
-        value = loss(of.contrast, FalseNegativeElimination(k=100, threshold=-1e6))
+        value = loss(of.contrast, FalseNegativeElimination(k=100, threshold=-1))
         assert value == 0
         for gradient in torch.autograd.grad(value, of.inputs, retain_graph=True):
             assert torch.equal(gradient, torch.zeros_like(gradient))
-    positives, negatives = log_sums(of.contrast, FalseNegativeElimination(k=100, threshold=-1e6))
+    positives, negatives = log_sums(of.contrast, FalseNegativeElimination(k=100, threshold=-1))
     assert positives.isfinite().all()
     assert negatives.isneginf().all()
 
@@ -268,7 +269,7 @@ def test_attraction_of_all_leaves_the_cross_entropy_of_equal_targets() -> None:
     logits = logits.masked_fill(torch.eye(10, dtype=torch.bool), -torch.inf)
     log_probabilities = logits.log_softmax(dim=1).masked_fill(torch.eye(10, dtype=torch.bool), 0)
     want = -log_probabilities.sum(dim=1).mean() / 9
-    assert_same(info_nce(of.contrast, FalseNegativeAttraction(k=100, threshold=-2)), want, of.inputs)
+    assert_same(info_nce(of.contrast, FalseNegativeAttraction(k=100, threshold=-1)), want, of.inputs)
 
 
 @pytest.mark.parametrize("k", [1, 3, 10])
@@ -616,6 +617,8 @@ def test_importance_is_of_those_that_are_left() -> None:
         ({"k": "2"}, r"k: .*got '2'"),
         ({"threshold": math.nan}, r"threshold: expected a finite number, got nan"),
         ({"threshold": None}, r"threshold: .*got None"),
+        ({"threshold": 5}, r"threshold: expected a cosine, from -1 to 1, got 5"),
+        ({"threshold": -1.5}, r"threshold: expected a cosine, from -1 to 1, got -1\.5"),
         ({"aggregate": "sum"}, r"aggregate: expected one of 'max', 'mean', got 'sum'"),
     ],
     ids=str,

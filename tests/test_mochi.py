@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tests.cases import Case, bank, in_batch, random_rows, rectangular
+from tests.cases import Case, bank, in_batch, make_every_look_cost, random_rows, rectangular
 from tests.test_tiled import (
     CASES,
     Apart,
@@ -46,7 +46,6 @@ from undimix_plugins import (
     tiled,
     two_views,
 )
-from undimix_plugins import loss as loss_module
 from undimix_plugins.weightings.weighting import Softened
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -412,8 +411,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
 
 
 def test_a_device_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (tiled, loss_module):
-        monkeypatch.setattr(module, "values_are_free", lambda tensor: False)
+    make_every_look_cost(monkeypatch)
     made, inputs = leaves(rectangular(5, 9, offset=2))
     contrast = made.contrast()
     with Waits() as waits:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.cases import Case, bank, in_batch, random_rows, rectangular
+from tests.cases import Case, bank, in_batch, make_every_look_cost, random_rows, rectangular
 from undimix_plugins import (
     HCL,
     Contrast,
@@ -30,7 +30,6 @@ from undimix_plugins import (
     tiled,
     weighted_log_sum,
 )
-from undimix_plugins import loss as loss_module
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 SIZES_AS_THEY_ARE = {
@@ -385,7 +384,7 @@ def test_blocks_as_they_come(weighting: Weighting) -> None:
 @pytest.mark.parametrize("name", ["pairs-14", "padded-14", "apart-8-without-some", "bank-9x4-raw", "rectangular-5x9"])
 def test_where_a_look_costs(name: str, weighting: Weighting, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a device whose values cannot be read without waiting for it: nothing is decided by them."""
-    monkeypatch.setattr(tiled, "values_are_free", lambda tensor: False)
+    make_every_look_cost(monkeypatch)
     assert_equals_dense(CASES[name], weighting)
 
 
@@ -409,8 +408,7 @@ class Waits(TorchDispatchMode):
 @each(*OURS, "hcl", "hcl-debiased")
 @pytest.mark.parametrize("name", ["pairs-14", "bank-9x4-raw", "rectangular-5x9"])
 def test_a_device_is_not_waited_for(name: str, weighting: Weighting, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (tiled, loss_module):
-        monkeypatch.setattr(module, "values_are_free", lambda tensor: False)
+    make_every_look_cost(monkeypatch)
     made, inputs = leaves(CASES[name])
     contrast = made.contrast()
     with Waits() as waits:

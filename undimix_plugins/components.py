@@ -18,6 +18,7 @@ from undimix_plugins.checks import (
     check_inputs,
     check_number,
     check_same_length,
+    values_are_free,
 )
 from undimix_plugins.contrast import Everyone, full_precision, is_not_among
 
@@ -254,6 +255,37 @@ def equality_key(rows: Tensor, number: int) -> Tensor:
     if number == 0:
         return rows.sum(dim=1)
     return (rows * torch.arange(1, 1 + rows.shape[1], device=rows.device, dtype=rows.dtype).sin()).sum(dim=1)
+
+
+def groups(rows: Tensor) -> Tensor | None:
+    """A number for each row [rows] that equal ones share, or None where a look is free and shows none equal."""
+    first = equality_key(rows, 0)
+    ordered = first.sort().values
+    if values_are_free(rows) and bool((ordered[1:] != ordered[:-1]).all()):
+        return None
+    second = equality_key(rows, 1)
+    order = second.argsort()
+    order = order[first[order].argsort(stable=True)]
+    new = (first[order].diff() != 0) | (second[order].diff() != 0)
+    if values_are_free(rows) and bool(new.all()):
+        return None
+    return torch.zeros_like(order).scatter(0, order, torch.cat([new.new_zeros(1), new]).cumsum(0))
+
+
+def first_copies(rows: Tensor) -> Tensor | None:
+    """For each row the first that equals it [rows], or None where a look is free and shows no equal ones.
+
+    Products with equal rows may differ by rounding, on which no rank and no cut is to depend.
+
+    Examples:
+        >>> first_copies(torch.tensor([[1.0, 2.0], [0.0, 1.0], [1.0, 2.0]]))
+        tensor([0, 1, 0])
+    """
+    group = groups(rows)
+    if group is None:
+        return None
+    places = torch.arange(len(rows), device=rows.device)
+    return torch.full_like(places, len(rows)).scatter_reduce(0, group, places, "amin")[group]
 
 
 def diversity(pool: Tensor, excluded: Tensor, *, distance: str = "cosine") -> Tensor:

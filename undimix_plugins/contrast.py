@@ -212,10 +212,14 @@ class Contrast:
         """The temperature as a constant, which its gradient passes by, through the rows."""
         return self.temperature.detach() if isinstance(self.temperature, Tensor) else self.temperature
 
-    def logits(self, rows: slice) -> Tensor:
-        """Similarities over the temperature of a block of r anchors to the whole pool: [r, m]."""
+    def logits(self, rows: slice, copies: Tensor | None = None) -> Tensor:
+        """Similarities over the temperature of a block of r anchors to the whole pool: [r, m].
+
+        With `copies`, the columns of `first_copies(pool)` [m], those of equal candidates are equal to the last digit.
+        """
         with full_precision(self.pool):
-            return self.anchors[rows] @ self.pool.T / self.held_temperature
+            logits = self.anchors[rows] @ self.pool.T / self.held_temperature
+        return logits if copies is None else logits[:, copies]
 
     def own_positive_logits(self) -> Tensor:
         """The similarities of `positives` over the temperature [n]."""

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from undimix_plugins.checks import values_are_free
-from undimix_plugins.components import TaskGradients, equality_key, euclidean_distances
+from undimix_plugins.components import TaskGradients, euclidean_distances, groups
 from undimix_plugins.contrast import WIDE, Contrast, full_precision, sum_of_rows
 from undimix_plugins.weightings.undimix import ROUNDING, Prepared, UnDiMix
 from undimix_plugins.weightings.weighting import Weighting, checked, weighs_alike
@@ -413,21 +413,6 @@ class Candidates:
             (log_scale / LOG2E).masked_fill(total == 0, -torch.inf),
             total * self.longest,
         )
-
-
-def groups(rows: Tensor) -> Tensor | None:
-    """A number for each row [rows] that equal ones share, or None where a look is free and shows none equal."""
-    first = equality_key(rows, 0)
-    ordered = first.sort().values
-    if values_are_free(rows) and bool((ordered[1:] != ordered[:-1]).all()):
-        return None
-    second = equality_key(rows, 1)
-    order = second.argsort()
-    order = order[first[order].argsort(stable=True)]
-    new = (first[order].diff() != 0) | (second[order].diff() != 0)
-    if values_are_free(rows) and bool(new.all()):
-        return None
-    return torch.zeros_like(order).scatter(0, order, torch.cat([new.new_zeros(1), new]).cumsum(0))
 
 
 def has_same_tasks(contrast: Contrast) -> bool:

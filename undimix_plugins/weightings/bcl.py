@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from undimix_plugins.checks import check_number
+from undimix_plugins.components import first_copies
 from undimix_plugins.contrast import Contrast
 from undimix_plugins.settings import constant
 from undimix_plugins.weightings.weighting import Weighting
@@ -33,8 +34,8 @@ class BCL(Weighting):
         hard  = (alpha (1 - beta) phi1 + (1 - alpha) beta phi2) / (alpha (1 - beta) + (1 - alpha) beta)
         w_j   = hard / (tau- true + tau_plus false).
 
-    As in the authors' code, weights are constants, they are not brought to mean 1, and .001 is added to `a` and to the
-    divisor of `hard`.
+    Candidates that are equal share a rank. As in the authors' code, weights are constants, they are not brought to mean
+    1, and .001 is added to `a` and to the divisor of `hard`.
 
     Attributes:
         tau_plus: Prior probability of the anchor's class, in [0, 1).
@@ -73,12 +74,18 @@ class BCL(Weighting):
                 raise ValueError(f"{name}: expected a number from 0.5 to 1, got {value!r}")
 
     @torch.no_grad()
-    def log_weights(self, prepared: Contrast, rows: slice) -> Tensor:
+    def prepare(self, contrast: Contrast) -> tuple[Contrast, Tensor | None]:
+        """The contrast, and which candidates are copies, so that these share a rank."""
+        return contrast, first_copies(contrast.pool)
+
+    @torch.no_grad()
+    def log_weights(self, prepared: tuple[Contrast, Tensor | None], rows: slice) -> Tensor:
         """`log w` [r, m], without gradient."""
         plus, minus, alpha, beta = self.tau_plus, 1 - self.tau_plus, self.alpha, self.beta
         a = (1 - 2 * alpha) * (minus - plus) + NOT_ZERO
         b = 2 * (alpha * minus + (1 - alpha) * plus)
-        distribution = no_more_similar(prepared.logits(rows), prepared.is_negative(rows))
+        contrast, copies = prepared
+        distribution = no_more_similar(contrast.logits(rows, copies), contrast.is_negative(rows))
         # The root itself, of a quadratic whose first coefficient is next to 0.
         of_class = 2 * distribution / (b + (b**2 + 4 * a * distribution).clamp(min=0).sqrt())
         phi1, phi2 = 2 * (1 - of_class), 2 * of_class

@@ -9,9 +9,11 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from undimix_plugins import tiled
-from undimix_plugins.checks import check_choice, check_number, check_whole
+from undimix_plugins.checks import check_choice, check_number, check_whole, values_are_free
+from undimix_plugins.components import first_copies
 from undimix_plugins.contrast import Contrast, full_precision, unit_rows
 from undimix_plugins.scoped import Scoped
 from undimix_plugins.settings import constant
@@ -67,7 +69,8 @@ class FalseNegatives(Weighting):
 
     def __post_init__(self) -> None:
         check_whole("k", self.k, at_least=1)
-        check_number("threshold", self.threshold)
+        if not -1 <= check_number("threshold", self.threshold) <= 1:
+            raise ValueError(f"threshold: expected a cosine, from -1 to 1, got {self.threshold!r}")
         check_choice("aggregate", self.aggregate, ("max", "mean"))
 
     def softened(self, share: float) -> Weighting:
@@ -85,21 +88,31 @@ class FalseNegatives(Weighting):
                     f"support_set: expected views of the batch's samples [samples, {width}], of which the loss has "
                     f"{n} anchors, one or two for each, got {list(view.shape)} at {place}"
                 )
+        copies = first_copies(contrast.pool)
         views = [contrast.anchors, *[view.to(contrast.pool).repeat(n // len(view), 1) for view in support]]
         if contrast.has_own_positive:
             views.insert(1, contrast.positives)
         with full_precision(contrast.pool):
-            return torch.cat([self._found(contrast, views, rows) for rows in tiled.blocks_of(contrast)])
+            parts = [self._found(contrast, copies, views, rows) for rows in tiled.blocks_of(contrast)]
+        width = max(part.shape[1] for part in parts)
+        return torch.cat([pad(part, (0, width - part.shape[1]), value=-1) for part in parts])
 
-    def _found(self, contrast: Contrast, views: list[Tensor], rows: slice) -> Tensor:
+    def _found(self, contrast: Contrast, copies: Tensor | None, views: list[Tensor], rows: slice) -> Tensor:
         scores = views[0][rows] @ contrast.pool.T
         for view in views[1:]:
             further = view[rows] @ contrast.pool.T
             scores = torch.maximum(scores, further) if self.aggregate == "max" else scores + further
         if self.aggregate == "mean":
             scores = scores / len(views)
+        if copies is not None:
+            scores = scores[:, copies]
         scores = scores.masked_fill(~contrast.is_negative(rows), -torch.inf)
-        best, columns = scores.topk(min(int(self.k), scores.shape[1]), dim=1)
+        count = min(int(self.k), scores.shape[1])
+        best, columns = scores.topk(count, dim=1)
+        if copies is not None:  # and those that are the last one over again
+            most = (scores >= best[:, -1:]).sum(dim=1).amax() if values_are_free(scores) else 2 * count
+            more, columns = scores.topk(min(int(most), scores.shape[1]), dim=1)
+            best = more.masked_fill(more < best[:, -1:], -torch.inf)
         return columns.masked_fill(~(best > self.threshold), -1)
 
 
@@ -117,8 +130,8 @@ class FalseNegativeElimination(FalseNegatives):
         score_j = max over v in the support set of <v, v_j>
 
     Attributes:
-        k: How many an anchor loses at most, at least 1; the authors' code has 10.
-        threshold: The score above which they are, a number; the authors' code has .7.
+        k: How many an anchor loses at most, at least 1; the authors' code has 10. Copies of the last one go with it.
+        threshold: The score above which they are, from -1 to 1; the authors' code has .7.
         aggregate: "max" or "mean", of the similarities to the views.
 
     Raises:
@@ -150,8 +163,8 @@ class FalseNegativeAttraction(FalseNegatives):
     F_i as `FalseNegativeElimination` finds them. Losses with a single numerator have no place for that, and refuse it.
 
     Attributes:
-        k: How many an anchor gets at most, at least 1; the authors' code has 10.
-        threshold: The score above which they are, a number; the authors' code has .7.
+        k: How many an anchor gets at most, at least 1; the authors' code has 10. Copies of the last one come with it.
+        threshold: The score above which they are, from -1 to 1; the authors' code has .7.
         aggregate: "max" or "mean", of the similarities to the views.
 
     Raises:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from undimix_plugins.checks import check_number
+from undimix_plugins.components import first_copies
 from undimix_plugins.contrast import Contrast, remembered
 from undimix_plugins.settings import constant
 from undimix_plugins.weightings.weighting import Uniform, Weighting, check_share
@@ -23,7 +24,8 @@ class Ring(Weighting):
 
         floor(N * (100 - upper) / 100)  to  floor(N * (100 - lower) / 100) - 1
 
-    are kept, at least one, all with weight 1; the others are no negatives. `lower=0, upper=100` is the plain loss.
+    are kept, at least one, all with weight 1, and with them what is as similar as the first or last of them; the others
+    are no negatives. `lower=0, upper=100` is the plain loss.
 
     The paper anneals the ring, from all negatives to this one: `HardnessWarmup(share=...)` does, as `softened` has it,
     over `share * lower` and `100 - share * (100 - upper)`.
@@ -78,18 +80,21 @@ class Ring(Weighting):
 
     def compared(self, contrast: Contrast) -> Contrast:
         """Without what is outside of the ring."""
-        return contrast.without(verdicts=remembered(lambda rows: self._outside(contrast, rows), contrast))
+        with torch.no_grad():
+            copies = first_copies(contrast.pool)
+        return contrast.without(verdicts=remembered(lambda rows: self._outside(contrast, copies, rows), contrast))
 
     @torch.no_grad()
-    def _outside(self, contrast: Contrast, rows: slice) -> Tensor:
+    def _outside(self, contrast: Contrast, copies: Tensor | None, rows: slice) -> Tensor:
         """Which negatives of a block of anchors are too far or too near, bool [r, m]."""
         negative = contrast.is_negative(rows)
-        logits = contrast.logits(rows).masked_fill(~negative, -torch.inf)
-        place = logits.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        logits = contrast.logits(rows, copies).masked_fill(~negative, -torch.inf)
         count = negative.sum(dim=1, keepdim=True)
         count = count.float() if count.device.type == "mps" else count.double()  # which has none
         # What should be a whole number may be rounded to just below it.
         first, last = ((count * (100 - percentile) / 100 + 1e-9).floor() for percentile in (self.upper, self.lower))
         first = torch.minimum(first, count - 1)
         last = torch.maximum(last, first + 1)
-        return (place < first) | (place >= last)
+        ordered = logits.sort(dim=1, descending=True).values
+        nearest, farthest = (ordered.gather(1, place.long().clamp(min=0)) for place in (first, last - 1))
+        return (logits > nearest) | (logits < farthest)

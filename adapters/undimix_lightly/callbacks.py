@@ -128,7 +128,8 @@ class NegativeStatistics(_OfLightning):
             by; None to do without.
 
     Raises:
-        ValueError: For an `every` below 1; in training, for labels that do not fit what is compared.
+        ValueError: For an `every` below 1; in training, for labels that do not fit what is compared, or beside a memory
+            bank, whose entries have none.
 
     Warns:
         UserWarning: Where a step has no weighted loss to be seen, as one under `torch.compile` is not; when training

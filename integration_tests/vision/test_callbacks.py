@@ -228,16 +228,12 @@ def test_statistics_are_logged(digits: Digits, tmp_path: Path) -> None:
 
 def test_statistics_that_a_step_has_not_are_not_in_its_row(digits: Digits, tmp_path: Path) -> None:
     """Nor is what an earlier step had, in the row or for other callbacks."""
-    model, logger = make(bank=(50, 8)), CSVLogger(tmp_path)
-    model.also = lambda step, views: undimix(NTXentLoss())(*views) if step < 4 else 0  # of these, labels are known
-    trainer = fit(model, digits, tmp_path, NegativeStatistics(every=2, labels=of_classes), logger=logger, max_epochs=1)
-    assert [(row["step"], "negatives/false_negatives" in row) for row in statistics(logger)] == [(1, True), (3, True)]
-    model.also = lambda step, views: undimix(NTXentLoss())(*views) if step < 2 else 0
-    logger = CSVLogger(tmp_path)
-    trainer = fit(model, digits, tmp_path, NegativeStatistics(every=2, labels=of_classes), logger=logger, max_epochs=1)
-    assert [(row["step"], "negatives/false_negatives" in row) for row in statistics(logger)] == [(1, True), (3, False)]
+    model, logger = make(lambda loss: undimix(loss, Uniform())), CSVLogger(tmp_path)
+    model.also = lambda step, views: undimix(NTXentLoss(), FULL)(*views) if step < 2 else 0  # which has a hardness
+    trainer = fit(model, digits, tmp_path, NegativeStatistics(every=2), logger=logger, max_epochs=1)
+    assert [(row["step"], "negatives/hardness" in row) for row in statistics(logger)] == [(1, True), (3, False)]
     assert "negatives/count" in trainer.callback_metrics
-    assert "negatives/false_negatives" not in trainer.callback_metrics
+    assert "negatives/hardness" not in trainer.callback_metrics
 
 
 def test_statistics_of_a_step_are_of_all_its_batches(digits: Digits, tmp_path: Path) -> None:
@@ -262,6 +258,7 @@ def test_statistics_are_of_the_hardness_of_their_step(warmup_first: bool, digits
     model = make(hard)
     fit(model, digits, tmp_path, *(callbacks if warmup_first else callbacks[::-1]), logger=logger, max_epochs=1)
     logged = statistics(logger)
+    assert [row["negatives/hardness"] for row in logged] == pytest.approx([0, 0.5, 1, 1.5, 2])
     assert logged[0]["negatives/effective_number"] == pytest.approx(48)
     assert all(row["negatives/effective_number"] < 47 for row in logged[1:])
 

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import beta as beta_distribution
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tests import references
 from tests.cases import Case, bank, in_batch, random_rows, rectangular
@@ -27,6 +28,7 @@ from undimix_plugins import (
     negative_statistics,
     same_label,
     two_views,
+    unit_rows,
     watch,
     weighted_log_sum,
 )
@@ -515,3 +517,60 @@ def test_what_is_watched_is_fitted() -> None:
         info_nce(contrast, weighting)
         info_nce(contrast, weighting)
     assert seen[0] == seen[1] < contrast.count[0]
+
+
+class Recomputed(nn.Module):
+    """Two directions of an encoder's outputs, each a call, under activation checkpointing or not."""
+
+    def __init__(self, weighting: ProGCL, checkpointed: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 4).double()
+        self.weighting, self.checkpointed = weighting, checkpointed
+
+    def both(self, first: Tensor, second: Tensor) -> Tensor:
+        z0, z1 = unit_rows(z0=self.layer(first), z1=self.layer(second))
+        return info_nce(two_views(z0, z1, 0.5), self.weighting) + info_nce(two_views(z1, z0, 0.5), self.weighting)
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        if not self.checkpointed:
+            return self.both(first, second)
+        return checkpoint(self.both, first, second, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("every", [None, 1, 3], ids=str)
+def test_what_is_worked_out_again_is_no_call(every: int | None) -> None:
+    """Two steps of two calls: before the fit, at it, and after."""
+    gradients, calls = [], []
+    for checkpointed in (False, True):
+        weighting = ProGCL(start=2, every=every)
+        model = Recomputed(weighting, checkpointed)
+        for seed in (0, 2):
+            loss = model(random_rows(9, 4, seed), random_rows(9, 4, seed + 1))
+            gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+        calls.append(weighting.calls)
+    assert calls == [4, 4]
+    for got, want in zip(gradients[2:], gradients[:2], strict=True):
+        for one, other in zip(got, want, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_reentrant_checkpointing_calls_once() -> None:
+    weighting = ProGCL(start=1)
+    model = Recomputed(weighting, checkpointed=False)
+    first, second = random_rows(9, 4, 0).requires_grad_(), random_rows(9, 4, 1)
+    checkpoint(model.both, first, second, use_reentrant=True).backward()
+    assert weighting.calls == 2
+    assert weighting.mixture is not None
+
+
+def test_another_default_device() -> None:
+    """As under `torch.set_default_device("cuda")`: nothing is made but where the embeddings are."""
+    contrast = in_batch(6).contrast()
+    want = ProGCL(start=1)
+    want.fit(contrast)
+    with torch.device("meta"):
+        weighting = ProGCL(start=1)
+        loss = info_nce(contrast, weighting)
+    assert loss.device.type == "cpu"
+    assert weighting.mixture is not None

@@ -15,12 +15,15 @@ from torch.nn.functional import normalize
 from tests import references
 from tests.cases import Case, bank, in_batch, random_rows, rectangular
 from undimix_plugins import (
+    BCL,
     HCL,
     Contrast,
     Everyone,
+    Ring,
     UnDiMix,
     Uniform,
     Weighting,
+    compose,
     decoupled,
     info_nce,
     log_sums,
@@ -68,6 +71,8 @@ def correlation(one: list[float], other: list[float]) -> float:
 
 def expected(case: Case, weighting: Weighting, anchors: int, labels: list[int] | None) -> dict[str, float]:
     found: dict[str, list[float]] = {}
+    if isinstance(weighting, (UnDiMix, HCL)):
+        found["hardness"] = [weighting.hardness if isinstance(weighting, UnDiMix) else weighting.beta]
     similarity, influence, diversity = (
         scores(case)  # type: ignore[operator]
         for scores in (
@@ -179,7 +184,8 @@ def test_labels_that_are_not_of_the_pool() -> None:
     memory = bank(4, 12).contrast()
     no_itself = Contrast(memory.anchors, memory.positives, memory.pool, None, 0.5)
     for contrast in (memory, no_itself):
-        assert "false_negatives" not in negative_statistics(contrast, UnDiMix(), labels=torch.arange(4))
+        with pytest.raises(ValueError, match=r"^labels: expected none, .*, got some with a memory bank"):
+            negative_statistics(contrast, UnDiMix(), labels=torch.arange(4))
 
 
 def test_a_pool_of_all_processes() -> None:
@@ -189,8 +195,10 @@ def test_a_pool_of_all_processes() -> None:
     everyone = Everyone(lambda: case.anchors, torch.tensor(case.itself), torch.arange(9), lambda rows: rows)
     contrast = replace(alone, everyone=everyone)
     for weighting in WEIGHTINGS.values():
-        got = negative_statistics(contrast, weighting, labels=torch.arange(4))
+        got = negative_statistics(contrast, weighting)
         assert same(got, negative_statistics(alone, weighting))
+        with pytest.raises(ValueError, match=r"^labels: .*, got some with the batches of all processes$"):
+            negative_statistics(contrast, weighting, labels=torch.arange(4))
     halved = replace(everyone, anchors=lambda: case.anchors[:2], itself=torch.tensor(case.itself[:2]))
     assert not same(negative_statistics(replace(alone, everyone=halved), UnDiMix()), got)
 
@@ -224,11 +232,15 @@ def test_refuses() -> None:
 
 def test_what_has_no_value_is_left_out() -> None:
     one_pair = two_views(*random_rows(2, 4, seed=0).split(1), 0.5)
-    assert negative_statistics(one_pair, UnDiMix(), labels=torch.tensor([0])) == {"gradient_norm": 0.0}
+    assert negative_statistics(one_pair, UnDiMix(), labels=torch.tensor([0])) == {
+        "hardness": 1.0,
+        "gradient_norm": 0.0,
+    }
     alike = normalize(torch.ones(8, 4, dtype=torch.double), dim=1)
     got = negative_statistics(two_views(alike, alike, 0.5), UnDiMix())
     assert got == pytest.approx(
-        {"count": 14, "effective_number": 14, "weight_on_hardest": 1 / 14, "gradient_norm": 0.0}, abs=1e-12
+        {"hardness": 1, "count": 14, "effective_number": 14, "weight_on_hardest": 1 / 14, "gradient_norm": 0.0},
+        abs=1e-12,
     )
 
 
@@ -369,10 +381,26 @@ def test_the_mean_over_several_contrasts() -> None:
     assert mean_statistics([{"a": 1.0, "b": 2.0}, {"a": 3.0}]) == {"a": 2.0, "b": 2.0}
 
 
-def test_labels_are_not_used_where_rows_are_parts_of_samples() -> None:
+@pytest.mark.parametrize(
+    ("weighting", "hardness"),
+    [
+        (UnDiMix(hardness=2.0).softened(0.25), 0.5),
+        (HCL(beta=2.0).softened(0.25), 0.5),
+        (BCL(beta=0.75), 0.75),
+        (BCL().softened(0.25), 0.25),
+        (compose(Ring(), UnDiMix(hardness=2.0)), 2.0),
+        (Ring(), None),
+        (Uniform(), None),
+    ],
+    ids=repr,
+)
+def test_the_hardness_in_force(weighting: Weighting, hardness: float | None) -> None:
+    assert negative_statistics(in_batch(6).contrast(), weighting).get("hardness") == hardness
+
+
+def test_labels_are_refused_where_rows_are_parts_of_samples() -> None:
     """Several positives: regions of images, nodes of graphs, of which row j is not sample j % b."""
     rows = torch.randn(8, 4)
     contrast = Contrast(rows[:4], torch.tensor([[0, 1], [2, 3], [4, 5], [6, 7]]), rows, None, 0.5)
-    statistics = negative_statistics(contrast, UnDiMix(), labels=torch.arange(4) % 2)
-    assert "false_negatives" not in statistics
-    assert "effective_number" in statistics
+    with pytest.raises(ValueError, match=r"^labels: .*, got some with several positives"):
+        negative_statistics(contrast, UnDiMix(), labels=torch.arange(4) % 2)

@@ -19,6 +19,19 @@ LEAST_TEMPERATURE = 1e-10  # below it a logit of unit rows has no digit left tha
 WARM = 2.0  # a temperature above which all candidates count nearly the same
 
 
+LOOKED: set[str] = set()  # at what values were looked though that was not free
+
+
+def may_look(tensor: Tensor, at_what: str) -> bool:
+    """Whether to read a tensor's values for a warning: where that is free, and elsewhere the first time alone."""
+    if values_are_free(tensor):
+        return True
+    if torch.compiler.is_compiling() or tensor.device.type == "meta" or at_what in LOOKED:
+        return False
+    LOOKED.add(at_what)
+    return True
+
+
 def values_are_free(tensor: Tensor) -> bool:
     """Whether reading a tensor's values costs no device-host synchronisation and no graph break."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -494,6 +494,11 @@ def to_length_one(rows: Tensor) -> Tensor:
     return torch.nn.functional.normalize(torch.where(directed, full, full.detach()), dim=-1)
 
 
+def in_backward() -> bool:
+    """Whether a backward pass is running, in which activation checkpointing runs a forward again."""
+    return int(torch._C._current_graph_task_id()) != -1  # as torch's own checkpointing asks
+
+
 def full_precision(like: Tensor) -> torch.autocast:
     """A context in which autocast leaves matrix products alone: logits over a small temperature need all digits."""
     return torch.autocast(like.device.type, enabled=False)

@@ -15,7 +15,7 @@ from undimix_plugins.checks import check_number
 from undimix_plugins.contrast import Contrast, Everyone, full_precision
 from undimix_plugins.weightings.compose import Composed
 from undimix_plugins.weightings.undimix import UnDiMix
-from undimix_plugins.weightings.weighting import Softened, Weighting, check_weighting, checked
+from undimix_plugins.weightings.weighting import Softened, Weighting, check_compared, checked
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -241,9 +241,7 @@ def explain(contrast: Contrast, weighting: Weighting, anchor: int, k: int = 5) -
         >>> sorted(explanation.most[0].parts)
         ['diversity', 'influence', 'similarity']
     """
-    if not isinstance(contrast, Contrast):
-        raise TypeError(f"contrast: expected a Contrast, got {type(contrast).__name__}")
-    check_weighting(weighting)
+    check_compared(contrast, weighting)
     if check_number("anchor", anchor, at_least=0) not in range(len(contrast.anchors)):
         raise ValueError(f"anchor: expected one from 0 to {len(contrast.anchors) - 1}, got {anchor!r}")
     anchor, k = int(anchor), int(check_number("k", k, at_least=1))

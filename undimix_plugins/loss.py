@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,10 +12,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from undimix_plugins import tiled
-from undimix_plugins.checks import values_are_free
+from undimix_plugins.checks import may_look, values_are_free
 from undimix_plugins.contrast import Contrast, full_precision, is_not_among
 from undimix_plugins.scoped import Scoped
-from undimix_plugins.weightings.weighting import Weighting, check_weighting, checked, masked_log_sum_exp
+from undimix_plugins.weightings.weighting import Weighting, check_compared, checked, masked_log_sum_exp
 
 # What `undimix_plugins.statistics.watch` has put here is shown each contrast before its loss is worked out.
 OBSERVERS = Scoped[Callable[[Contrast, Weighting], None]]("watch")
@@ -64,7 +66,7 @@ def log_sums(contrast: Contrast, weighting: Weighting) -> LogSums:
         >>> positives, negatives = log_sums(contrast, UnDiMix())
         >>> decoupled = (negatives - positives).mean()
     """
-    _check(contrast, weighting)
+    check_compared(contrast, weighting)
     compared = _compared(contrast, weighting, one_positive=True)
     with full_precision(contrast.pool):
         prepared = _prepared(compared, weighting)
@@ -117,6 +119,9 @@ def _log_sums(contrast: Contrast, weighting: Weighting, prepared: Any) -> LogSum
         combined = weighting.combine(contrast, mean, negatives.masked_fill(none, 0), count)
     if not values_are_free(contrast.pool):
         positives = positives + _not_a_number_if_not_finite(contrast)
+    elif not bool((combined < torch.inf).all()):
+        raise _no_numbers(weighting)
+    _warn_of_no_negatives(contrast, none)
     return LogSums(positives, combined.masked_fill(none, -torch.inf))
 
 
@@ -197,7 +202,7 @@ def mean_loss(contrast: Contrast, weighting: Weighting, loss: tiled.Margin, *, o
         >>> contrast = two_views(torch.randn(8, 16), torch.randn(8, 16), temperature=0.5)
         >>> loss = mean_loss(contrast, UnDiMix(), lambda margin: (margin.relu(), (margin > 0).to(margin.dtype)))
     """
-    _check(contrast, weighting)
+    check_compared(contrast, weighting)
     given, contrast = contrast, _compared(contrast, weighting, one_positive)
     with full_precision(contrast.pool):
         prepared = _prepared(contrast, weighting)
@@ -211,7 +216,13 @@ def mean_loss(contrast: Contrast, weighting: Weighting, loss: tiled.Margin, *, o
             positives, negatives = _log_sums(contrast, weighting, prepared)
             return _mean_of_margins(contrast, positives, negatives, loss)
         mean = tiled.mean_loss(contrast, weighting.weigher(), prepared, loss)
-        return mean if values_are_free(mean) else mean + _not_a_number_if_not_finite(contrast)
+        if contrast.verdicts is not None:
+            _warn_of_no_negatives(contrast, mean.detach() == 0)
+        if not values_are_free(mean):
+            return mean + _not_a_number_if_not_finite(contrast)
+        if not math.isfinite(float(mean.detach())):
+            raise _no_numbers(weighting)
+        return mean
 
 
 def _mean_of_margins(contrast: Contrast, positives: Tensor, negatives: Tensor, loss: tiled.Margin) -> Tensor:
@@ -222,10 +233,23 @@ def _mean_of_margins(contrast: Contrast, positives: Tensor, negatives: Tensor, l
     return (losses if contrast.anchor_weights is None else losses * contrast.anchor_weights).mean()
 
 
-def _check(contrast: Contrast, weighting: Weighting) -> None:
-    if not isinstance(contrast, Contrast):
-        raise TypeError(f"contrast: expected a Contrast, got {type(contrast).__name__}")
-    check_weighting(weighting)
+def _no_numbers(weighting: Weighting) -> ValueError:
+    # Embeddings are finite here, and their products do not overflow.
+    return ValueError(
+        f"weighting: expected log-weights below infinity and a sum that is one, got none of {weighting!r}, whose "
+        "weights or `combine` are NaN or too large"
+    )
+
+
+def _warn_of_no_negatives(contrast: Contrast, none: Tensor) -> None:
+    """Warns where labels, or other marks, leave no anchor of a batch a negative: all of `none` is true then."""
+    if contrast.verdicts is not None and may_look(none, "negatives") and bool(none.all()):
+        warnings.warn(
+            "labels: no anchor of this batch has a negative, since all samples have one label or are marked as no "
+            "negatives of each other: nothing is learnt from it. Are these the labels? A folder of images without "
+            "classes gives one target to all",
+            stacklevel=2,
+        )
 
 
 def _show(contrast: Contrast, weighting: Weighting) -> None:
@@ -257,8 +281,12 @@ def info_nce(contrast: Contrast, weighting: Weighting) -> Tensor:
         A scalar, in the embeddings' dtype (float32 for half precision, also under autocast).
 
     Raises:
-        ValueError: For log-weights of the wrong shape; bad embeddings are refused by `Contrast`. On devices other than
-            the CPU, where looking for them would cost a synchronisation, non-finite embeddings give a loss of NaN.
+        ValueError: For log-weights of the wrong shape, or (on the CPU) whose sum is no number; bad embeddings are
+            refused by `Contrast`. On devices other than the CPU, where looking for them would cost a synchronisation,
+            non-finite embeddings give a loss of NaN.
+
+    Warns:
+        UserWarning: Where labels leave no anchor of a batch a negative (elsewhere than on the CPU, of the first alone).
 
     References:
         van den Oord et al., arXiv 1807.03748, equation 4; Chen et al., arXiv 2002.05709, equation 1; the weights:

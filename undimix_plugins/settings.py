@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -41,11 +40,11 @@ def constant(cls: Class) -> Class:
         Traceback (most recent call last):
         dataclasses.FrozenInstanceError: cannot assign to field 'strength'
     """
-    frozen: Callable[[Any, str, Any], None] = cls.__setattr__
+    frozen: Any = cls.__setattr__
 
     def set_to_the_same(self: Any, name: str, value: Any) -> None:
         if name not in vars(self) or vars(self)[name] != value:
             frozen(self, name, value)
 
-    cls.__setattr__ = set_to_the_same  # type: ignore[method-assign]
+    cls.__setattr__ = set_to_the_same  # type: ignore[assignment, method-assign]
     return loadable(cls)

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import combinations
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -14,8 +15,9 @@ from undimix_plugins import tiled
 from undimix_plugins.checks import check_number
 from undimix_plugins.contrast import Contrast, full_precision
 from undimix_plugins.loss import OBSERVERS
+from undimix_plugins.weightings.compose import Composed
 from undimix_plugins.weightings.undimix import Prepared, UnDiMix
-from undimix_plugins.weightings.weighting import Weighting, check_weighting, checked
+from undimix_plugins.weightings.weighting import Weighting, check_compared, checked
 
 Observer = Callable[[Contrast, Weighting], object]
 
@@ -73,7 +75,7 @@ def negative_statistics(
         weighting: How much each negative counts.
         labels: A class for each of the batch's b samples [b], of any dtype that compares, to find false negatives by.
             Anchors and pool are taken for whole columns of the batch (its views, its documents), row j of either
-            belonging to sample `j % b`. Not used where that is not so: with a memory bank, the batches of all
+            belonging to sample `j % b`. Refused where that is not so: with a memory bank, the batches of all
             processes, or several positives (regions of images, nodes of graphs).
         most_anchors: How many anchors are looked at, at least 1; by default up to 128, and so few that they make about
             2^20 pairs with the pool.
@@ -82,6 +84,8 @@ def negative_statistics(
         By name a float; a name is left out where no anchor has a value. Anchors whose negatives have no weight, or that
         have none, are left out of what is said of weights.
 
+        - `hardness`: what the weighting multiplies its scores by, as it is in force: UnDiMix's `hardness`, `beta` of
+          HCL and BCL, `alpha` of a SimilarityPenalty, the share of another on its way through a warm-up; none else.
         - `count`: n_i, how many negatives an anchor has.
         - `effective_number`: of these, `(sum_j w_j)^2 / sum_j w_j^2`, from 1 to n_i (`effective_number`).
         - `weight_on_hardest`: the share of the weight, from 0 to 1, on the most similar hundredth of the negatives
@@ -95,8 +99,8 @@ def negative_statistics(
           `weight_on_false_negatives`: their share of the weight.
 
     Raises:
-        ValueError: For labels that are no vector, or whose number does not divide those of anchors and pool; for
-            `most_anchors` below 1, and as the weighting does.
+        ValueError: For labels that are no vector, whose number does not divide those of anchors and pool, or where
+            they can't be used; for `most_anchors` below 1, and as the weighting does.
         TypeError: For something else than a Contrast and a Weighting.
 
     References:
@@ -108,13 +112,12 @@ def negative_statistics(
         >>> statistics["count"], 1 <= statistics["effective_number"] <= 14
         (14.0, True)
     """
-    if not isinstance(contrast, Contrast):
-        raise TypeError(f"contrast: expected a Contrast, got {type(contrast).__name__}")
-    check_weighting(weighting)
+    check_compared(contrast, weighting)
     if most_anchors is None:
         most_anchors = min(MOST_ANCHORS, MOST_PAIRS // len(contrast.pool) + 1)
     rows = slice(0, int(check_number("most_anchors", most_anchors, at_least=1)))
     same = None if labels is None else _same_label(contrast, labels, rows)
+    in_force = {} if (hardness := _hardness(weighting)) is None else {"hardness": hardness}
     contrast, weighting = weighting.compared(contrast), weighting.weigher()
     with full_precision(contrast.pool):
         tasks, negative = _tasks(contrast), contrast.is_negative(rows)
@@ -148,7 +151,15 @@ def negative_statistics(
     # One look at the device for all.
     sums = [part.sum().to(shares.dtype) for value, has in values.values() for part in (value.masked_fill(~has, 0), has)]
     means = zip(values, torch.stack(sums).view(-1, 2).tolist(), strict=True)
-    return {name: total / number for name, (total, number) in means if number}
+    return {**in_force, **{name: total / number for name, (total, number) in means if number}}
+
+
+def _hardness(weighting: Weighting) -> float | None:
+    """What a weighting multiplies its scores by; of several, the first that does."""
+    if isinstance(weighting, Composed):
+        return next((of for part in weighting.parts if (of := _hardness(part)) is not None), None)
+    values = (getattr(weighting, name, None) for name in ("hardness", "beta", "alpha", "share"))
+    return next((float(value) for value in values if isinstance(value, Real)), None)
 
 
 def _tasks(contrast: Contrast) -> Prepared:
@@ -169,17 +180,22 @@ def _on_hardest(shares: Tensor, similarity: Tensor, count: Tensor) -> Tensor:
     return shares.gather(1, places).masked_fill(~hardest, 0).sum(dim=1)
 
 
-def _same_label(contrast: Contrast, labels: Tensor, rows: slice) -> Tensor | None:
-    """Which columns have the label of a block of anchors, bool [r, m]; None where the pool is not this batch."""
+def _same_label(contrast: Contrast, labels: Tensor, rows: slice) -> Tensor:
+    """Which columns have the label of a block of anchors, bool [r, m]; a ValueError where that is not known."""
     if not isinstance(labels, Tensor) or labels.dim() != 1:
         came = list(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
         raise ValueError(f"labels: expected a label for each sample, of shape [samples], got {came}")
     n, m, b = len(contrast.anchors), len(contrast.pool), len(labels)
     holds_anchors = contrast.itself is not None and bool((contrast.itself >= 0).any())
-    holds_batch = contrast.positives_in_pool or contrast.is_own_pool or holds_anchors
-    # Where an anchor has several positives, rows are parts of samples: regions of images, nodes of graphs.
-    if not holds_batch or contrast.everyone is not None or contrast.positive_columns is not None:
-        return None
+    why = None
+    if not (contrast.positives_in_pool or contrast.is_own_pool or holds_anchors):
+        why = "a memory bank, whose entries have none"
+    elif contrast.everyone is not None:
+        why = "the batches of all processes"
+    elif contrast.positive_columns is not None:
+        why = "several positives, so that rows are parts of samples (regions of images, nodes of graphs)"
+    if why:
+        raise ValueError(f"labels: expected none, since they could not be used, got some with {why}")
     if not b or n % b or m % b:
         raise ValueError(
             f"labels: expected one for each sample of the batch, so many that anchors ({n}) and pool ({m}) are a "

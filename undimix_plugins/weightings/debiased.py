@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from undimix_plugins.checks import check_number
+from undimix_plugins.checks import check_number, may_look
 from undimix_plugins.contrast import Contrast
 from undimix_plugins.settings import constant
 from undimix_plugins.weightings.weighting import Uniform, Weighting, check_share
@@ -24,7 +25,9 @@ class Debiased(Weighting):
 
         N * g = max( (sum_j exp(s_j / t) - tau_plus * N * exp(s+ / t)) / (1 - tau_plus),  N * exp(-1 / t) ).
 
-    The lower bound assumes cosines; with `tau_plus=0` nothing is corrected and it is left out.
+    The lower bound assumes cosines; with `tau_plus=0` nothing is corrected and it is left out. At the bound an anchor's
+    negatives have no gradient, and at a low temperature (a ranking loss's .05) most anchors soon stand there: a warning
+    says so.
 
     Attributes:
         tau_plus: Prior probability of the anchor's class, in [0, 1).
@@ -87,4 +90,12 @@ def debiased(tau_plus: float, contrast: Contrast, positives: Tensor, negatives: 
     rest = torch.log(-torch.expm1(share.masked_fill(~left, -1)))
     corrected = negatives + rest - torch.full_like(rest, -tau_plus).log1p()
     least = count.log() - 1 / contrast.temperature
-    return torch.where(left & ~(corrected <= least), corrected, least)
+    above = left & ~(corrected <= least)
+    if may_look(above, "debiasing") and int(above.sum()) < len(above) / 2:
+        warnings.warn(
+            "debiasing: most of this batch's anchors stand at its lower bound, where their negatives have no gradient: "
+            "at so low a temperature, tau_plus of the positive's exponential outweighs all negatives. Set tau_plus=0, "
+            "or a higher temperature",
+            stacklevel=2,
+        )
+    return torch.where(above, corrected, least)

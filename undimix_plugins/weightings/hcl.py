@@ -11,7 +11,7 @@ from undimix_plugins.checks import check_number
 from undimix_plugins.contrast import Contrast
 from undimix_plugins.settings import constant
 from undimix_plugins.weightings.debiased import debiased
-from undimix_plugins.weightings.weighting import Weighting, check_share, mean_one
+from undimix_plugins.weightings.weighting import Weighting, check_share, check_strength, mean_one
 
 
 @constant
@@ -29,11 +29,11 @@ class HCL(Weighting):
     nothing is corrected and it is left out.
 
     Attributes:
-        beta: Concentration on hard negatives, a finite number of at least 0; 0 is `Debiased`.
+        beta: Concentration on hard negatives, from 0 to 1e30; 0 is `Debiased`.
         tau_plus: Prior probability of the anchor's class, in [0, 1).
 
     Raises:
-        ValueError: For `beta` below 0 or not finite, `tau_plus` outside [0, 1).
+        ValueError: For `beta` outside [0, 1e30], `tau_plus` outside [0, 1).
 
     References:
         Robinson, Chuang, Sra, Jegelka: Contrastive Learning with Hard Negative Samples, ICLR 2021, arXiv 2010.04592.
@@ -56,7 +56,7 @@ class HCL(Weighting):
 """
 
     def __post_init__(self) -> None:
-        check_number("beta", self.beta, at_least=0)
+        check_strength("beta", self.beta)
         check_number("tau_plus", self.tau_plus, at_least=0, below=1)
 
     def softened(self, share: float) -> HCL:

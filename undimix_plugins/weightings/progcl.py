@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
@@ -11,12 +12,15 @@ from torch import Tensor
 
 from undimix_plugins import tiled
 from undimix_plugins.checks import check_number, check_whole
-from undimix_plugins.contrast import Contrast, full_precision
+from undimix_plugins.components import equality_key, first_copies
+from undimix_plugins.contrast import Contrast, full_precision, in_backward
 from undimix_plugins.settings import loadable
 from undimix_plugins.weightings.weighting import Uniform, Weighting, mean_one
 
 COLUMNS = 100  # of the pool, whose similarities a mixture is fitted to
 TINY = 1e-12  # what the authors' code keeps similarities and responsibilities off 0 by
+LATEST = 16  # calls whose mixtures are remembered for a backward pass that runs them again
+ALIKE = 1e-5  # how far the keys of a contrast and of the same one worked out again are apart
 MOST = 1e8  # alpha + beta + 1 of a distribution: one of a single similarity would be infinitely high
 
 
@@ -48,6 +52,14 @@ class Mixture(NamedTuple):
 
 
 @loadable
+class Call(NamedTuple):
+    """What a call compared, as a key [2], and the mixture that it used."""
+
+    key: Tensor
+    mixture: Mixture | None
+
+
+@loadable
 @dataclass(eq=False)
 class ProGCL(Weighting):
     """ProGCL-weight: importance by the probability of being a true negative, and by similarity.
@@ -66,10 +78,14 @@ class ProGCL(Weighting):
     the loss's `state_dict`: a resumed training fits it again, `start` calls later, unless `weighting.fit(contrast)` is
     called before, or `start` is 1.
 
+    A call is a forward pass of the loss with gradients enabled; a loss of several directions has one for each. That
+    activation checkpointing runs a forward again, in the backward pass, is none: the weights are then those of the
+    first time. (Reentrant checkpointing runs it first without gradients, so that what it runs again is the call; what
+    that fits is for the next.) `torch.compile` leaves the graph at each call.
+
     Attributes:
         start: At which call of the loss in training the mixture is fitted, from 1; the authors' `epoch_start`, as
-            their epochs are of one call. A loss of several directions calls once for each. A batch without negatives of
-            different similarities is passed over.
+            their epochs are of one call. A batch without negatives of different similarities is passed over.
         every: After how many calls it is fitted again, at least 1; None for never.
         weight_init: The share of false negatives that the fit begins with, in (0, 1).
         iters: How many iterations a fit has, at least 1.
@@ -95,6 +111,7 @@ class ProGCL(Weighting):
     iters: int = 10
     mixture: Mixture | None = field(default=None, init=False, repr=False)
     calls: int = field(default=0, init=False, repr=False)
+    latest: list[Call] = field(default_factory=list, init=False, repr=False)
 
     citation: ClassVar[str] = """
 @inproceedings{xia2022progcl,
@@ -114,15 +131,38 @@ class ProGCL(Weighting):
             check_whole(name, value, at_least=1)
         check_number("weight_init", self.weight_init, above=0, below=1)
 
-    def prepare(self, contrast: Contrast) -> tuple[Contrast, Mixture | None]:
-        """The contrast and the mixture, which is fitted first where it is time: backward is to find the same one."""
-        if torch.is_grad_enabled():
-            self.calls += 1
-            again = self.every is not None and (self.calls - self.start) % self.every == 0
-            if self.calls >= self.start and (self.mixture is None or again):
-                with suppress(ValueError):  # a last batch of one pair, say: the next call will do
-                    self.fit(contrast)
-        return contrast, self.mixture
+    def prepare(self, contrast: Contrast) -> tuple[Contrast, Tensor | None, Mixture | None]:
+        """The contrast, its copies and the mixture, which is fitted first where it is time: backward finds the same."""
+        with torch.no_grad():
+            copies = first_copies(contrast.pool)
+        if not torch.is_grad_enabled():
+            return contrast, copies, self.mixture
+        before, key = self.mixture, _key(contrast)
+        if in_backward():
+            if (call := self._again(key)) is not None:
+                return contrast, copies, call.mixture
+            self._count(contrast)
+            return contrast, copies, before
+        self._count(contrast)
+        self.latest = [*self.latest[1 - LATEST :], Call(key, self.mixture)]
+        return contrast, copies, self.mixture
+
+    def _count(self, contrast: Contrast) -> None:
+        self.calls += 1
+        again = self.every is not None and (self.calls - self.start) % self.every == 0
+        if self.calls >= self.start and (self.mixture is None or again):
+            with suppress(ValueError):  # a last batch of one pair, say: the next call will do
+                self.fit(contrast)
+
+    def _again(self, key: Tensor) -> Call | None:
+        """The call of the same contrast, but for what rounding makes of it where it is worked out again."""
+        near = [(float((call.key - key).abs().max()), place) for place, call in enumerate(self.latest)]
+        distance, place = min(near, default=(math.inf, 0))
+        return self.latest[place] if distance < ALIKE else None
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without the latest calls, which belong to one step."""
+        return {**vars(self), "latest": []}
 
     @torch.no_grad()
     def fit(self, contrast: Contrast) -> None:
@@ -147,14 +187,25 @@ class ProGCL(Weighting):
         self.mixture = fitted(similarity, self.weight_init, int(self.iters))
 
     @torch.no_grad()
-    def log_weights(self, prepared: tuple[Contrast, Mixture | None], rows: slice) -> Tensor:
+    def log_weights(self, prepared: tuple[Contrast, Tensor | None, Mixture | None], rows: slice) -> Tensor:
         """`log w` [r, m], without gradient."""
-        contrast, mixture = prepared
+        contrast, copies, mixture = prepared
         if mixture is None:
             return Uniform().log_weights(contrast, rows)
-        similarity = _between_0_and_1(contrast.logits(rows) * contrast.held_temperature)
+        similarity = _between_0_and_1(contrast.logits(rows, copies) * contrast.held_temperature)
         log_weights = (mixture.true_negative(similarity) * similarity).log().to(contrast.pool.dtype)
         return mean_one(log_weights, contrast.is_negative(rows))
+
+
+@torch.no_grad()
+def _key(contrast: Contrast) -> Tensor:
+    """Numbers that tell a contrast from others, and from one of the same rows in another order [2]."""
+
+    def of(rows: Tensor) -> Tensor:
+        places = torch.arange(1, 1 + len(rows), device=rows.device, dtype=rows.dtype)
+        return (equality_key(rows, 1) * places.sin()).mean()
+
+    return torch.stack([of(contrast.anchors), of(contrast.pool)])
 
 
 def _between_0_and_1(cosines: Tensor) -> Tensor:

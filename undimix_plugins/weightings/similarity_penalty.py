@@ -8,10 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from undimix_plugins.checks import check_number
 from undimix_plugins.contrast import Contrast
 from undimix_plugins.settings import constant
-from undimix_plugins.weightings.weighting import Weighting, check_share
+from undimix_plugins.weightings.weighting import Weighting, check_share, check_strength
 
 
 @constant
@@ -24,10 +23,10 @@ class SimilarityPenalty(Weighting):
     plain loss. sentence-transformers' `hardness_mode="all_negatives"` is this from queries to documents.
 
     Attributes:
-        alpha: A finite number of at least 0, the paper's 9.
+        alpha: From 0 to 1e30, the paper's 9.
 
     Raises:
-        ValueError: For `alpha` below 0 or not finite.
+        ValueError: For `alpha` outside [0, 1e30].
 
     References:
         Lan, Niu, Meng, Zhou, Su: LLaVE: Large Language and Vision Embedding Models with Hardness-Weighted Contrastive
@@ -50,7 +49,7 @@ class SimilarityPenalty(Weighting):
 """
 
     def __post_init__(self) -> None:
-        check_number("alpha", self.alpha, at_least=0)
+        check_strength("alpha", self.alpha)
 
     def softened(self, share: float) -> SimilarityPenalty:
         """The same with that share of `alpha`."""

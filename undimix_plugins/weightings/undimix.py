@@ -13,12 +13,10 @@ from undimix_plugins.checks import check_choice, check_number
 from undimix_plugins.components import TaskGradients, mean_distances, task_gradients
 from undimix_plugins.contrast import Contrast, full_precision
 from undimix_plugins.settings import constant
-from undimix_plugins.weightings.weighting import Weighting, check_share, mean_one
+from undimix_plugins.weightings.weighting import LARGEST, Weighting, check_share, mean_one
 
 # A deviation below this many eps of the terms that made a score is rounding: coincident rows must weigh the same.
 ROUNDING = 32
-# Mixed scores beyond this could overflow float32.
-LARGEST = 1e30
 
 
 class Prepared(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -183,12 +184,28 @@ def weighs_alike(weighting: Weighting) -> bool:
     return type(weighting).log_weights is Uniform.log_weights
 
 
+LARGEST = 1e30  # of what scores are multiplied by: beyond it, they could overflow float32
+
+
+def check_strength(name: str, value: float, *, above: float = -math.inf) -> None:
+    """Raises a ValueError unless what scores are multiplied by is a number from 0 (or above `above`) to 1e30."""
+    if check_number(name, value, at_least=0, above=above) > LARGEST:
+        raise ValueError(f"{name}: expected at most {LARGEST:g}, got {value!r}")
+
+
 def check_share(share: float) -> float:
     """Returns `share` as a float; a ValueError unless it is a number from 0 to 1."""
     check_number("share", share, at_least=0)
     if share > 1:
         raise ValueError(f"share: expected a number from 0 to 1, got {share!r}")
     return float(share)
+
+
+def check_compared(contrast: object, weighting: object) -> None:
+    """Raises a TypeError unless these are a `Contrast` and an instance of `Weighting`."""
+    if not isinstance(contrast, Contrast):
+        raise TypeError(f"contrast: expected a Contrast, got {type(contrast).__name__}")
+    check_weighting(weighting)
 
 
 def check_weighting(weighting: object) -> None:
@@ -269,11 +286,15 @@ def importance_weights(contrast: Contrast, weighting: Weighting) -> Tensor:
     Returns:
         Weights [n, m] without gradient, 0 in the columns that are no negatives of an anchor.
 
+    Raises:
+        TypeError: For something else than a Contrast and a Weighting.
+
     Examples:
         >>> contrast = two_views(torch.randn(4, 8), torch.randn(4, 8), temperature=0.5)
         >>> importance_weights(contrast, Uniform())[0]
         tensor([0., 1., 1., 1., 0., 1., 1., 1.])
     """
+    check_compared(contrast, weighting)
     rows, contrast = slice(0, len(contrast.anchors)), weighting.compared(contrast)
     with torch.no_grad(), full_precision(contrast.pool):
         weights = weighting.log_weights(weighting.prepare(contrast), rows).exp()

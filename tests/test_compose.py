@@ -645,6 +645,14 @@ def test_compiles(name: str) -> None:
 
 
 @once
+def test_inductor_compiles_it() -> None:
+    """One with all that changes what is compared, and its sum."""
+    torch.compiler.reset()
+    of, loss = of_two_views(6), Loss(compose(UnDiMix(), Debiased(), FalseNegativeElimination(k=2)))
+    assert_same(torch.compile(loss, fullgraph=True)(*of.inputs), loss(*of.inputs), of.inputs)
+
+
+@once
 def test_the_compiler_takes_a_ring_that_is_annealed() -> None:
     torch.compiler.reset()
     of, loss = of_two_views(6), Loss(RING)

@@ -119,12 +119,14 @@ def check_lengths(embeddings: Mapping[str, Tensor], lengths: Mapping[str, float]
         most = largest_product(embeddings[name].dtype)
         if length <= most:
             continue
-        # In float64, the squares of float32 do not overflow; those of float64 may, and are infinite then.
-        of_rows = torch.linalg.vector_norm(embeddings[name].detach(), dim=1, dtype=torch.float64)
-        if float(of_rows.max()) > most:
+        rows = embeddings[name].detach().double()
+        largest = rows.abs().amax()  # whose square may overflow
+        of_rows = torch.linalg.vector_norm(rows / largest, dim=1)
+        longest = float(of_rows.max()) * float(largest)
+        if longest > most:
             raise ValueError(
                 f"{name}: expected embeddings of a length up to {most:.0e}, whose inner products do not overflow, got "
-                f"{float(of_rows.max()):.0e} in row {int(of_rows.argmax())}"
+                f"{longest:.0e} in row {int(of_rows.argmax())}"
             )
 
 

@@ -317,6 +317,28 @@ class Contrast:
         return torch.cat([self.is_negative(rows).sum(dim=1) for rows in blocks]).to(self.pool.dtype)
 
 
+def alone(contrast: Contrast) -> Contrast:
+    """The same, which asks nothing of other processes: they need not call, too. It raises where it would have to."""
+    everyone, pool = contrast.everyone, contrast.pool.detach()
+    if everyone is None:
+        return contrast
+    anchors = everyone.anchors
+    if not isinstance(anchors, Tensor):
+        is_in_pool = everyone.itself is not None and bool((everyone.itself >= 0).all())
+        anchors = pool[everyone.itself] if is_in_pool else _not_here
+    every = torch.arange(len(pool), device=pool.device)
+    new = copy.copy(contrast)
+    new._set("everyone", Everyone(anchors, everyone.itself, every, lambda rows: rows))
+    return new
+
+
+def _not_here() -> Tensor:
+    raise ValueError(
+        "contrast: expected all processes' anchors in it, which the influence needs where one process looks alone, got "
+        "a pool gathered without them; use UnDiMix(influence=0), or a loss that does not gather"
+    )
+
+
 def in_batch_negatives(anchors: Tensor, positives: Tensor, temperature: float | Tensor, **further: Any) -> Contrast:
     """The contrast of every anchor against all positives, those of the others being its negatives.
 
@@ -337,6 +359,7 @@ def in_batch_negatives(anchors: Tensor, positives: Tensor, temperature: float | 
         >>> contrast.pool.shape, contrast.count[0].item()
         (torch.Size([4, 8]), 3.0)
     """
+    check_embeddings(anchors=anchors, positives=positives)
     own = torch.arange(len(anchors), device=anchors.device)
     return Contrast(anchors, positives, positives, own[:, None], temperature, positives_in_pool=True, **further)
 

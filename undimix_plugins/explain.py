@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from undimix_plugins.checks import check_number
-from undimix_plugins.contrast import Contrast, Everyone, full_precision
+from undimix_plugins.contrast import Contrast, alone, full_precision
 from undimix_plugins.weightings.compose import Composed
 from undimix_plugins.weightings.undimix import UnDiMix
 from undimix_plugins.weightings.weighting import Softened, Weighting, check_compared, checked
@@ -181,28 +180,6 @@ def _methods(weighting: Weighting) -> str:
     return type(weighting).__name__
 
 
-def _alone(contrast: Contrast) -> Contrast:
-    """The same, which asks nothing of other processes: they need not call, too. It raises where it would have to."""
-    everyone, pool = contrast.everyone, contrast.pool.detach()
-    if everyone is None:
-        return contrast
-    anchors = everyone.anchors
-    if not isinstance(anchors, Tensor):
-        is_in_pool = everyone.itself is not None and bool((everyone.itself >= 0).all())
-        anchors = pool[everyone.itself] if is_in_pool else _not_here
-    every = torch.arange(len(pool), device=pool.device)
-    alone = copy.copy(contrast)
-    alone._set("everyone", Everyone(anchors, everyone.itself, every, lambda rows: rows))
-    return alone
-
-
-def _not_here() -> Tensor:
-    raise ValueError(
-        "contrast: expected all processes' anchors in it, which the influence needs, since explain asks no other "
-        "process, got a pool gathered without them; use UnDiMix(influence=0), or a loss that does not gather"
-    )
-
-
 def explain(contrast: Contrast, weighting: Weighting, anchor: int, k: int = 5) -> Explanation:
     """Which of an anchor's negatives weigh most and least, and what each component gave to that.
 
@@ -247,7 +224,7 @@ def explain(contrast: Contrast, weighting: Weighting, anchor: int, k: int = 5) -
     anchor, k = int(anchor), int(check_number("k", k, at_least=1))
     rows = slice(anchor, anchor + 1)
     rest, told = None, weighting
-    contrast, weighting = _alone(weighting.compared(contrast)), weighting.weigher()
+    contrast, weighting = alone(weighting.compared(contrast)), weighting.weigher()
     with torch.no_grad(), full_precision(contrast.pool):
         logits = contrast.logits(rows)
         prepared = weighting.prepare(contrast)

@@ -210,7 +210,7 @@ class WeightedLoss(nn.Module):
 
         A host's `temperature` is checked here: hosts take some that no weighting can work with.
         """
-        if isinstance(temperature := getattr(self, "temperature", None), (int, float)):
+        if isinstance(temperature := vars(self).get("temperature"), (int, float)):  # not one worked out of a scale
             check_temperature("temperature", temperature)
         chosen = chosen_weighting(weighting, options)
         self.weighting = UnDiMix() if chosen is None else chosen
@@ -321,11 +321,11 @@ def _weighted_class(loss: nn.Module, classes: Mapping[type[nn.Module], type[Weig
                 f"loss: {cls.__name__} replaces {host.__name__}.{name} by its own, which would be lost; "
                 f"supported: {supported}, and subclasses that inherit {name} unchanged"
             )
-    return ours if cls is host else _subclass(ours, cls)  # type: ignore[arg-type]  # classes do hash
+    return ours if cls is host else joined_class(ours, cls)  # type: ignore[arg-type]  # classes do hash
 
 
 @cache
-def _subclass(ours: type[WeightedLoss], theirs: type[nn.Module]) -> type[nn.Module]:
+def joined_class(ours: type[WeightedLoss], theirs: type[nn.Module]) -> type[nn.Module]:
     """A class that is both, for a user's own subclass of a host's loss."""
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
@@ -337,7 +337,7 @@ def _subclass(ours: type[WeightedLoss], theirs: type[nn.Module]) -> type[nn.Modu
 
 
 def _blank(ours: type[WeightedLoss], theirs: type[nn.Module]) -> nn.Module:
-    cls = _subclass(ours, theirs)  # type: ignore[arg-type]  # classes do hash
+    cls = joined_class(ours, theirs)  # type: ignore[arg-type]  # classes do hash
     return cls.__new__(cls)
 
 

@@ -11,7 +11,7 @@ from sentence_transformers.sparse_encoder import losses as sparse
 from torch import nn
 
 from undimix_plugins import WeightedLoss, Weighting, reweight
-from undimix_plugins.plug import _subclass
+from undimix_plugins.plug import joined_class
 from undimix_sentence_transformers import gist_embed, multiple_negatives_ranking
 
 CLASSES: dict[type[nn.Module], type[WeightedLoss]] = {
@@ -70,7 +70,7 @@ def weighted(loss: nn.Module, weighting: Weighting | None, **settings: Any) -> n
         wrapper = copy(loss)
         wrapper._modules = {**loss._modules, "loss": inner}
         if not isinstance(loss, Around):
-            wrapper.__class__ = _subclass(Around, type(loss))  # type: ignore[arg-type,assignment]
+            wrapper.__class__ = joined_class(Around, type(loss))  # type: ignore[arg-type,assignment]
         return wrapper
     decorator = vars(loss).get("calculate_loss")
     if not isinstance(decorator, CachedLossDecorator):

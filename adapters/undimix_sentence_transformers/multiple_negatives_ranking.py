@@ -35,7 +35,7 @@ from undimix_plugins import (
     log_sums,
     reweight,
 )
-from undimix_plugins.checks import check_labels, check_same_length, check_temperature
+from undimix_plugins.checks import check_labels, check_number, check_same_length, check_temperature
 from undimix_plugins.contrast import to_length_one
 from undimix_plugins.plug import chosen_weighting
 from undimix_sentence_transformers.exclusions import Known, text_keys
@@ -240,14 +240,15 @@ class MultipleNegativesRankingLoss(RankingLoss, host.MultipleNegativesRankingLos
 
     def weigh(self, weighting: Weighting | None, **options: Any) -> None:
         """Sets the weighting; a ValueError for settings that do not go with it."""
-        check_temperature("scale", self.scale, inverse=True)
+        check_number("scale", self.scale, above=0)
         super().weigh(weighting, **options)
         if self.hardness_mode is not None and self.weighting != Uniform():
             raise ValueError(
                 f"hardness_mode: expected None beside weighting={self.weighting}, got {self.hardness_mode!r}; both "
                 "weight the same negatives. Use hardness_mode=None, or weighting=Uniform() for the host's own"
             )
-        self._compares_cosines()
+        if self._compares_cosines():  # plain inner products may need any scale
+            check_temperature("scale", self.scale, inverse=True)
 
     def _compares_cosines(self) -> bool:
         """Whether similarities are cosines or plain inner products; a ValueError for anything else."""

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 from transformers import Trainer
 
 from undimix_plugins import WeightedLoss, Weighting, as_full_precision, in_batch_negatives, info_nce
 from undimix_plugins.checks import check_embeddings, check_same_length
+from undimix_plugins.contrast import to_length_one
 from undimix_transformers.trainer import calling_trainer, check_instance, of_same_class, trains
 
 
@@ -108,7 +108,7 @@ class ImageTextLoss(WeightedLoss):
             embeddings[name] = rows
         check_embeddings(**embeddings)
         check_same_length(**embeddings)
-        texts, images = (normalize(as_full_precision(rows), dim=1) for rows in embeddings.values())
+        texts, images = (to_length_one(rows) for rows in embeddings.values())
         # exp(-x), not 1 / exp(x): in half precision the latter's digits would be lost twice.
         trainer, share = calling_trainer()
         scale: Tensor = self._trained_by(trainer).logit_scale  # type: ignore[assignment]

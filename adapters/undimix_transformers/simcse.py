@@ -8,11 +8,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, pad
+from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
 
-from undimix_plugins import Contrast, WeightedLoss, Weighting, as_full_precision, info_nce
+from undimix_plugins import Contrast, WeightedLoss, Weighting, info_nce
 from undimix_plugins.checks import check_choice, check_embeddings, check_number
+from undimix_plugins.contrast import to_length_one
 from undimix_transformers.trainer import calling_trainer, check_instance, dispatches, of_same_class, trains
 
 WHOLE = (
@@ -227,7 +228,7 @@ class SimCSELoss(WeightedLoss):
             )
         check_embeddings(embeddings=embeddings)
         inputs = self.inputs_of(embeddings)
-        embeddings = normalize(as_full_precision(embeddings), dim=1)
+        embeddings = to_length_one(embeddings)
         sentences, *others = (embeddings[place::count] for place in range(count))
         further: dict[str, Any] = {}
         if self.exclude_same_class:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from undimix_plugins.checks import check_number
-from undimix_plugins.contrast import Contrast, full_precision
+from undimix_plugins.contrast import Contrast, alone, full_precision
 from undimix_plugins.settings import constant
 
 
@@ -202,9 +202,11 @@ def check_share(share: float) -> float:
 
 
 def check_compared(contrast: object, weighting: object) -> None:
-    """Raises a TypeError unless these are a `Contrast` and an instance of `Weighting`."""
+    """Raises a TypeError unless these are a `Contrast` and a `Weighting`, a ValueError for embeddings on "meta"."""
     if not isinstance(contrast, Contrast):
         raise TypeError(f"contrast: expected a Contrast, got {type(contrast).__name__}")
+    if contrast.pool.device.type == "meta":
+        raise ValueError("contrast: expected embeddings on a device that holds values, got meta")
     check_weighting(weighting)
 
 
@@ -277,7 +279,7 @@ def mean_one(log_weights: Tensor, negative: Tensor) -> Tensor:
 
 
 def importance_weights(contrast: Contrast, weighting: Weighting) -> Tensor:
-    """The weights themselves, to look at: what each negative of each anchor counts.
+    """The weights themselves, to look at: what each negative of each anchor counts. No other process is asked.
 
     Args:
         contrast: What is compared, n anchors and a pool of m.
@@ -288,6 +290,7 @@ def importance_weights(contrast: Contrast, weighting: Weighting) -> Tensor:
 
     Raises:
         TypeError: For something else than a Contrast and a Weighting.
+        ValueError: For an influence that needs other processes' anchors, which a gathered pool does not hold.
 
     Examples:
         >>> contrast = two_views(torch.randn(4, 8), torch.randn(4, 8), temperature=0.5)
@@ -295,7 +298,7 @@ def importance_weights(contrast: Contrast, weighting: Weighting) -> Tensor:
         tensor([0., 1., 1., 1., 0., 1., 1., 1.])
     """
     check_compared(contrast, weighting)
-    rows, contrast = slice(0, len(contrast.anchors)), weighting.compared(contrast)
+    rows, contrast = slice(0, len(contrast.anchors)), alone(weighting.compared(contrast))
     with torch.no_grad(), full_precision(contrast.pool):
         weights = weighting.log_weights(weighting.prepare(contrast), rows).exp()
         return weights.masked_fill(~contrast.is_negative(rows), 0)

@@ -114,9 +114,8 @@ class GRACE(nn.Module):
         edge_index, kept = dropout_edge(edges_of(data), drop_edge_rate)
         # With several graphs, what normalises by graph in PyG's own models, such as GraphNorm, has to know them apart.
         batch, by_graph = data.batch, getattr(self.encoder, "supports_norm_batch", False)
-        h = encode(
-            self.encoder, data, x, edge_index, kept, **({"batch": batch} if by_graph and batch is not None else {})
-        )
+        further = {"batch": batch} if by_graph and batch is not None else {}
+        h = encode(self.encoder, data, x, edge_index, kept, by_keyword=("edge_weight",), **further)
         if h.shape != (len(x), self.hidden_channels):
             raise ValueError(
                 f"encoder: expected output of shape [{len(x)} nodes, {self.hidden_channels} hidden_channels], "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data.batch import Batch
 from torch_geometric.data.data import Data
-from torch_geometric.nn import GAT, GCN, GIN, PNA, GINEConv, RGCNConv
+from torch_geometric.nn import GAT, GCN, GIN, PNA, GATv2Conv, GINConv, GINEConv, GPSConv, RGCNConv
 
 from undimix_pyg import GRACE, AttributeMasking, EdgePerturbation, GraphCL, InfoGraph, NodeDropping, RandomWalkSubgraph
 
@@ -131,6 +131,69 @@ def test_an_encoder_that_needs_what_there_is_not(model: Callable[..., Any], enco
         model(GCN(9, 8, 2), 8)(data)
 
 
+class Faulty(nn.Module):
+    def forward(self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None = None, **_: Any) -> Tensor:
+        return None.foo  # type: ignore[attr-defined,no-any-return]
+
+
+class FaultyWithAny(nn.Module):
+    def forward(self, x: Tensor, edge_index: Tensor, **_: Any) -> Tensor:
+        return None.foo  # type: ignore[attr-defined,no-any-return]
+
+
+@each_model
+@pytest.mark.parametrize(("encoder", "noted"), [(Faulty(), True), (FaultyWithAny(), False)], ids=["weights", "any"])
+def test_an_encoders_own_error_is_not_put_down_to_the_data(
+    model: Callable[..., Any], encoder: nn.Module, noted: bool
+) -> None:
+    data = batch()
+    del data.edge_weight, data.edge_attr, data.edge_type
+    with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'foo'") as caught:
+        model(encoder, 8).embed(data)
+    note = "The data have no edge_weight, which the encoder takes: it may need them."
+    assert getattr(caught.value, "__notes__", []) == ([note] if noted or model is GRACE else [])
+
+
+def through(encoder: nn.Module) -> Callable[..., Tensor]:
+    return lambda x, edge_index, **further: encoder(x, edge_index, **further)
+
+
+def around(layer: nn.Module) -> nn.Module:
+    return GPSConv(7, layer, heads=1).eval()
+
+
+@each_model
+@pytest.mark.parametrize(
+    "encoder",
+    [around(GINConv(nn.Linear(7, 7))), through(around(GINConv(nn.Linear(7, 7)))), around(GATv2Conv(7, 7))],
+    ids=["GIN", "any keyword", "GATv2"],
+)
+def test_what_may_know_no_features_is_not_given_them(model: Callable[..., Any], encoder: Callable[..., Tensor]) -> None:
+    """A training that works goes on to do so where the data have more."""
+    data, without, graphs = batch(), batch(), model(encoder, 7)
+    del data.edge_weight, without.edge_weight, without.edge_attr, without.edge_type
+    assert torch.equal(graphs.embed(data), graphs.embed(without))
+
+
+@each_model
+def test_what_is_around_a_layer_takes_what_it_takes(model: Callable[..., Any]) -> None:
+    data, graphs = batch(), model(around(GINEConv(nn.Linear(7, 7), edge_dim=2)), 7)
+    del data.edge_weight
+    before = graphs.embed(data)
+    data.edge_attr = data.edge_attr * 100
+    assert not torch.allclose(graphs.embed(data), before)
+    del data.edge_attr
+    with pytest.raises(ValueError, match=r"^data.edge_attr: expected a row for each edge, which the encoder \(GPSConv"):
+        graphs.embed(data)
+
+
+def test_grace_gives_weights_by_any_keyword() -> None:
+    """As it always has."""
+    data, gcn = batch(), GCN(7, 8, 2)
+    h = GRACE(through(gcn), 8).embed(data)
+    torch.testing.assert_close(h, gcn(data.x, data.edge_index, data.edge_weight))
+
+
 @each_model
 def test_rows_that_are_no_edges_are_refused(model: Callable[..., Any]) -> None:
     data = batch()
@@ -146,8 +209,17 @@ class Recording(nn.Module):
         super().__init__()
         self.calls: list[dict[str, Tensor]] = []
 
-    def forward(self, x: Tensor, edge_index: Tensor, **further: Tensor) -> Tensor:
-        self.calls.append({"edge_index": edge_index, **further})
+    def forward(
+        self,
+        x: Tensor,
+        edge_index: Tensor,
+        edge_weight: Tensor,
+        edge_attr: Tensor,
+        edge_type: Tensor,
+        batch: Tensor | None = None,
+    ) -> Tensor:
+        of_edges = {"edge_weight": edge_weight, "edge_attr": edge_attr, "edge_type": edge_type}
+        self.calls.append({"edge_index": edge_index, **of_edges})
         return x
 
 

@@ -210,8 +210,9 @@ class WeightedLoss(nn.Module):
 
         A host's `temperature` is checked here: hosts take some that no weighting can work with.
         """
-        if isinstance(temperature := vars(self).get("temperature"), (int, float)):  # not one worked out of a scale
-            check_temperature("temperature", temperature)
+        of_self = vars(self)  # not a temperature that is worked out of a scale
+        if "temperature" in of_self and not isinstance(of_self["temperature"], Tensor):
+            self.temperature = check_temperature("temperature", of_self["temperature"])
         chosen = chosen_weighting(weighting, options)
         self.weighting = UnDiMix() if chosen is None else chosen
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from lightly import loss as host
@@ -18,13 +17,13 @@ from undimix_plugins import Weighting, reweight
 def weighted(loss: nn.Module, weighting: Weighting | None, **settings: Any) -> nn.Module:
     """lightly's adapter for `undimix()`; a TypeError for settings that its losses do not have."""
     ours = (DCLLoss, DCLWLoss, DetConBLoss, DetConSLoss, DirectCLRLoss, MACLLoss, NTXentLoss)
+    classes = {getattr(host, cls.__name__): cls for cls in ours}
     by_labels = settings.pop("exclude_same_class", None)
-    new = reweight(loss, weighting, {getattr(host, cls.__name__): cls for cls in ours}, **settings)
-    if by_labels is not None:
-        how = "knows by its masks what belongs together"
-        if "labels" in inspect.signature(new.forward).parameters:
-            how = "takes labels in the call, criterion(z0, z1, labels)"
-        if isinstance(new, NTXentLoss) and new.memory_bank.size[0]:
+    if by_labels is not None and isinstance(loss, tuple(classes)):
+        how = "takes labels in the call, criterion(z0, z1, labels)"
+        if isinstance(loss, (host.DetConBLoss, host.DetConSLoss)):
+            how = "knows by its masks what belongs together"
+        elif isinstance(loss, host.NTXentLoss) and loss.memory_bank.size[0]:
             how = "compares with a memory bank, whose entries have no labels"
-        raise TypeError(f"exclude_same_class: expected none for {type(new).__name__}, which {how}, got {by_labels!r}")
-    return new
+        raise TypeError(f"exclude_same_class: expected none for {type(loss).__name__}, which {how}, got {by_labels!r}")
+    return reweight(loss, weighting, classes, **settings)

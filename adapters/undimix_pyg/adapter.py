@@ -14,11 +14,11 @@ from undimix_pyg.infograph_loss import InfoGraphLoss
 
 def weighted(loss: nn.Module, weighting: Weighting | None, **settings: Any) -> nn.Module:
     """The adapter of `undimix()` for this package's own losses; a TypeError for settings that they do not have."""
+    ours = (GraphCLLoss, GRACELoss, InfoGraphLoss)
     by_labels = settings.pop("exclude_same_class", None)
-    new = reweight(loss, weighting, {cls: cls for cls in (GraphCLLoss, GRACELoss, InfoGraphLoss)}, **settings)
-    if by_labels is not None:
+    if by_labels is not None and isinstance(loss, ours):
         raise TypeError(
-            f"exclude_same_class: expected none for {type(new).__name__}, which takes labels last in the call, as in "
+            f"exclude_same_class: expected none for {type(loss).__name__}, which takes labels last in the call, as in "
             f"criterion(z1, z2, labels), got {by_labels!r}"
         )
-    return new
+    return reweight(loss, weighting, {cls: cls for cls in ours}, **settings)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from undimix_plugins import WeightedLoss, Weighting, info_nce, same_label, two_views, unit_rows
-from undimix_plugins.checks import check_labels, check_number
+from undimix_plugins.checks import check_labels
 
 
 class GRACELoss(WeightedLoss):
@@ -43,7 +43,7 @@ class GRACELoss(WeightedLoss):
 
     def __init__(self, temperature: float = 0.5, weighting: Weighting | None = None, **options: Any) -> None:
         super().__init__()
-        self.temperature = check_number("temperature", temperature, above=0)
+        self.temperature = temperature
         self.weigh(weighting, **options)
 
     def forward(self, z1: Tensor, z2: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from undimix_plugins import WeightedLoss, Weighting, decoupled, in_batch_negatives, same_label, unit_rows
-from undimix_plugins.checks import check_labels, check_number
+from undimix_plugins.checks import check_labels
 
 
 class GraphCLLoss(WeightedLoss):
@@ -39,7 +39,7 @@ class GraphCLLoss(WeightedLoss):
 
     def __init__(self, temperature: float = 0.2, weighting: Weighting | None = None, **options: Any) -> None:
         super().__init__()
-        self.temperature = check_number("temperature", temperature, above=0)
+        self.temperature = temperature
         self.weigh(weighting, **options)
 
     def forward(self, z1: Tensor, z2: Tensor, labels: Tensor | None = None) -> Tensor:

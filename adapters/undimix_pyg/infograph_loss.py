@@ -9,7 +9,7 @@ from torch import Tensor
 from torch_geometric.utils import to_dense_batch
 
 from undimix_plugins import Contrast, WeightedLoss, Weighting, info_nce, same_label
-from undimix_plugins.checks import check_embeddings, check_labels, check_number, values_are_free
+from undimix_plugins.checks import check_embeddings, check_labels, values_are_free
 from undimix_plugins.contrast import to_length_one
 
 
@@ -52,7 +52,7 @@ class InfoGraphLoss(WeightedLoss):
 
     def __init__(self, temperature: float = 0.2, weighting: Weighting | None = None, **options: Any) -> None:
         super().__init__()
-        self.temperature = check_number("temperature", temperature, above=0)
+        self.temperature = temperature
         self.weigh(weighting, **options)
 
     def set_options(self, **settings: Any) -> None:

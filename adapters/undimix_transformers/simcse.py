@@ -187,7 +187,7 @@ class SimCSELoss(WeightedLoss):
     ) -> None:
         super().__init__()
         check_instance(type(self), options)
-        self.temperature = check_number("temperature", temperature, above=0)
+        self.temperature = temperature
         check_choice("pooling", pooling, ("cls", "pooler"))
         self.pooling = pooling
         self.rows_per_example = int(check_number("rows_per_example", rows_per_example, at_least=2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -349,7 +350,7 @@ def test_autocast_with_a_last_layer(method: str) -> None:
 
 @each_loss
 def test_bad_settings(loss: type[Any]) -> None:
-    for temperature in (0, -1.0, float("nan")):
+    for temperature in (0, -1.0, float("nan"), "0.5", None):
         with pytest.raises(ValueError, match=r"^temperature: expected a finite number above 0, got"):
             loss(temperature)
     with pytest.raises(TypeError, match=r"^weighting: expected an instance of Weighting such as UnDiMix"):
@@ -410,11 +411,27 @@ def test_undimix_takes_the_loss(loss: type[Any]) -> None:
     assert isinstance(undimix(plain), loss)
     assert plain.weighting == Uniform()
     assert undimix(loss(), HCL()).weighting == HCL()
+    assert loss(hardness=2.0).weighting == UnDiMix(hardness=2.0)
+    with pytest.raises(TypeError, match="hardness"):
+        loss(weighting=HCL(), hardness=2.0)
     assert undimix(plain, hardness=2.0)(*SPELT[loss.__name__.removesuffix("Loss")]([0, 1, 2]).given).isfinite()
     with pytest.raises(
         TypeError, match=rf"^exclude_same_class: .* {loss.__name__}, which takes labels last in the call"
     ):
         undimix(plain, exclude_same_class=True)
+
+
+@each_loss
+def test_a_temperature_is_checked_once(loss: type[Any]) -> None:
+    """And is a float; what the verb refuses gets no warning of a loss that there never is."""
+    with pytest.warns(UserWarning, match="all candidates count nearly the same") as caught:
+        warm = loss(temperature=3, weighting=Uniform())
+    assert len(caught) == 1
+    assert repr(warm) == f"{loss.__name__}(temperature=3.0, weighting=Uniform())"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(TypeError, match="exclude_same_class"):
+            undimix(warm, exclude_same_class=True)
 
 
 def test_what_has_no_negatives_is_refused() -> None:

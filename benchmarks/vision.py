@@ -292,7 +292,8 @@ def train(run: Run, data_dir: Path | None) -> dict[str, Any]:
             drop_last=True,
             num_workers=scale.workers,
         )
-        callbacks: list[pl.Callback] = [NegativeStatistics(STEPS_BETWEEN_STATISTICS, labels=lambda batch: batch[1])]
+        labels = None if bank else lambda batch: batch[1]  # a memory bank's entries have none
+        callbacks: list[pl.Callback] = [NegativeStatistics(STEPS_BETWEEN_STATISTICS, labels)]
         if run.warmup:
             callbacks.append(HardnessWarmup(share=run.warmup))
         quiet_trainer(scale.epochs, callbacks).fit(model, loader)

@@ -99,3 +99,16 @@ def test_rows_without_a_direction(name: str, weighting: Uniform | UnDiMix) -> No
         assert gradient.isfinite().all()
         assert gradient[[1, 4]].count_nonzero() == 0
         assert gradient[[0, 2, 3, 5]].count_nonzero() > 0
+
+
+def test_with_a_last_layer() -> None:
+    """Whose inputs are divided by the lengths of its outputs."""
+    layer = nn.Linear(4, 4, bias=False).double()
+    loss = undimix(lightly_losses.NTXentLoss(0.1), last_layer=layer)
+    inputs = random_rows(12, 4, 0)
+    inputs[[1, 4, 8]] *= torch.tensor([[0.0], [1e-20], [1e-300]], dtype=torch.float64)
+    value = loss(*layer(inputs).chunk(2))
+    assert value.isfinite()
+    (gradient,) = torch.autograd.grad(value, layer.weight)
+    assert gradient.isfinite().all()
+    assert gradient.abs().max() < 100

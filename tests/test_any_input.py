@@ -15,26 +15,32 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tests.cases import in_batch, random_rows
+from tests.cases import in_batch, make_every_look_cost, random_rows
 from undimix_plugins import (
     BCL,
     HCL,
+    MMCL,
+    AdCo,
     Contrast,
     Debiased,
     FalseNegativeAttraction,
     FalseNegativeElimination,
+    IMix,
     MoCHi,
     ProGCL,
     Ring,
     SimilarityPenalty,
     UnDiMix,
     Uniform,
+    UnMix,
     Weighting,
+    checks,
     compose,
     importance_weights,
     in_batch_negatives,
     info_nce,
     log_sums,
+    mean_loss,
     two_views,
     unit_rows,
 )
@@ -59,7 +65,7 @@ WEIGHTINGS: dict[str, Callable[[], Weighting]] = {
     "composed": lambda: compose(UnDiMix(), Debiased(), FalseNegativeElimination(k=2)),
     "softened": lambda: HCL().softened(0.5),
 }
-LONGEST = 1e15  # of embeddings in float32 (here in all dtypes), a little less than the errors say
+LONGEST = 1e15  # of embeddings in float32, here in all dtypes
 
 
 def formula(case: Contrast, weighting: Weighting) -> float:
@@ -91,7 +97,7 @@ def formula(case: Contrast, weighting: Weighting) -> float:
     name=st.sampled_from(sorted(WEIGHTINGS)),
     form=st.sampled_from(["two views", "in batch", "bank"]),
     dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
-    exponent=st.floats(-30, 30),
+    exponent=st.floats(-30, 30),  # in float16, whose numbers have less, a seventh
     kind=st.sampled_from(["alike", "mixed", "with zero", "copies"]),
     unit=st.booleans(),
     n=st.integers(1, 7),
@@ -112,6 +118,7 @@ def test_a_number_or_an_error(
     temperature: float,
     seed: int,
 ) -> None:
+    exponent *= 1 / 7 if dtype == torch.float16 else 1
     lengths = torch.full((2, n, 1), 10**exponent, dtype=torch.float64)
     if kind == "mixed":
         lengths = 10 ** (60 * torch.rand(2, n, 1, generator=torch.Generator().manual_seed(seed)).double() - 30)
@@ -150,7 +157,8 @@ def test_a_number_or_an_error(
         return
     assert loss.isfinite()
     # In float16, a gradient at a short row, or of long ones, may be more than it holds.
-    assert gradient.isfinite().all() or dtype == torch.float16
+    moderate = unit and temperature >= 0.02 and -1 < exponent < 3 and kind in ("alike", "with zero")
+    assert gradient.isfinite().all() or (dtype == torch.float16 and not moderate)
     if unit:
         if dtype == torch.float16 and kind == "with zero":
             assert gradient[0, 0].count_nonzero() == 0
@@ -188,7 +196,7 @@ BAD_EMBEDDINGS: dict[str, tuple[Callable[[], Any], str]] = {
     "complex": (lambda: torch.ones(4, 8, dtype=torch.complex64), r"got torch\.complex64"),
     "long": (
         lambda: torch.full((4, 8), 1e20),
-        r"expected embeddings of a length up to 2e\+15, .*, got 3e\+20 in row 0",
+        r"expected embeddings of a length up to 1e\+15, .*, got 3e\+20 in row 0",
     ),
     "long-64": (lambda: torch.full((4, 8), 1e200, dtype=torch.float64), r"got 3e\+200 in row 0"),
 }
@@ -202,13 +210,18 @@ def test_embeddings_of_other_kinds_are_refused(make: Callable[[], Any], message:
             call(*rows, 0.5)  # type: ignore[operator]
 
 
-def test_embeddings_without_values_are_refused() -> None:
-    rows = torch.ones(4, 8, device="meta")
-    for call in (info_nce, log_sums, importance_weights):
-        with pytest.raises(
-            ValueError, match=r"^contrast: expected embeddings on a device that holds values, got meta$"
-        ):
-            call(two_views(rows, rows, 0.5), UnDiMix())
+@pytest.mark.parametrize(
+    ("temperature", "came"),
+    [
+        (torch.tensor(0.5, device="meta"), "got meta"),
+        (torch.tensor([0.5]).to_sparse(), r"got torch\.float32 \[1\], torch\.sparse_coo"),
+        (torch.tensor([0.5]).to(torch.float8_e4m3fn), r"got torch\.float8_e4m3fn \[1\]"),
+    ],
+    ids=["meta", "sparse", "float8"],
+)
+def test_temperatures_of_other_kinds_are_refused(temperature: Tensor, came: str) -> None:
+    with pytest.raises(ValueError, match=f"^temperature: .*{came}"):
+        two_views(*random_rows(4, 8, 0).chunk(2), temperature)
 
 
 def test_something_else_than_a_contrast_is_refused() -> None:
@@ -271,6 +284,24 @@ BAD_NUMBERS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: two_views(*random_rows(4, 8, 0).chunk(2), 5e-324),
         r"temperature: expected similarities over it up to .*, got 5e-324 with anchors of length 1",
     ),
+    "C": (lambda: MMCL(C=1e39), r"C: expected at most 1e\+30, got 1e\+39"),
+    "mixing": (lambda: IMix(alpha=1e39), r"alpha: expected at most 1e\+30, got 1e\+39"),
+    "Un-Mix": (lambda: UnMix(beta=1e39), r"beta: expected at most 1e\+30, got 1e\+39"),
+    "lr": (lambda: AdCo(4, 8, lr=1e39), r"lr: expected at most 1e\+30, got 1e\+39"),
+    "anchor weights": (
+        lambda: in_batch_negatives(*random_rows(4, 8, 0).chunk(2), 0.5, anchor_weights=torch.full((2,), 3e38)),
+        r"anchor_weights: expected finite numbers of at least 0 and at most 1e\+30, got 3e\+38",
+    ),
+    "uint64": (
+        lambda: in_batch_negatives(*random_rows(4, 8, 0).chunk(2), 0.5).without(
+            torch.full((2, 1), 2**64 - 1, dtype=torch.uint64)
+        ),
+        r"columns: expected columns from -1 \(none\) to 1, got -1 to -1",
+    ),
+    "sparse columns": (
+        lambda: in_batch_negatives(*random_rows(4, 8, 0).chunk(2), 0.5).without(torch.ones(2, 1).long().to_sparse()),
+        r"columns: expected integer columns of the pool, got torch\.int64, torch\.sparse_coo",
+    ),
     "complex weights": (
         lambda: in_batch_negatives(
             *random_rows(4, 8, 0).chunk(2), 0.5, anchor_weights=torch.ones(2, dtype=torch.complex128)
@@ -287,7 +318,7 @@ def test_numbers_that_would_poison_are_refused(make: Callable[[], Any], message:
 
 
 class Poisoned(Weighting):
-    """A user's, whose weights are no numbers for the second anchor."""
+    """A user's, whose weights are no numbers for one anchor."""
 
     def __init__(self, value: float, gradient: bool) -> None:
         self.value, self.gradient = value, gradient
@@ -302,8 +333,53 @@ class Poisoned(Weighting):
 def test_weights_that_are_no_numbers_are_an_error_by_name(value: float, gradient: bool) -> None:
     views = random_rows(8, 4, 0).requires_grad_().chunk(2)
     for call in (info_nce, log_sums):
-        with pytest.raises(ValueError, match=rf"^weighting: .*, got none of Poisoned\(value={value}, gradient="):
+        with pytest.raises(
+            ValueError, match=rf"^weighting: .*, got NaN or too .* from Poisoned\(value={value}, gradient="
+        ):
             call(two_views(*views, 0.5), Poisoned(value, gradient))
+
+
+class Overflowing(Uniform):
+    """A user's, of a sum that is no number where there is nothing to sum."""
+
+    def combine(self, contrast: Contrast, positives: Tensor, negatives: Tensor, count: Tensor) -> Tensor:
+        return torch.where(contrast.count == 0, torch.nan, negatives)
+
+
+def test_what_the_weights_are_not_to_blame_for() -> None:
+    contrast = two_views(*random_rows(8, 4, 0).requires_grad_().chunk(2), 1e-3)
+    squared = mean_loss(contrast, Uniform(), lambda margin: (margin.exp().square(), 2 * margin.exp().square()))
+    assert squared.item() == math.inf  # a loss of one's own, which overflows
+    lonely = two_views(*random_rows(2, 4, 0).chunk(2), 0.5)
+    assert info_nce(lonely, Overflowing()) == 0
+
+
+def none_told(call: Callable[[], object]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call()
+
+
+def test_what_is_no_lack_of_negatives() -> None:
+    """A loss of 0 that has other reasons."""
+    rows, labels = torch.eye(8, dtype=torch.float64), torch.arange(8)
+    apart = two_views(rows, rows, 5e-3, verdicts=lambda block: labels.repeat(2)[block, None] == labels.repeat(2))
+    none_told(lambda: info_nce(apart, UnDiMix()))
+    none_told(lambda: info_nce(two_views(rows, rows, 5e-3), Ring()))
+    none_told(lambda: mean_loss(apart, Uniform(), lambda margin: (margin.relu(), (margin > 0).to(margin))))
+    alone = two_views(rows[:1], rows[:1], 0.5, verdicts=lambda block: torch.ones(2, 2, dtype=torch.bool)[block])
+    for weighting in (Uniform(), HCL()):
+        none_told(lambda weighting=weighting: info_nce(alone, weighting))  # type: ignore[misc]
+
+
+def test_where_a_look_costs_the_first_batch_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_every_look_cost(monkeypatch)
+    monkeypatch.setattr(checks, "LOOKED", set())
+    rows = random_rows(12, 4, 0).chunk(2)
+    alike = two_views(*rows, 0.5, verdicts=lambda block: torch.ones(12, 12, dtype=torch.bool)[block])
+    with pytest.warns(UserWarning, match="^labels: no anchor"):
+        info_nce(alike, Uniform())
+    none_told(lambda: info_nce(alike, Uniform()))
 
 
 def test_labels_that_leave_no_negative_are_told() -> None:
@@ -383,3 +459,24 @@ def test_attraction_takes_all_copies() -> None:
     found = FalseNegativeAttraction(k=1, threshold=0.5).compared(contrast).positive_columns
     assert found is not None
     assert sorted(found[0].tolist()) == [1, 2, 3]
+
+
+def test_attraction_of_fewer_than_k_takes_no_more_columns() -> None:
+    """And of copies below the threshold none."""
+    pool = torch.eye(6, dtype=torch.float64)[[0, 0, 0, 1, 1, 2]]
+    anchors = torch.eye(6, dtype=torch.float64)[:2]
+    contrast = Contrast(anchors, anchors, pool, torch.tensor([[0, 1, 2, 3, 4], [3, 4, -1, -1, -1]]), 0.5)
+    found = FalseNegativeElimination(k=4, threshold=0.5).found(contrast)
+    assert found.shape == (2, 4)
+    assert (found == -1).all()
+
+
+def test_mixing_draws_the_same_from_copies_in_any_order() -> None:
+    pool = normalize(random_rows(40, 13, 0), dim=1)
+    pool[25:] = pool[torch.arange(15) % 5]
+    anchors = normalize(random_rows(7, 13, 1), dim=1)
+    losses = []
+    for order in (torch.arange(40), torch.randperm(40, generator=torch.Generator().manual_seed(0))):
+        torch.manual_seed(0)
+        losses.append(info_nce(Contrast(anchors, anchors, pool[order], None, 0.1), MoCHi(6, 20, 10)).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)

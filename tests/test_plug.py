@@ -217,7 +217,9 @@ class TestDropIn:
         assert undimix(harder, similarity=1.0).weighting == UnDiMix(similarity=1.0, influence=0.0, hardness=2.0)
         composed = undimix(host, compose(UnDiMix(hardness=2.0), Debiased()))
         assert undimix(composed, diversity=0.0).weighting == compose(UnDiMix(diversity=0.0, hardness=2.0), Debiased())
-        assert undimix(undimix(host, HCL()), diversity=0.0).weighting == UnDiMix(diversity=0.0)
+        assert undimix(undimix(host, Uniform()), diversity=0.0).weighting == UnDiMix(diversity=0.0)
+        with pytest.raises(TypeError, match=r"^options: .* a loss that is weighted by HCL\(.*\), got diversity; for"):
+            undimix(undimix(host, HCL()), diversity=0.0)
 
     def test_plain_is_not_weighted_already(self, host: nn.Module) -> None:
         plain = undimix(host, Uniform())
@@ -241,7 +243,8 @@ def test_refuses_code_that_would_be_lost(toolkit: ModuleType, users_code: Module
 
 
 def test_a_temperature_that_makes_all_negatives_alike_is_told(toolkit: ModuleType) -> None:
-    with pytest.warns(UserWarning, match=r"^temperature=20\.0: .*all candidates count nearly the same; .* 1 / 20$"):
+    told = r"^temperature=20\.0: at such a temperature all candidates count nearly the same\. Usual: 0\.05 to 0\.5 .*"
+    with pytest.warns(UserWarning, match=told):
         undimix(toolkit.PairLoss(temperature=20.0))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

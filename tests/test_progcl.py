@@ -539,20 +539,39 @@ class Recomputed(nn.Module):
 
 
 @pytest.mark.parametrize("every", [None, 1, 3], ids=str)
-def test_what_is_worked_out_again_is_no_call(every: int | None) -> None:
+@pytest.mark.parametrize("scale", [1.0, 1e3], ids=str)
+def test_what_is_worked_out_again_is_no_call(every: int | None, scale: float) -> None:
     """Two steps of two calls: before the fit, at it, and after."""
     gradients, calls = [], []
     for checkpointed in (False, True):
         weighting = ProGCL(start=2, every=every)
         model = Recomputed(weighting, checkpointed)
         for seed in (0, 2):
-            loss = model(random_rows(9, 4, seed), random_rows(9, 4, seed + 1))
+            loss = model(scale * random_rows(9, 4, seed), scale * random_rows(9, 4, seed + 1))
             gradients.append(torch.autograd.grad(loss, list(model.parameters())))
         calls.append(weighting.calls)
     assert calls == [4, 4]
     for got, want in zip(gradients[2:], gradients[:2], strict=True):
         for one, other in zip(got, want, strict=True):
             assert torch.equal(one, other)
+
+
+def test_many_calls_before_a_backward_pass() -> None:
+    gradients = []
+    for checkpointed in (False, True):
+        model = Recomputed(ProGCL(start=3, every=2), checkpointed)
+        loss = sum(model(random_rows(9, 4, seed), random_rows(9, 4, seed + 1)) for seed in range(30))
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))  # type: ignore[arg-type]
+        assert model.weighting.calls == 60
+    assert all(map(torch.equal, *gradients))
+
+
+def test_what_is_worked_out_again_is_not_shown_again() -> None:
+    seen: list[object] = []
+    model = Recomputed(ProGCL(), checkpointed=True)
+    with watch(lambda *compared: seen.append(compared)):
+        model(random_rows(9, 4, 0), random_rows(9, 4, 1)).backward()
+    assert len(seen) == 2
 
 
 def test_reentrant_checkpointing_calls_once() -> None:
@@ -567,10 +586,10 @@ def test_reentrant_checkpointing_calls_once() -> None:
 def test_another_default_device() -> None:
     """As under `torch.set_default_device("cuda")`: nothing is made but where the embeddings are."""
     contrast = in_batch(6).contrast()
-    want = ProGCL(start=1)
-    want.fit(contrast)
+    want, got = ProGCL(start=1), ProGCL(start=1)
+    loss = info_nce(contrast, want)
     with torch.device("meta"):
-        weighting = ProGCL(start=1)
-        loss = info_nce(contrast, weighting)
-    assert loss.device.type == "cpu"
-    assert weighting.mixture is not None
+        assert torch.equal(info_nce(contrast, got), loss)
+    assert want.mixture is not None
+    assert got.mixture is not None
+    assert all(map(torch.equal, got.mixture, want.mixture))

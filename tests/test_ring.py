@@ -54,12 +54,13 @@ def small(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def slow_ring(similarities: list[float], lower: float, upper: float) -> list[int]:
-    """The places of those that are kept; of equal ones the first are the nearer."""
+    """The places of those that are kept, and of what is as similar as the first or the last of them."""
     ordered = sorted(range(len(similarities)), key=lambda j: -similarities[j])
     n = len(ordered)
     nearest = n * (100 - Fraction(str(upper))) // 100
     end = n * (100 - Fraction(str(lower))) // 100
-    return ordered[nearest : max(end, nearest + 1)]
+    kept = [similarities[j] for j in ordered[nearest : max(end, nearest + 1)]]
+    return [j for j in ordered if min(kept) <= similarities[j] <= max(kept)]
 
 
 def outside(form: Form, lower: float, upper: float) -> list[list[int]]:
@@ -116,7 +117,7 @@ percentiles = st.tuples(st.integers(0, 1000), st.integers(0, 1000)).filter(lambd
 @given(percentiles, st.lists(st.integers(-3, 3), min_size=1, max_size=60))
 @pytest.mark.parametrize("small", [True], ids=["kept"], indirect=True)
 def test_percentiles_with_ties(tenths: tuple[int, int], similarities: list[int]) -> None:
-    """Whole numbers of few values, so that many are equal; of these the first columns are the nearer ones."""
+    """Whole numbers of few values, so that many are equal; all of these are kept, or none."""
     lower, upper = (tenth / 10 for tenth in sorted(tenths))
     pool = torch.tensor(similarities, dtype=torch.float64)[:, None]
     contrast = Contrast(torch.ones(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64), pool, None, 0.5)

@@ -46,7 +46,7 @@ def test_two_threads_have_their_own(block: Block, weighting: Weighting) -> None:
         with block(rows(seed)):
             wanted[seed] = loss_of(weighting)
     assert wanted[7] != wanted[8]
-    both, first_has_left = threading.Barrier(2), threading.Event()
+    both, first_has_left = threading.Barrier(2, timeout=10), threading.Event()
     got: dict[int, list[float]] = {7: [], 8: []}
 
     def work(seed: int) -> None:

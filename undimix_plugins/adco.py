@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from undimix_plugins.checks import check_embeddings, check_number, check_whole
+from undimix_plugins.checks import check_embeddings, check_number, check_strength, check_temperature, check_whole
 from undimix_plugins.contrast import Contrast, full_precision, unit_rows
 from undimix_plugins.distributed import check_equal_batches, gather_constants, processes
 from undimix_plugins.loss import info_nce
@@ -95,13 +95,13 @@ class AdCo(nn.Module):
         super().__init__()
         for name, value in (("width", width), ("size", size)):
             check_whole(name, value, at_least=1)
-        self.temperature = check_number("temperature", temperature, above=0)
+        self.temperature = check_temperature("temperature", temperature)
         self.weighting = Uniform() if weighting is None else weighting
         check_weighting(self.weighting)
-        self.memory_temperature = check_number("memory_temperature", memory_temperature, above=0)
-        self.lr = check_number("lr", lr, at_least=0)
+        self.memory_temperature = check_temperature("memory_temperature", memory_temperature)
+        self.lr = check_strength("lr", lr)
         self.momentum = check_number("momentum", momentum, at_least=0, below=1)
-        self.weight_decay = check_number("weight_decay", weight_decay, at_least=0)
+        self.weight_decay = check_strength("weight_decay", weight_decay)
         self.register_buffer("pool", torch.randn(int(size), int(width)))
         self.register_buffer("velocity", torch.zeros(int(size), int(width)))
 

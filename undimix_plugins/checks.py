@@ -15,20 +15,25 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-LEAST_TEMPERATURE = 1e-10  # below it a logit of unit rows has no digit left that tells two candidates apart
-WARM = 2.0  # a temperature above which all candidates count nearly the same
+LEAST_TEMPERATURE = 1e-10  # float32 does not tell cosines apart that differ by less
+LARGEST = 1e30  # of what is multiplied by: beyond it, products could overflow float32
+WARM = 2.0  # the temperature above which all candidates count nearly the same
+INTEGERS = (
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+LOOKED: set[str] = set()  # what has been looked at once although that costs
 
 
-LOOKED: set[str] = set()  # at what values were looked though that was not free
-
-
-def may_look(tensor: Tensor, at_what: str) -> bool:
+def may_look(tensor: Tensor, what: str) -> bool:
     """Whether to read a tensor's values for a warning: where that is free, and elsewhere the first time alone."""
     if values_are_free(tensor):
         return True
-    if torch.compiler.is_compiling() or tensor.device.type == "meta" or at_what in LOOKED:
+    if torch.compiler.is_compiling() or what in LOOKED:
         return False
-    LOOKED.add(at_what)
+    LOOKED.add(what)
     return True
 
 
@@ -37,16 +42,9 @@ def values_are_free(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-INTEGERS = (
-    *(torch.int8, torch.int16, torch.int32, torch.int64),
-    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
-)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
 def largest_product(dtype: torch.dtype) -> float:
-    """What inner products of rows, over the temperature, may come to: their squares are to be summed up."""
-    return 1e-4 * math.sqrt(torch.finfo(torch.promote_types(dtype, torch.float32)).max)
+    """What lengths of rows, and their inner products over the temperature, may come to: squares are summed of them."""
+    return 1e150 if dtype == torch.float64 else 1e15
 
 
 def length_of_all(rows: Tensor) -> float:
@@ -74,14 +72,9 @@ def check_embeddings(**embeddings: Tensor) -> None:
     check_lengths(embeddings, check_finite(**embeddings))
 
 
-def check_finite(**embeddings: Tensor) -> dict[str, float]:
-    """As `check_embeddings`, for rows of any length.
-
-    Returns:
-        The length of each tensor as one vector, infinite where it overflows, of those whose values are free to look at.
-    """
+def check_kinds(**embeddings: Tensor) -> None:
+    """As `check_embeddings`, without a look at values."""
     first_name, first = next(iter(embeddings.items()))
-    lengths = {}
     for name, rows in embeddings.items():
         if not isinstance(rows, Tensor):
             raise ValueError(f"{name}: expected a tensor of shape [rows, width], got {type(rows).__name__}")
@@ -92,7 +85,7 @@ def check_finite(**embeddings: Tensor) -> dict[str, float]:
             raise ValueError(f"{name}: expected a tensor of shape [rows, width], got shape {list(rows.shape)}")
         if rows.numel() == 0:
             raise ValueError(f"{name}: expected at least one row and one column, got shape {list(rows.shape)}")
-        if rows.dtype not in DTYPES:
+        if rows.dtype not in FLOATS:
             few = ", which has fewer than 16 bits" if rows.is_floating_point() else ""
             raise ValueError(f"{name}: expected floating-point embeddings, got {rows.dtype}{few}")
         if rows.shape[1] != first.shape[1]:
@@ -103,6 +96,19 @@ def check_finite(**embeddings: Tensor) -> dict[str, float]:
             raise ValueError(f"{name}: expected {first.dtype}, as {first_name} has, got {rows.dtype}")
         if rows.device != first.device:
             raise ValueError(f"{name}: expected device {first.device}, as {first_name} has, got {rows.device}")
+        if rows.device.type == "meta" and not torch.compiler.is_compiling():
+            raise ValueError(f"{name}: expected embeddings on a device that holds values, got meta")
+
+
+def check_finite(**embeddings: Tensor) -> dict[str, float]:
+    """As `check_embeddings`, for rows of any length.
+
+    Returns:
+        The length of each tensor as one vector, infinite where it overflows, of those whose values are free to look at.
+    """
+    check_kinds(**embeddings)
+    lengths = {}
+    for name, rows in embeddings.items():
         if values_are_free(rows):
             lengths[name] = length_of_all(rows)  # what is not finite shows in it; it can also overflow by itself
             if not math.isfinite(lengths[name]):
@@ -153,14 +159,16 @@ def check_columns(name: str, columns: Tensor, *, shape: tuple[int | None, ...], 
     if columns.dim() != len(shape) or any(a not in (None, b) for a, b in zip(shape, columns.shape, strict=True)):
         expected = ", ".join("k" if length is None else str(length) for length in shape)
         raise ValueError(f"{name}: expected shape [{expected}], got {list(columns.shape)}")
-    if columns.dtype not in INTEGERS:
-        raise ValueError(f"{name}: expected integer columns of the pool, got {columns.dtype}")
+    if columns.dtype not in INTEGERS or columns.layout != torch.strided:
+        layout = "" if columns.layout == torch.strided else f", {columns.layout}"
+        raise ValueError(f"{name}: expected integer columns of the pool, got {columns.dtype}{layout}")
     if columns.device != pool.device:
         raise ValueError(f"{name}: expected device {pool.device}, as the pool has, got {columns.device}")
+    padding = -1 if columns.dtype.is_signed else 0  # a large uint64 would become one of -1
     columns = columns.long()
     if values_are_free(columns) and columns.numel():
         least, most = int(columns.min()), int(columns.max())
-        if least < -1 or most >= len(pool):
+        if least < padding or most >= len(pool):
             raise ValueError(f"{name}: expected columns from -1 (none) to {len(pool) - 1}, got {least} to {most}")
     return columns
 
@@ -257,11 +265,31 @@ def check_temperature(name: str, value: float, *, inverse: bool = False) -> floa
         raise ValueError(f"{name}: expected {bound}, got {value!r}")
     if temperature > WARM:
         means = f" means a temperature of {temperature:g}" if inverse else ""
-        usual = "usual scales are 2 to 20" if inverse else "usual ones are .05 to .5; that of a scale of 20 is 1 / 20"
+        usual = "2 to 20" if inverse else "0.05 to 0.5 (a scale of 20 is a temperature of 0.05)"
         warnings.warn(
-            f"{name}={value!r}{means}: at such a temperature all candidates count nearly the same; {usual}",
+            f"{name}={value!r}{means}: at such a temperature all candidates count nearly the same. Usual: {usual}",
             stacklevel=4,
         )
+    return number
+
+
+def check_strength(name: str, value: float, *, above: float = -math.inf) -> float:
+    """Raises a ValueError unless a number is one from 0 (or above `above`) to 1e30, which float32 can multiply by."""
+    if check_number(name, value, at_least=0, above=above) > LARGEST:
+        raise ValueError(f"{name}: expected at most {LARGEST:g}, got {value!r}")
+    """Checks that `value` is a number from 0 (or above `above`) to 1e30, and returns it as a float.
+
+    Raises:
+        ValueError: Naming the argument, what came and what was expected.
+
+    Examples:
+        >>> check_strength("beta", 1e39)
+        Traceback (most recent call last):
+        ValueError: beta: expected at most 1e+30, got 1e+39
+    """
+    number = check_number(name, value, at_least=0, above=above)
+    if number > LARGEST:
+        raise ValueError(f"{name}: expected at most {LARGEST:g}, got {value!r}")
     return number
 
 

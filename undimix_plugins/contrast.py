@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from undimix_plugins.checks import (
+    FLOATS,
     check_columns,
     check_embeddings,
     check_finite,
     check_inputs,
+    check_kinds,
     check_lengths,
     check_number,
     check_same_length,
@@ -317,15 +319,22 @@ class Contrast:
         return torch.cat([self.is_negative(rows).sum(dim=1) for rows in blocks]).to(self.pool.dtype)
 
 
+def holds_all_anchors(contrast: Contrast) -> bool:
+    """Whether what the influence needs of other processes is in the contrast, with its pool."""
+    everyone = contrast.everyone
+    if everyone is None or isinstance(everyone.anchors, Tensor):
+        return True
+    return everyone.itself is not None and bool((everyone.itself >= 0).all())
+
+
 def alone(contrast: Contrast) -> Contrast:
-    """The same, which asks nothing of other processes: they need not call, too. It raises where it would have to."""
+    """The same, which asks nothing of other processes, so that they need not call; the influence raises where it must."""
     everyone, pool = contrast.everyone, contrast.pool.detach()
     if everyone is None:
         return contrast
     anchors = everyone.anchors
     if not isinstance(anchors, Tensor):
-        is_in_pool = everyone.itself is not None and bool((everyone.itself >= 0).all())
-        anchors = pool[everyone.itself] if is_in_pool else _not_here
+        anchors = pool[everyone.itself] if holds_all_anchors(contrast) else _not_here
     every = torch.arange(len(pool), device=pool.device)
     new = copy.copy(contrast)
     new._set("everyone", Everyone(anchors, everyone.itself, every, lambda rows: rows))
@@ -359,7 +368,7 @@ def in_batch_negatives(anchors: Tensor, positives: Tensor, temperature: float | 
         >>> contrast.pool.shape, contrast.count[0].item()
         (torch.Size([4, 8]), 3.0)
     """
-    check_embeddings(anchors=anchors, positives=positives)
+    check_kinds(anchors=anchors, positives=positives)
     own = torch.arange(len(anchors), device=anchors.device)
     return Contrast(anchors, positives, positives, own[:, None], temperature, positives_in_pool=True, **further)
 
@@ -512,9 +521,13 @@ def to_length_one(rows: Tensor) -> Tensor:
     """
     # In half precision a row of zeros, or a tiny one, would be divided by 0.
     full = as_full_precision(rows)
-    least = max(torch.finfo(rows.dtype).tiny, 1e-12)
-    directed = torch.linalg.vector_norm(full.detach(), dim=-1, keepdim=True) >= least
+    directed = torch.linalg.vector_norm(full.detach(), dim=-1, keepdim=True) >= least_length(rows.dtype)
     return torch.nn.functional.normalize(torch.where(directed, full, full.detach()), dim=-1)
+
+
+def least_length(dtype: torch.dtype) -> float:
+    """The length from which on a row has a direction."""
+    return max(float(torch.finfo(dtype).tiny), 1e-12)
 
 
 def in_backward() -> bool:
@@ -529,10 +542,12 @@ def full_precision(like: Tensor) -> torch.autocast:
 
 def checked_temperature(temperature: Tensor, dtype: torch.dtype) -> Tensor:
     """One number as a scalar, in a dtype's full precision; a ValueError for another, or (on the CPU) not above 0."""
-    if temperature.numel() != 1 or not temperature.is_floating_point():
-        raise ValueError(
-            f"temperature: expected one floating-point number, got {temperature.dtype} {list(temperature.shape)}"
-        )
+    if temperature.numel() != 1 or temperature.dtype not in FLOATS or temperature.layout != torch.strided:
+        layout = "" if temperature.layout == torch.strided else f", {temperature.layout}"
+        came = f"{temperature.dtype} {list(temperature.shape)}{layout}"
+        raise ValueError(f"temperature: expected one floating-point number, got {came}")
+    if temperature.device.type == "meta" and not torch.compiler.is_compiling():
+        raise ValueError("temperature: expected a number on a device that holds values, got meta")
     if values_are_free(temperature):
         check_number("temperature", float(temperature.detach()), above=0)
     return temperature.reshape(()).to(torch.promote_types(dtype, torch.float32))
@@ -547,9 +562,10 @@ def checked_anchor_weights(weights: Tensor, anchors: Tensor) -> Tensor:
         raise ValueError(f"anchor_weights: expected real numbers, got {weights.dtype}, {weights.layout}")
     if weights.device != anchors.device:
         raise ValueError(f"anchor_weights: expected device {anchors.device}, as anchors has, got {weights.device}")
-    if values_are_free(weights) and not bool(((weights >= 0) & weights.isfinite()).all()):
+    if values_are_free(weights) and not bool(((weights >= 0) & (weights <= 1e30)).all()):
         raise ValueError(
-            f"anchor_weights: expected finite numbers of at least 0, got {weights.min():g} to {weights.max():g}"
+            f"anchor_weights: expected finite numbers of at least 0 and at most 1e+30, got {weights.min():g} to "
+            f"{weights.max():g}"
         )
     return weights.detach().to(anchors.dtype)
 

@@ -25,7 +25,9 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def check_equal_batches(name: str, check: Callable[[], Checked], rows: Callable[[Checked], Tensor]) -> Checked:
+def check_equal_batches(
+    name: str, check: Callable[[], Checked], rows: Callable[[Checked], Tensor], *, labels: Tensor | None = None
+) -> Checked:
     """Checks a batch on all processes at once, before a collective on it would hang or abort.
 
     An error of one process is an error on all: else the others would wait for it. Sizes travel between hosts alone, so
@@ -35,13 +37,14 @@ def check_equal_batches(name: str, check: Callable[[], Checked], rows: Callable[
         name: What an error is to call the batch.
         check: Checks this process's batch and returns what is made of it; raises what is wrong with it.
         rows: From what `check` returned to this process's rows [n, ...].
+        labels: What is gathered beside the rows where it is given, which every process has to have then, or none.
 
     Returns:
         What `check` returned.
 
     Raises:
-        ValueError: On every process, where sizes differ, or another process's `check` raised; what this process's own
-            raised is raised on as it is.
+        ValueError: On every process, where sizes differ, labels are given on some alone, or another process's `check`
+            raised; what this process's own raised is raised on as it is.
 
     Examples:
         >>> (z0,) = check_equal_batches("out0", lambda: unit_rows(out0=torch.randn(8, 4)), lambda checked: checked[0])
@@ -53,9 +56,9 @@ def check_equal_batches(name: str, check: Callable[[], Checked], rows: Callable[
     try:
         checked = check()
     except Exception:
-        _counts(REFUSED)  # tells the others
+        _of_all(REFUSED, 0)  # tells the others
         raise
-    counts = _counts(len(rows(checked)))
+    counts, labelled = _of_all(len(rows(checked)), int(labels is not None))
     if REFUSED in counts:
         refused = [rank for rank, count in enumerate(counts) if count == REFUSED]
         raise ValueError(
@@ -67,14 +70,20 @@ def check_equal_batches(name: str, check: Callable[[], Checked], rows: Callable[
             f"{name}: expected as many rows on every process, since negatives are gathered, got {counts}; "
             "drop the last, incomplete batch (drop_last=True), or do without gathering"
         )
+    if len(set(labelled)) > 1:
+        those = [rank for rank, given in enumerate(labelled) if given]
+        raise ValueError(
+            f"labels: expected some on every process or on none, since they are gathered, got some on {those} alone"
+        )
     return checked
 
 
-def _counts(count: int) -> list[int]:
-    """All processes' counts."""
-    counts = [torch.zeros(1, dtype=torch.long, device="cpu") for _ in range(processes())]
-    dist.all_gather(counts, torch.tensor([count], device="cpu"), group=_between_hosts())
-    return [int(of_rank) for of_rank in counts]
+def _of_all(*numbers: int) -> list[list[int]]:
+    """All processes' numbers: for each a list by rank."""
+    of_ranks = [torch.zeros(len(numbers), dtype=torch.long, device="cpu") for _ in range(processes())]
+    dist.all_gather(of_ranks, torch.tensor(numbers, device="cpu"), group=_between_hosts())
+    by_number: list[list[int]] = torch.stack(of_ranks, dim=1).tolist()
+    return by_number
 
 
 # Weak on both sides, as a DDP module may hold the world for longer than torch: threads of a group that outlives

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from undimix_plugins.checks import values_are_free
-from undimix_plugins.contrast import as_full_precision
+from undimix_plugins.contrast import as_full_precision, least_length
 
 MOST_BYTES = 2**30  # of inputs and outputs, before a loss has shown how many it needs
 
@@ -162,4 +162,4 @@ def inputs_over_lengths(inputs: Tensor, embeddings: Tensor, normalized: bool) ->
     if not normalized:
         return inputs
     lengths: Tensor = torch.linalg.vector_norm(as_full_precision(embeddings.detach()), dim=1, keepdim=True)
-    return inputs / lengths.masked_fill(lengths == 0, 1)
+    return inputs / lengths.masked_fill(lengths < least_length(embeddings.dtype), 1)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from undimix_plugins import tiled
 from undimix_plugins.checks import may_look, values_are_free
-from undimix_plugins.contrast import Contrast, full_precision, is_not_among
+from undimix_plugins.contrast import Contrast, full_precision, in_backward, is_not_among
 from undimix_plugins.scoped import Scoped
 from undimix_plugins.weightings.weighting import Weighting, check_compared, checked, masked_log_sum_exp
 
@@ -119,8 +119,8 @@ def _log_sums(contrast: Contrast, weighting: Weighting, prepared: Any) -> LogSum
         combined = weighting.combine(contrast, mean, negatives.masked_fill(none, 0), count)
     if not values_are_free(contrast.pool):
         positives = positives + _not_a_number_if_not_finite(contrast)
-    elif not bool((combined < torch.inf).all()):
-        raise _no_numbers(weighting)
+    else:
+        _check_sums(combined.masked_fill(none, -torch.inf), weighting)
     _warn_of_no_negatives(contrast, none)
     return LogSums(positives, combined.masked_fill(none, -torch.inf))
 
@@ -216,12 +216,12 @@ def mean_loss(contrast: Contrast, weighting: Weighting, loss: tiled.Margin, *, o
             positives, negatives = _log_sums(contrast, weighting, prepared)
             return _mean_of_margins(contrast, positives, negatives, loss)
         mean = tiled.mean_loss(contrast, weighting.weigher(), prepared, loss)
-        if contrast.verdicts is not None:
-            _warn_of_no_negatives(contrast, mean.detach() == 0)
         if not values_are_free(mean):
-            return mean + _not_a_number_if_not_finite(contrast)
-        if not math.isfinite(float(mean.detach())):
-            raise _no_numbers(weighting)
+            mean = mean + _not_a_number_if_not_finite(contrast)
+        elif not math.isfinite(float(mean.detach())):
+            with torch.no_grad():
+                _check_sums(tiled.negative_log_sums(contrast, weighting.weigher(), prepared), weighting)
+        _warn_of_no_negatives(contrast, mean.detach() == 0)
         return mean
 
 
@@ -233,17 +233,22 @@ def _mean_of_margins(contrast: Contrast, positives: Tensor, negatives: Tensor, l
     return (losses if contrast.anchor_weights is None else losses * contrast.anchor_weights).mean()
 
 
-def _no_numbers(weighting: Weighting) -> ValueError:
-    # Embeddings are finite here, and their products do not overflow.
-    return ValueError(
-        f"weighting: expected log-weights below infinity and a sum that is one, got none of {weighting!r}, whose "
-        "weights or `combine` are NaN or too large"
-    )
+def _check_sums(negatives: Tensor, weighting: Weighting) -> None:
+    """A ValueError for log-sums that are NaN or infinite, of embeddings that are finite and do not overflow."""
+    if not bool((negatives < torch.inf).all()):
+        raise ValueError(
+            f"weighting: expected weights that are numbers, got NaN or too large ones from {weighting!r}; look at its "
+            "log_weights and combine"
+        )
 
 
-def _warn_of_no_negatives(contrast: Contrast, none: Tensor) -> None:
-    """Warns where labels, or other marks, leave no anchor of a batch a negative: all of `none` is true then."""
-    if contrast.verdicts is not None and may_look(none, "negatives") and bool(none.all()):
+def _warn_of_no_negatives(contrast: Contrast, perhaps: Tensor) -> None:
+    """Warns where labels, or other marks, leave no anchor of a batch a negative; `perhaps` is true everywhere then."""
+    if contrast.verdicts is None or not may_look(perhaps, "negatives") or not bool(perhaps.all()):
+        return
+    assert contrast.excluded is not None
+    candidates = len(contrast.pool) - (contrast.excluded >= 0).sum(dim=1)  # that are not marked
+    if bool(candidates.any()) and not bool(contrast.count.any()):
         warnings.warn(
             "labels: no anchor of this batch has a negative, since all samples have one label or are marked as no "
             "negatives of each other: nothing is learnt from it. Are these the labels? A folder of images without "
@@ -254,7 +259,10 @@ def _warn_of_no_negatives(contrast: Contrast, none: Tensor) -> None:
 
 def _show(contrast: Contrast, weighting: Weighting) -> None:
     """Shows observers what is compared, once a weighting that learns has learnt of it."""
-    if not torch.compiler.is_compiling() and (observers := OBSERVERS.values()):
+    if torch.compiler.is_compiling():
+        return
+    # What activation checkpointing runs again in the backward pass has been shown before.
+    if (observers := OBSERVERS.values()) and not in_backward():
         with OBSERVERS.holding_nothing():  # they may work out losses, too
             for observer in observers:
                 observer(contrast, weighting)

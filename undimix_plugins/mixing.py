@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from undimix_plugins.checks import check_choice, check_embeddings, check_number, check_same_length
+from undimix_plugins.checks import check_choice, check_embeddings, check_number, check_same_length, check_strength
 from undimix_plugins.contrast import Contrast, unit_rows
 from undimix_plugins.loss import info_nce
 from undimix_plugins.settings import constant
@@ -86,7 +86,7 @@ class IMix:
 """
 
     def __post_init__(self) -> None:
-        check_number("alpha", self.alpha, above=0)
+        check_strength("alpha", self.alpha, above=0)
         check_choice("kind", self.kind, ("mixup", "cutmix"))
 
     def __call__(self, inputs: Tensor) -> Mixed:
@@ -237,7 +237,7 @@ class UnMix:
 """
 
     def __post_init__(self) -> None:
-        check_number("beta", self.beta, above=0)
+        check_strength("beta", self.beta, above=0)
         check_number("P", self.P, at_least=0)
         if self.P > 1:
             raise ValueError(f"P: expected a number from 0 to 1, got {self.P!r}")

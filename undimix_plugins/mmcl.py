@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from undimix_plugins.checks import check_choice, check_number, check_whole
+from undimix_plugins.checks import check_choice, check_number, check_strength, check_whole
 from undimix_plugins.contrast import full_precision, unit_rows
 
 STEPS_BETWEEN_LOOKS = 10  # at whether all anchors have stopped, for which a device waits for the host
@@ -85,14 +85,14 @@ class MMCL(nn.Module):
         stop_condition: float = 1e-2,
     ) -> None:
         super().__init__()
-        self.sigma = check_number("sigma", sigma, above=0)
+        self.sigma = check_strength("sigma", sigma, above=0)
         unbounded = isinstance(C, float) and math.isinf(C) and C > 0
-        self.C = C if unbounded else check_number("C", C, above=0)
-        self.reg = check_number("reg", reg, above=0)
+        self.C = C if unbounded else check_strength("C", C, above=0)
+        self.reg = check_strength("reg", reg, above=0)
         check_choice("solver", solver, ("pgd", "inverse"))
         self.solver = solver
         self.num_iters = check_whole("num_iters", num_iters, at_least=1)
-        self.eta = None if eta is None else check_number("eta", eta, above=0)
+        self.eta = None if eta is None else check_strength("eta", eta, above=0)
         self.stop_condition = check_number("stop_condition", stop_condition, at_least=0)
 
     def extra_repr(self) -> str:

@@ -101,10 +101,12 @@ def chosen_weighting(
     Args:
         weighting: What was given as one.
         options: Of `UnDiMix`, by name.
-        before: What a loss had before: options change an `UnDiMix` in it and leave its others as they are.
+        before: What a loss had before: options change an `UnDiMix` in it and leave its others as they are. `Uniform()`
+            is as good as none.
 
     Raises:
-        TypeError: For both, for what is no weighting, and for options that `UnDiMix` does not have.
+        TypeError: For both, for what is no weighting, for options that `UnDiMix` does not have, or that nothing in
+            `before` has.
 
     Examples:
         >>> chosen_weighting(None, {"hardness": 2.0}, before=UnDiMix(influence=0.0)).influence
@@ -127,6 +129,11 @@ def chosen_weighting(
         return replace(before, **options)
     if isinstance(before, Composed) and any(isinstance(part, UnDiMix) for part in before.parts):
         return compose(*(replace(part, **options) if isinstance(part, UnDiMix) else part for part in before.parts))
+    if before is not None and type(before) is not Uniform:
+        raise TypeError(
+            f"options: expected none of UnDiMix for a loss that is weighted by {before}, got {', '.join(options)}; for "
+            "UnDiMix in its place, undimix(loss, UnDiMix(...))"
+        )
     return UnDiMix(**options)
 
 
@@ -196,8 +203,8 @@ class WeightedLoss(nn.Module):
         >>> class MyLoss(WeightedLoss, MyHostLoss):
         ...     def forward(self, a, b):
         ...         return info_nce(two_views(a, b, 0.5), self.weighting)
-        >>> reweight(MyHostLoss(), HCL(), {MyHostLoss: MyLoss})
-        MyLoss(weighting=HCL(beta=1.0, tau_plus=0.1))
+        >>> reweight(MyHostLoss(), HCL(beta=0.5, tau_plus=0), {MyHostLoss: MyLoss})
+        MyLoss(weighting=HCL(beta=0.5, tau_plus=0))
     """
 
     weighting: Weighting

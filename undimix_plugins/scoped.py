@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 Value = TypeVar("Value")
 
 
 @dataclass(eq=False)
 class _Block(Generic[Value]):
-    value: Value
+    value: Value | None
     over: bool = False
 
 
@@ -39,7 +39,7 @@ class Scoped(Generic[Value]):
 
     def values(self) -> list[Value]:
         """What holds here, that of the innermost block last."""
-        return [block.value for block in self._blocks.get() if not block.over]
+        return [cast(Value, block.value) for block in self._blocks.get() if not block.over]
 
     @contextmanager
     def holding(self, value: Value) -> Iterator[None]:
@@ -49,7 +49,7 @@ class Scoped(Generic[Value]):
         try:
             yield
         finally:
-            own.over = True  # in whichever context a generator is closed
+            own.over, own.value = True, None  # in whichever context a generator is closed
             self._blocks.set(tuple(block for block in self._blocks.get() if not block.over))
 
     @contextmanager

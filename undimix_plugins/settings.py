@@ -43,7 +43,8 @@ def constant(cls: Class) -> Class:
     frozen: Any = cls.__setattr__
 
     def set_to_the_same(self: Any, name: str, value: Any) -> None:
-        if name not in vars(self) or vars(self)[name] != value:
+        held = vars(self).get(name, ...)
+        if held is not value and repr(held) != repr(value):  # a copy may be equal without comparing so
             frozen(self, name, value)
 
     cls.__setattr__ = set_to_the_same  # type: ignore[assignment, method-assign]

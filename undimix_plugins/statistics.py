@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import combinations
-from numbers import Real
 
 import torch
 from torch import Tensor
@@ -85,7 +84,8 @@ def negative_statistics(
         have none, are left out of what is said of weights.
 
         - `hardness`: what the weighting multiplies its scores by, as it is in force: UnDiMix's `hardness`, `beta` of
-          HCL and BCL, `alpha` of a SimilarityPenalty, the share of another on its way through a warm-up; none else.
+          HCL and BCL, `alpha` of a SimilarityPenalty, what `Weighting.strength` names of one's own, the share of
+          another on its way through a warm-up.
         - `count`: n_i, how many negatives an anchor has.
         - `effective_number`: of these, `(sum_j w_j)^2 / sum_j w_j^2`, from 1 to n_i (`effective_number`).
         - `weight_on_hardest`: the share of the weight, from 0 to 1, on the most similar hundredth of the negatives
@@ -158,8 +158,7 @@ def _hardness(weighting: Weighting) -> float | None:
     """What a weighting multiplies its scores by; of several, the first that does."""
     if isinstance(weighting, Composed):
         return next((of for part in weighting.parts if (of := _hardness(part)) is not None), None)
-    values = (getattr(weighting, name, None) for name in ("hardness", "beta", "alpha", "share"))
-    return next((float(value) for value in values if isinstance(value, Real)), None)
+    return float(getattr(weighting, weighting.strength)) if weighting.strength else None
 
 
 def _tasks(contrast: Contrast) -> Prepared:

@@ -215,7 +215,7 @@ def test_statistics_in_sentence_transformers(pairs: Dataset, tmp_path: Path) -> 
         assert entry["negatives/count"] == 7
         assert 1 < entry["negatives/effective_number"] < 7
         assert 0 < entry["negatives/false_negatives"] < 1
-        assert len([name for name in entry if name.startswith("negatives/")]) == 9
+        assert len([name for name in entry if name.startswith("negatives/")]) == 10
 
 
 # transformers
@@ -403,6 +403,7 @@ def test_statistics_are_of_their_own_step(event: str, sentences: list[Any], tmp_
     entries = [entry for entry in trainer.state.log_history if "negatives/count" in entry]
     assert [entry["step"] for entry in entries] == [1, 2, 3, 4]
     assert {entry["negatives/count"] for entry in entries} == {3}
+    assert [entry["negatives/hardness"] for entry in entries] == [0, 0.5, 1, 1.5]
 
 
 class Lightning(pl.LightningModule):

@@ -348,12 +348,12 @@ def test_gradients_at_the_weight_are_exact(name: str) -> None:
 def test_last_layer_in_a_composition() -> None:
     """It is asked for, taken, and its gradients weigh what false-negative elimination leaves."""
     layer = nn.Linear(5, WIDTH)
-    weighting = compose(UnDiMix(gradient="weight"), FalseNegativeElimination(k=3, threshold=-2.0))
+    weighting = compose(UnDiMix(gradient="weight"), FalseNegativeElimination(k=3, threshold=-1.0))
     with pytest.raises(TypeError, match=r"last_layer: expected the nn\.Linear whose outputs the loss is given"):
         undimix(host.NTXentLoss(), weighting)
     criterion = undimix(host.NTXentLoss(), weighting, last_layer=layer)
     first, second = (layer(torch.randn(8, 5)) for _ in range(2))
-    at_embedding = undimix(host.NTXentLoss(), compose(UnDiMix(), FalseNegativeElimination(k=3, threshold=-2.0)))
+    at_embedding = undimix(host.NTXentLoss(), compose(UnDiMix(), FalseNegativeElimination(k=3, threshold=-1.0)))
     assert (criterion(first, second) - at_embedding(first, second)).abs() > 1e-4
     with pytest.raises(TypeError, match="expected a weighting with gradient='weight', which uses it, got compose"):
         undimix(host.NTXentLoss(), at_embedding.weighting, last_layer=layer)

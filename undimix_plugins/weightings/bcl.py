@@ -56,6 +56,7 @@ class BCL(Weighting):
     alpha: float = 0.5
     beta: float = 1.0
 
+    strength: ClassVar[str] = "beta"
     citation: ClassVar[str] = """
 @article{liu2023bayesian,
     title={Bayesian Self-Supervised Contrastive Learning},

@@ -27,7 +27,7 @@ class Debiased(Weighting):
 
     The lower bound assumes cosines; with `tau_plus=0` nothing is corrected and it is left out. At the bound an anchor's
     negatives have no gradient, and at a low temperature (a ranking loss's .05) most anchors soon stand there: a warning
-    says so.
+    says so (elsewhere than on the CPU, of the first batch alone).
 
     Attributes:
         tau_plus: Prior probability of the anchor's class, in [0, 1).

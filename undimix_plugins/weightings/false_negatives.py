@@ -26,6 +26,8 @@ SUPPORT: Scoped[list[Tensor]] = Scoped("support_set")  # further views of the ba
 def support_set(*views: Tensor) -> Iterator[None]:
     """Further views of a batch's samples, by which the losses inside find false negatives, in this thread or task.
 
+    On a GPU, activation checkpointing runs a forward again in another thread: checkpoint the encoder, not the loss.
+
     Args:
         views: Embeddings of further views, each [samples, width], in the batch's order, as the loss is given the first
             ones; brought to length 1. They are constants: encode them under `torch.no_grad()`. Of a loss that compares
@@ -106,14 +108,16 @@ class FalseNegatives(Weighting):
             scores = scores / len(views)
         if copies is not None:
             scores = scores[:, copies]
-        scores = scores.masked_fill(~contrast.is_negative(rows), -torch.inf)
+        scores = scores.masked_fill(~contrast.is_negative(rows) | ~(scores > self.threshold), -torch.inf)
         count = min(int(self.k), scores.shape[1])
         best, columns = scores.topk(count, dim=1)
         if copies is not None:  # and those that are the last one over again
-            most = (scores >= best[:, -1:]).sum(dim=1).amax() if values_are_free(scores) else 2 * count
-            more, columns = scores.topk(min(int(most), scores.shape[1]), dim=1)
-            best = more.masked_fill(more < best[:, -1:], -torch.inf)
-        return columns.masked_fill(~(best > self.threshold), -1)
+            least, most = best[:, -1:], 2 * count
+            if values_are_free(scores):
+                most = max(count, int(((scores >= least) & ~least.isneginf()).sum(dim=1).amax()))
+            best, columns = scores.topk(min(most, scores.shape[1]), dim=1)
+            best = best.masked_fill(best < least, -torch.inf)
+        return columns.masked_fill(best.isneginf(), -1)
 
 
 @constant
@@ -130,7 +134,8 @@ class FalseNegativeElimination(FalseNegatives):
         score_j = max over v in the support set of <v, v_j>
 
     Attributes:
-        k: How many an anchor loses at most, at least 1; the authors' code has 10. Copies of the last one go with it.
+        k: How many an anchor loses at most, at least 1; the authors' code has 10. Copies of the last one go with
+            it (on other devices than the CPU, and compiled, up to k of them).
         threshold: The score above which they are, from -1 to 1; the authors' code has .7.
         aggregate: "max" or "mean", of the similarities to the views.
 
@@ -163,7 +168,8 @@ class FalseNegativeAttraction(FalseNegatives):
     F_i as `FalseNegativeElimination` finds them. Losses with a single numerator have no place for that, and refuse it.
 
     Attributes:
-        k: How many an anchor gets at most, at least 1; the authors' code has 10. Copies of the last one come with it.
+        k: How many an anchor gets at most, at least 1; the authors' code has 10. Copies of the last one come with
+            it (on other devices than the CPU, and compiled, up to k of them).
         threshold: The score above which they are, from -1 to 1; the authors' code has .7.
         aggregate: "max" or "mean", of the similarities to the views.
 

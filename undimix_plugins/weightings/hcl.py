@@ -7,11 +7,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from undimix_plugins.checks import check_number
+from undimix_plugins.checks import check_number, check_strength
 from undimix_plugins.contrast import Contrast
 from undimix_plugins.settings import constant
 from undimix_plugins.weightings.debiased import debiased
-from undimix_plugins.weightings.weighting import Weighting, check_share, check_strength, mean_one
+from undimix_plugins.weightings.weighting import Weighting, check_share, mean_one
 
 
 @constant
@@ -45,6 +45,7 @@ class HCL(Weighting):
     beta: float = 1.0
     tau_plus: float = 0.1
 
+    strength: ClassVar[str] = "beta"
     citation: ClassVar[str] = """
 @inproceedings{robinson2021contrastive,
     title={Contrastive Learning with Hard Negative Samples},

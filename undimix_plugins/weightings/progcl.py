@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
@@ -19,8 +18,7 @@ from undimix_plugins.weightings.weighting import Uniform, Weighting, mean_one
 
 COLUMNS = 100  # of the pool, whose similarities a mixture is fitted to
 TINY = 1e-12  # what the authors' code keeps similarities and responsibilities off 0 by
-LATEST = 16  # calls whose mixtures are remembered for a backward pass that runs them again
-ALIKE = 1e-5  # how far the keys of a contrast and of the same one worked out again are apart
+LATEST = 256  # calls whose mixtures are remembered for a backward pass that runs them again
 MOST = 1e8  # alpha + beta + 1 of a distribution: one of a single similarity would be infinitely high
 
 
@@ -133,19 +131,21 @@ class ProGCL(Weighting):
 
     def prepare(self, contrast: Contrast) -> tuple[Contrast, Tensor | None, Mixture | None]:
         """The contrast, its copies and the mixture, which is fitted first where it is time: backward finds the same."""
+        mixture = self._mixture_of(contrast) if torch.is_grad_enabled() else self.mixture
         with torch.no_grad():
-            copies = first_copies(contrast.pool)
-        if not torch.is_grad_enabled():
-            return contrast, copies, self.mixture
+            return contrast, None if mixture is None else first_copies(contrast.pool), mixture
+
+    def _mixture_of(self, contrast: Contrast) -> Mixture | None:
+        """The mixture of a call, which is fitted first where it is time, or of one that is worked out again."""
         before, key = self.mixture, _key(contrast)
-        if in_backward():
-            if (call := self._again(key)) is not None:
-                return contrast, copies, call.mixture
+        if not in_backward():
             self._count(contrast)
-            return contrast, copies, before
+            self.latest = [*self.latest[1 - LATEST :], Call(key, self.mixture)]
+            return self.mixture
+        if self.latest:
+            return self._again(key)
         self._count(contrast)
-        self.latest = [*self.latest[1 - LATEST :], Call(key, self.mixture)]
-        return contrast, copies, self.mixture
+        return before
 
     def _count(self, contrast: Contrast) -> None:
         self.calls += 1
@@ -154,11 +154,10 @@ class ProGCL(Weighting):
             with suppress(ValueError):  # a last batch of one pair, say: the next call will do
                 self.fit(contrast)
 
-    def _again(self, key: Tensor) -> Call | None:
-        """The call of the same contrast, but for what rounding makes of it where it is worked out again."""
-        near = [(float((call.key - key).abs().max()), place) for place, call in enumerate(self.latest)]
-        distance, place = min(near, default=(math.inf, 0))
-        return self.latest[place] if distance < ALIKE else None
+    def _again(self, key: Tensor) -> Mixture | None:
+        """That of the latest call with the nearest key: rounding may differ where a call is worked out again."""
+        distances = torch.stack([(call.key - key).abs().sum() for call in reversed(self.latest)])
+        return self.latest[-1 - int(distances.argmin())].mixture
 
     def __getstate__(self) -> dict[str, object]:
         """Without the latest calls, which belong to one step."""

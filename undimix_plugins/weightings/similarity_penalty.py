@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from undimix_plugins.checks import check_strength
 from undimix_plugins.contrast import Contrast
 from undimix_plugins.settings import constant
-from undimix_plugins.weightings.weighting import Weighting, check_share, check_strength
+from undimix_plugins.weightings.weighting import Weighting, check_share
 
 
 @constant
@@ -38,6 +39,7 @@ class SimilarityPenalty(Weighting):
 
     alpha: float = 9.0
 
+    strength: ClassVar[str] = "alpha"
     citation: ClassVar[str] = """
 @article{lan2025llave,
     title={LLaVE: Large Language and Vision Embedding Models with Hardness-Weighted Contrastive Learning},

@@ -9,11 +9,11 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from undimix_plugins.checks import check_choice, check_number
+from undimix_plugins.checks import LARGEST, check_choice, check_number
 from undimix_plugins.components import TaskGradients, mean_distances, task_gradients
 from undimix_plugins.contrast import Contrast, full_precision
 from undimix_plugins.settings import constant
-from undimix_plugins.weightings.weighting import LARGEST, Weighting, check_share, mean_one
+from undimix_plugins.weightings.weighting import Weighting, check_share, mean_one
 
 # A deviation below this many eps of the terms that made a score is rounding: coincident rows must weigh the same.
 ROUNDING = 32
@@ -85,6 +85,7 @@ class UnDiMix(Weighting):
     distance: str = "cosine"
     detached: bool = False
 
+    strength: ClassVar[str] = "hardness"
     citation: ClassVar[str] = """
 @misc{tabassum2022unremix,
     title={Hard Negative Sampling Strategies for Contrastive Representation Learning},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from undimix_plugins.checks import check_number
-from undimix_plugins.contrast import Contrast, alone, full_precision
+from undimix_plugins.contrast import Contrast, alone, full_precision, holds_all_anchors
 from undimix_plugins.settings import constant
 
 
@@ -20,6 +19,8 @@ class Weighting:
     Attributes:
         citation: BibTeX of the method, for model cards; empty where there is none.
         adds_negatives: Whether `combine` adds further negatives, which are none of the contrast's.
+        strength: The name of the attribute that scores are multiplied by, which statistics show as the hardness in
+            force; empty where there is none.
 
     Examples:
         A weighting of one's own, twice the weight on the more similar half of the anchor's negatives:
@@ -35,6 +36,7 @@ class Weighting:
 
     citation: ClassVar[str] = ""
     adds_negatives: ClassVar[bool] = False
+    strength: ClassVar[str] = ""
 
     def __repr__(self) -> str:
         """The class and its settings: what model cards and printed losses say."""
@@ -129,6 +131,8 @@ class Softened(Weighting):
     weighting: Weighting
     share: float
 
+    strength: ClassVar[str] = "share"
+
     @property
     def citation(self) -> str:  # type: ignore[override]
         """That of the weighting."""
@@ -184,15 +188,6 @@ def weighs_alike(weighting: Weighting) -> bool:
     return type(weighting).log_weights is Uniform.log_weights
 
 
-LARGEST = 1e30  # of what scores are multiplied by: beyond it, they could overflow float32
-
-
-def check_strength(name: str, value: float, *, above: float = -math.inf) -> None:
-    """Raises a ValueError unless what scores are multiplied by is a number from 0 (or above `above`) to 1e30."""
-    if check_number(name, value, at_least=0, above=above) > LARGEST:
-        raise ValueError(f"{name}: expected at most {LARGEST:g}, got {value!r}")
-
-
 def check_share(share: float) -> float:
     """Returns `share` as a float; a ValueError unless it is a number from 0 to 1."""
     check_number("share", share, at_least=0)
@@ -202,11 +197,9 @@ def check_share(share: float) -> float:
 
 
 def check_compared(contrast: object, weighting: object) -> None:
-    """Raises a TypeError unless these are a `Contrast` and a `Weighting`, a ValueError for embeddings on "meta"."""
+    """Raises a TypeError unless these are a `Contrast` and an instance of `Weighting`."""
     if not isinstance(contrast, Contrast):
         raise TypeError(f"contrast: expected a Contrast, got {type(contrast).__name__}")
-    if contrast.pool.device.type == "meta":
-        raise ValueError("contrast: expected embeddings on a device that holds values, got meta")
     check_weighting(weighting)
 
 
@@ -279,7 +272,9 @@ def mean_one(log_weights: Tensor, negative: Tensor) -> Tensor:
 
 
 def importance_weights(contrast: Contrast, weighting: Weighting) -> Tensor:
-    """The weights themselves, to look at: what each negative of each anchor counts. No other process is asked.
+    """The weights themselves, to look at: what each negative of each anchor counts.
+
+    Of a pool gathered from all processes without their anchors (a memory bank's), each process has to call it.
 
     Args:
         contrast: What is compared, n anchors and a pool of m.
@@ -290,7 +285,6 @@ def importance_weights(contrast: Contrast, weighting: Weighting) -> Tensor:
 
     Raises:
         TypeError: For something else than a Contrast and a Weighting.
-        ValueError: For an influence that needs other processes' anchors, which a gathered pool does not hold.
 
     Examples:
         >>> contrast = two_views(torch.randn(4, 8), torch.randn(4, 8), temperature=0.5)
@@ -298,7 +292,8 @@ def importance_weights(contrast: Contrast, weighting: Weighting) -> Tensor:
         tensor([0., 1., 1., 1., 0., 1., 1., 1.])
     """
     check_compared(contrast, weighting)
-    rows, contrast = slice(0, len(contrast.anchors)), alone(weighting.compared(contrast))
+    rows, contrast = slice(0, len(contrast.anchors)), weighting.compared(contrast)
+    contrast = alone(contrast) if holds_all_anchors(contrast) else contrast
     with torch.no_grad(), full_precision(contrast.pool):
         weights = weighting.log_weights(weighting.prepare(contrast), rows).exp()
         return weights.masked_fill(~contrast.is_negative(rows), 0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from sentence_transformers.sentence_transformer.modules import BoW
 from torch import Tensor, nn
 
 from integration_tests.text.tiny_models import encoder
-from undimix_plugins import HCL, UnDiMix, Uniform, undimix
+from undimix_plugins import HCL, UnDiMix, Uniform, Weighting, undimix
 
 BATCH, WIDTH, REGIONS = 5, 8, 3
 BAD = ("short", "empty", "not finite")
@@ -140,11 +141,44 @@ def refusal(loss: nn.Module, name: str, rank: int, ranks: int, bad: str) -> str:
     return "nothing"
 
 
+class Failing(Weighting):
+    def log_weights(self, prepared: Any, rows: slice) -> Tensor:
+        raise ValueError("a weighting's own")
+
+
+def queues(rank: int, ranks: int) -> dict[str, Any]:
+    """The memory bank after some steps, the host's, and after one more, which fails on the last rank alone."""
+    inputs, _ = of_rank("NTXentLoss-bank", rank, ranks)
+    host, loss = with_bank(True), undimix(with_bank(True), HCL())
+    for step in range(6):  # of 10 rows or more each, into 41 entries
+        for criterion in (host, loss):
+            criterion(inputs[0].roll(step, 1).requires_grad_(), inputs[1].roll(step, 1))
+    found = {"host": host.memory_bank.bank.clone(), "ours": loss.memory_bank.bank.clone()}
+    failing = undimix(loss, Failing()) if rank == ranks - 1 else loss
+    host(inputs[0].requires_grad_(), inputs[1])
+    try:
+        failing(inputs[0], inputs[1])
+    except ValueError as error:
+        found["raised"] = str(error)
+    return {**found, "host, then": host.memory_bank.bank, "ours, then": failing.memory_bank.bank}
+
+
+def labels_on_one(rank: int, ranks: int) -> str:
+    """What a rank says where labels are given on the first alone."""
+    inputs, _ = of_rank("NTXentLoss", rank, ranks)
+    try:
+        undimix(LOSSES["NTXentLoss"][0](True))(*inputs, torch.arange(BATCH) if rank == 0 else None)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
 def on_a_rank(rank: int, ranks: int, root: str) -> None:
     torch.set_num_threads(1)
     encoder()  # before there are ranks, of which the first alone would save it
-    dist.init_process_group("gloo", init_method=f"file://{root}/init", rank=rank, world_size=ranks)
-    results: dict[str, Any] = {}
+    patience = timedelta(seconds=120)  # with a rank that waits for one that does not come
+    dist.init_process_group("gloo", init_method=f"file://{root}/init", rank=rank, world_size=ranks, timeout=patience)
+    results: dict[str, Any] = {"queues": queues(rank, ranks), "labels on one": labels_on_one(rank, ranks)}
     for name, (make, _) in LOSSES.items():
         batch = of_rank(name, rank, ranks)
         results[name] = {
@@ -230,3 +264,21 @@ def test_a_bad_batch_on_one_rank_is_refused_on_every_rank(name: str, bad: str, r
         assert (
             f"expected a batch on every process, since negatives are gathered, got none on [{len(others)}]" in refused
         )
+
+
+def test_labels_on_one_rank_alone_are_refused_on_every_rank(ranks: list[dict[str, Any]]) -> None:
+    for results in ranks:
+        assert results["labels on one"] == (
+            "labels: expected some on every process or on none, since they are gathered, got some on [0] alone"
+        )
+
+
+def test_the_queue_is_the_hosts_and_no_rank_waits_for_one_whose_loss_raises(ranks: list[dict[str, Any]]) -> None:
+    *others, last = (results["queues"] for results in ranks)
+    for found in (*others, last):
+        torch.testing.assert_close(found["ours"], found["host"], rtol=0, atol=1e-12)
+        assert not torch.equal(found["host, then"], found["host"])
+    for found in others:
+        torch.testing.assert_close(found["ours, then"], found["host, then"], rtol=0, atol=1e-12)
+    assert last["raised"] == "a weighting's own"
+    assert torch.equal(last["ours, then"], last["ours"])

@@ -153,7 +153,8 @@ class NegativeStatistics(_OfLightning):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begins to watch the losses, at some steps."""
         self._stop()
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped  # what loggers are given
+        # What loggers are given. `global_step` counts each optimiser's steps, several for a batch.
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
         if (step + 1) % self.every:
             return
         if step != self._step:  # else a further batch of the same step
@@ -171,7 +172,7 @@ class NegativeStatistics(_OfLightning):
         if self._watching is None:
             return
         self._stop()
-        if trainer.fit_loop._should_accumulate():
+        if trainer.fit_loop._should_accumulate():  # nor does `global_step` tell the step's last batch
             return
         if not self._seen:
             warnings.warn(

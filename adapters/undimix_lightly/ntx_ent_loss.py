@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -110,10 +111,13 @@ class NTXentLoss(WeightedLoss, HostNTXentLoss):
         first, second = check_equal_batches("out0", checked, itemgetter(0)) if gather else checked()
         if gather:
             everyone = _of_bank(first.detach(), bank.size[0])
+        keys = second
+        if first.requires_grad and bank.gather_distributed and dist.world_size() > 1:
+            keys = gather_constants(second)  # before the loss, which may raise on one process while the others wait
         pool = _entries(bank, second).to(first)
         loss = info_nce(Contrast(first, second, pool, None, self.temperature, everyone=everyone), self.weighting)
         if first.requires_grad:
-            _enqueue(bank, second)  # once the loss is there: a step that raises leaves the bank as it was
+            _enqueue(bank, keys)  # once the loss is there: a step that raises leaves the bank as it was
         return loss
 
 
@@ -128,8 +132,10 @@ def _entries(bank: MemoryBankModule, keys: Tensor) -> Tensor:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _enqueue(bank: MemoryBankModule, keys: Tensor) -> None:
-    """Puts keys in the place of the bank's oldest."""
-    bank.forward(keys, update=True)
+    """Puts keys, all processes' where these are gathered, in the place of the bank's oldest."""
+    gathered = copy(bank)  # of the same entries
+    gathered.gather_distributed = False
+    gathered.forward(keys, update=True)
 
 
 def _of_bank(anchors: Tensor, entries: int) -> Everyone:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -44,7 +45,8 @@ def contrast_of_views(
         A Contrast of 2 * batch anchors, first views then second.
 
     Raises:
-        ValueError: For projections or labels that do not fit, or batches of different sizes to gather.
+        ValueError: For projections or labels that do not fit; on every process, for batches of different sizes to
+            gather, or labels on some processes alone.
     """
 
     def checked() -> tuple[Tensor, Tensor, list[Tensor] | None]:
@@ -53,7 +55,8 @@ def contrast_of_views(
         return first, second, criterion.inputs_of(out0, out1)
 
     gather = gather and dist.world_size() > 1
-    first, second, inputs = check_equal_batches("out0", checked, itemgetter(0)) if gather else checked()
+    equal = partial(check_equal_batches, "out0", checked, itemgetter(0), labels=labels)
+    first, second, inputs = equal() if gather else checked()
     gathered, offset = None, 0
     further: dict[str, Any] = {}
     of_pool = [part for part in (labels, *(inputs or [])) if part is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -55,8 +56,12 @@ class RankingLoss(WeightedLoss):
     of_batch: Known | None = None  # what is known of the batch whose loss is worked out
     cites_weighting: bool = True  # but not inside a cached loss, which does: a model's card lists both
 
-    def __init_subclass__(cls) -> None:
-        """Not the host's, which warns of a subclass of a deprecated loss, whether or not anybody uses it."""
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Without the host's warning of a subclass of a deprecated loss, whether or not anybody uses it."""
+        with warnings.catch_warnings():
+            deprecated = re.escape(getattr(cls, "__deprecated__", "") or "")
+            warnings.filterwarnings("ignore", f"{deprecated}$", DeprecationWarning)
+            super().__init_subclass__(**kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "model" and "model" in self._modules and self.last_layer is not None:

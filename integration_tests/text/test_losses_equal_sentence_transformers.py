@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import importlib.util
 import pickle
+import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from sentence_transformers.cross_encoder import losses as cross_losses
 from sentence_transformers.multi_vector_encoder import losses as multi_losses
 from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sparse_encoder import losses as sparse_losses
-from sentence_transformers.util import fullname
+from sentence_transformers.util import dot_score, fullname
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import set_seed
@@ -580,6 +581,44 @@ def test_import_warns_of_no_loss_that_nobody_uses() -> None:
         assert Path(caught[0].filename) == Path(__file__)
 
 
+class Registered:
+    """A user's base that keeps account of its subclasses."""
+
+    tags: ClassVar[dict[str, str]] = {}
+
+    def __init_subclass__(cls, tag: str = "", **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Registered.tags[cls.__name__] = tag
+
+
+@pytest.mark.parametrize("base", [ours.MultipleNegativesRankingLoss, ours.MultipleNegativesSymmetricRankingLoss])
+def test_a_subclass_with_another_base(base: type[Any]) -> None:
+    """What bases do with their subclasses is done, other warnings than the host's of a deprecated loss are given."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made = types.new_class(f"My{base.__name__}", (base, Registered), {"tag": "mine"})
+    assert Registered.tags[made.__name__] == "mine"
+
+    class Deprecating:
+        def __init_subclass__(cls) -> None:
+            warnings.warn("another deprecation", DeprecationWarning, stacklevel=2)
+
+    with pytest.warns(DeprecationWarning, match="another deprecation") as caught:
+        types.new_class("Warned", (base, Deprecating))
+    assert len(caught) == 1
+
+
+def test_a_temperature_for_a_scale_is_told_once() -> None:
+    model = encoder()
+    for make in (ours.MultipleNegativesRankingLoss, ours.CachedMultipleNegativesRankingLoss):
+        with pytest.warns(UserWarning, match="all candidates count nearly the same") as caught:
+            make(model, scale=0.2)
+        assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours.MultipleNegativesRankingLoss(model, scale=0.05, similarity_fct=dot_score)
+
+
 # --- what can't be weighted
 
 
@@ -604,3 +643,8 @@ def test_import_warns_of_no_loss_that_nobody_uses() -> None:
 def test_refused_with_a_reason(make: Make, why: str) -> None:
     with pytest.raises(TypeError, match=why):
         undimix(make(encoder()))
+
+
+def test_a_model_is_told_from_a_loss() -> None:
+    with pytest.raises(TypeError, match=r"^loss: SentenceTransformer has no negatives .* looks like a model: weight"):
+        undimix(encoder())

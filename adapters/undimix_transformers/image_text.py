@@ -11,7 +11,7 @@ from transformers import Trainer
 from undimix_plugins import WeightedLoss, Weighting, as_full_precision, in_batch_negatives, info_nce
 from undimix_plugins.checks import check_embeddings, check_same_length
 from undimix_plugins.contrast import to_length_one
-from undimix_transformers.trainer import calling_trainer, check_instance, of_same_class, trains
+from undimix_transformers.trainer import calling_trainer, of_same_class, refuse_uncalled_class, trains
 
 
 class ImageTextLoss(WeightedLoss):
@@ -55,7 +55,7 @@ class ImageTextLoss(WeightedLoss):
 
     def __init__(self, model: nn.Module, weighting: Weighting | None = None, **options: Any) -> None:
         super().__init__()
-        check_instance(type(self), options)
+        refuse_uncalled_class(type(self), options)
         name = type(model).__name__
         if getattr(model, "logit_bias", None) is not None:
             raise TypeError(

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
 from undimix_plugins import Contrast, WeightedLoss, Weighting, info_nce
 from undimix_plugins.checks import check_choice, check_embeddings, check_number
 from undimix_plugins.contrast import to_length_one
-from undimix_transformers.trainer import calling_trainer, check_instance, dispatches, of_same_class, trains
+from undimix_transformers.trainer import calling_trainer, dispatches, of_same_class, refuse_uncalled_class, trains
 
 WHOLE = (
     'TrainingArguments(accelerator_config={"dispatch_batches": False}) lets each process read the stream, in the same '
@@ -89,14 +89,16 @@ class SentenceTuples:
     def __init__(self, collator: Callable[[list[Any]], Any]) -> None:
         _check_collator(collator)
         self.collator = collator
-        # The fewest and the most sentences of an example so far, in memory that a DataLoader's workers share.
-        self._counts = torch.tensor([2**31, 0], device="cpu").share_memory_()  # type: ignore[no-untyped-call]
+        # Which numbers of sentences examples had so far, in memory that a DataLoader's workers share: a flag for each,
+        # only ever set, so that no worker undoes what another wrote. The last one is for all larger numbers.
+        flags = torch.zeros(64, dtype=torch.bool, device="cpu")
+        self._seen = flags.share_memory_()  # type: ignore[no-untyped-call]
 
     @property
     def rows_per_example(self) -> int | None:
-        """How many sentences the examples had so far; None before the first batch, or where batches differ."""
-        fewest, most = self._counts.tolist()
-        return int(fewest) if fewest == most else None
+        """How many sentences the examples had so far; None before the first batch, where they differ, or above 62."""
+        seen = self._seen.nonzero().flatten().tolist()
+        return int(seen[0]) if len(seen) == 1 and seen[0] < len(self._seen) - 1 else None
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Any:
         labels = [example["labels"] for example in examples if "labels" in example]
@@ -109,8 +111,7 @@ class SentenceTuples:
                         f"examples: expected {count} sentences in each, as the first has, got {len(entries)} "
                         f"in {key!r} of example {row}"
                     )
-        fewest, most = self._counts.tolist()
-        self._counts[0], self._counts[1] = min(fewest, count), max(most, count)
+        self._seen[min(count, len(self._seen) - 1)] = True
         rows = [{key: entries[i] for key, entries in example.items()} for example in lists for i in range(count)]
         batch = self.collator(rows)
         if labels:
@@ -186,7 +187,7 @@ class SimCSELoss(WeightedLoss):
         **options: Any,
     ) -> None:
         super().__init__()
-        check_instance(type(self), options)
+        refuse_uncalled_class(type(self), options)
         self.temperature = temperature
         check_choice("pooling", pooling, ("cls", "pooler"))
         self.pooling = pooling
@@ -215,9 +216,9 @@ class SimCSELoss(WeightedLoss):
         embeddings = self._pooled(outputs)
         count = self.rows_per_example
         trainer, scale = calling_trainer()
-        if trainer is not None:
-            self._check_trainer(trainer)
         streamed = dispatches(trainer)
+        if trainer is not None:
+            self._check_trainer(trainer, streamed)
         # Processes have equal shares of whole examples: where one's rows are a multiple, no share begins within any.
         if len(embeddings) % count:
             raise ValueError(
@@ -255,7 +256,7 @@ class SimCSELoss(WeightedLoss):
         )
         return info_nce(contrast, self.weighting) / scale
 
-    def _check_trainer(self, trainer: Trainer) -> None:
+    def _check_trainer(self, trainer: Trainer, streamed: bool) -> None:
         """Errors and warnings for what does not fit the Trainer, as far as it can be told from here."""
         count, collator = self.rows_per_example, trainer.data_collator
         grouped = getattr(collator, "rows_per_example", None)
@@ -263,7 +264,7 @@ class SimCSELoss(WeightedLoss):
             raise ValueError(
                 f"rows_per_example: expected {grouped}, as the data_collator gives of each example, got {count}"
             )
-        if dispatches(trainer):
+        if streamed:
             warnings.warn(
                 "SimCSELoss: accelerate's dispatch_batches cuts batches of streamed data by row, the last one maybe "
                 f"within an example, which would stop the training: {WHOLE}",

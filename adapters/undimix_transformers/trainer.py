@@ -53,32 +53,33 @@ def trains(trainer: Trainer, module: nn.Module) -> bool:
 
 
 def dispatches(trainer: Trainer | None) -> bool:
-    """Whether accelerate reads batches in one process, as it does streamed data, and cuts them by row for all."""
-    if trainer is None or trainer.accelerator.num_processes == 1:
+    """Whether accelerate reads batches in one process, as it does streamed data, and cuts them by row for all.
+
+    The batches of the training or of the evaluation, whichever goes on: either may be streamed without the other.
+    """
+    if trainer is None or trainer.model is None or trainer.accelerator.num_processes == 1:
         return False
-    loaders = (trainer.callback_handler.train_dataloader, trainer.callback_handler.eval_dataloader)
-    return any(isinstance(loader, DataLoaderDispatcher) for loader in loaders)
+    handler = trainer.callback_handler
+    loader = handler.train_dataloader if trainer.model.training else handler.eval_dataloader
+    return isinstance(loader, DataLoaderDispatcher)
 
 
 def of_same_class(labels: Tensor | None, examples: int) -> Verdicts:
     """Verdicts on examples: those of an anchor's class are none of its negatives; a ValueError without labels."""
-    if not isinstance(labels, Tensor) or labels.shape != (examples,):
-        came = list(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
-        hint = (
-            ""
-            if labels is not None
-            else (
-                '; let the collator put "labels" into the batch, and the Trainer keep them: '
-                'TrainingArguments(label_names=["labels"], remove_unused_columns=False)'
-            )
-        )
+    expected = f"exclude_same_class: expected labels of shape [{examples}], one for each example, got"
+    if labels is None:
         raise ValueError(
-            f"exclude_same_class: expected labels of shape [{examples}], one for each example, got {came}{hint}"
+            f'{expected} None; let the collator put "labels" into the batch, and the Trainer keep them: '
+            'TrainingArguments(label_names=["labels"], remove_unused_columns=False)'
         )
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"{expected} {type(labels).__name__}")
+    if labels.shape != (examples,):
+        raise ValueError(f"{expected} {list(labels.shape)}")
     return same_label(labels, labels)
 
 
-def check_instance(loss: type[nn.Module], options: Mapping[str, Any]) -> None:
+def refuse_uncalled_class(loss: type[nn.Module], options: Mapping[str, Any]) -> None:
     """A TypeError where the Trainer calls a class, given as `compute_loss_func`, in place of a loss."""
     if "num_items_in_batch" in options:
         name = loss.__name__

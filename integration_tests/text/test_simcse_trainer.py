@@ -19,6 +19,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    default_data_collator,
     set_seed,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -285,7 +286,7 @@ def test_examples_of_a_class_are_no_negatives(by_row: bool) -> None:
     loss = undimix(SimCSELoss(rows_per_example=3), Uniform(), exclude_same_class=True)
     got = loss(BaseModelOutputWithPooling(last_hidden_state=hidden), labels.repeat_interleave(3) if by_row else labels)
     torch.testing.assert_close(got, supervised_objective(hidden[:, 0], 3, 0.05, kept), rtol=0, atol=1e-10)
-    missing = r"exclude_same_class: .* \[4\].*got NoneType.*label_names=\[\"labels\"\], remove_unused_columns=False"
+    missing = r"exclude_same_class: .* \[4\].*got None; .*label_names=\[\"labels\"\], remove_unused_columns=False"
     with pytest.raises(ValueError, match=missing):
         loss(BaseModelOutputWithPooling(last_hidden_state=hidden))
 
@@ -370,6 +371,24 @@ def test_options_as_in_the_verb() -> None:
         SimCSELoss(0.05, HCL(), hardness=2.0)
     with pytest.raises(TypeError, match="hardnes"):
         SimCSELoss(hardnes=2.0)
+
+
+def test_a_scale_for_a_temperature_is_told_once() -> None:
+    with pytest.warns(UserWarning, match="all candidates count nearly the same") as caught:
+        assert repr(SimCSELoss(20)).startswith("SimCSELoss(temperature=20.0, ")
+    assert len(caught) == 1
+
+
+def test_numbers_of_sentences_that_workers_have_seen() -> None:
+    """Each only ever adds to what the others wrote."""
+    collator = SentenceTuples(default_data_collator)
+    assert collator.rows_per_example is None
+    for numbers, expected in (([3], 3), ([3], 3), ([2], None), ([3, 3], None)):
+        collator([{"input_ids": [[1]] * number} for number in numbers])
+        assert collator.rows_per_example == expected
+    collator = SentenceTuples(default_data_collator)
+    collator([{"input_ids": [[1]] * 100}])
+    assert collator.rows_per_example is None
 
 
 def test_a_class_in_place_of_a_loss(sentences: list[Any], tmp_path: Path) -> None:

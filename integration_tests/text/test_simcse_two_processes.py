@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from accelerate.data_loader import DataLoaderDispatcher
 from datasets import Dataset
 from transformers import DataCollatorWithPadding
 
@@ -70,7 +71,24 @@ def streamed(sentences: list[dict[str, Any]], root: Path) -> dict[str, Any]:
             except ValueError as error:
                 outcomes[name] = str(error)
         outcomes[f"{name} warned"] = any("dispatch_batches" in str(warning.message) for warning in caught)
+    outcomes["evaluated"] = evaluated_on_a_stream(triplets.select(range(8)), root)
     return outcomes
+
+
+def evaluated_on_a_stream(triplets: Dataset, root: Path) -> list[str]:
+    """What is warned of, or raised, in a training whose evaluations alone are on streamed data."""
+    loss = undimix(SimCSELoss(rows_per_example=3), exclude_same_class=True)
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 2, "prediction_loss_only": True}
+    trainer = single.make_trainer(single.make_model(0.0), triplets, root, loss, SentenceTuples(PADDED), **settings)
+    trainer.eval_dataset = triplets.to_iterable_dataset()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            trainer.train()
+        except ValueError as error:
+            return [str(error)]
+    assert isinstance(trainer.callback_handler.eval_dataloader, DataLoaderDispatcher)
+    return [str(warning.message) for warning in caught if "dispatch_batches" in str(warning.message)]
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +123,7 @@ def test_examples_of_a_stream_stay_whole_or_are_refused(results: Path, sentences
         assert len(outcome["whole"]) == len(outcome["triplets"]) == 2
         warned = {name: outcome[f"{name} warned"] for name in ("cut", "whole", "even")}
         assert warned == {"cut": True, "whole": False, "even": True}
+        assert outcome["evaluated"] == []  # evaluations without a label take no loss
 
 
 def test_gradients_are_those_of_the_mean(results: Path, sentences: list[dict[str, Any]]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from undimix_plugins import Contrast, Uniform, Weighting, unit_rows
-from undimix_plugins.checks import check_choice, check_number
+from undimix_plugins.checks import check_choice, check_number, check_strength
 from undimix_plugins.scoped import Scoped
 from undimix_plugins.settings import constant
 
@@ -207,7 +207,8 @@ def _pixels(images: Tensor, places: Tensor) -> Tensor:
 def non_semantic_columns(*embeddings: Tensor) -> Iterator[None]:
     """Embeddings of a batch's non-semantic images, which join their own anchors' negatives in the losses inside.
 
-    In this thread or task alone.
+    In this thread or task alone. On a GPU activation checkpointing runs a forward again in another thread, where they
+    are not: checkpoint the encoder, not the loss.
 
     Args:
         embeddings: One batch or several, each [samples, width], floating point, as the loss is given the views' ones;
@@ -243,8 +244,8 @@ class NonSemanticNegatives(Weighting):
     negatives j gets none.
 
     Attributes:
-        alpha: What the similarity of non-semantic negatives is multiplied by, a finite number above 0; the paper has 2
-            and 3 too.
+        alpha: What the similarity of non-semantic negatives is multiplied by, above 0 and at most 1e30; the paper has
+            2 and 3 too.
 
     Raises:
         ValueError: For an `alpha` out of this range; in a loss, outside of `non_semantic_columns`, or for columns of
@@ -268,7 +269,7 @@ class NonSemanticNegatives(Weighting):
     log_weights = Uniform.log_weights
 
     def __post_init__(self) -> None:
-        check_number("alpha", self.alpha, above=0)
+        check_strength("alpha", self.alpha, above=0)
 
     def combine(self, contrast: Contrast, positives: Tensor, negatives: Tensor, count: Tensor) -> Tensor:
         """The negatives with the non-semantic ones [n]."""

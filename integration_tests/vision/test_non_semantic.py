@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -328,8 +329,16 @@ def test_refuses() -> None:
         with pytest.raises(ValueError, match=message), non_semantic_columns(*embeddings):
             pass
     for alpha in (0.0, -1.0, float("nan"), "1"):
-        with pytest.raises(ValueError, match=r"^alpha: expected a finite number above 0"):
+        with pytest.raises(ValueError, match=r"^alpha: expected a finite number .*above 0"):
             NonSemanticNegatives(alpha=alpha)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^alpha: expected at most 1e\+30, got 1e\+39"):
+        NonSemanticNegatives(alpha=1e39)
+
+
+def test_a_checkpoints_hyperparameters_hold_it(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    torch.save({"weighting": NonSemanticNegatives(alpha=2.0)}, path)
+    assert torch.load(path, weights_only=True)["weighting"] == NonSemanticNegatives(alpha=2.0)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from lightly import loss as host
+from lightly.loss.detcon_loss import DetConBLoss as HostDetConBLoss
+from lightly.loss.detcon_loss import DetConSLoss as HostDetConSLoss
+from lightly.loss.ntx_ent_loss import NTXentLoss as HostNTXentLoss
 from torch import nn
 
 from undimix_lightly.dcl_loss import DCLLoss, DCLWLoss
@@ -21,9 +24,9 @@ def weighted(loss: nn.Module, weighting: Weighting | None, **settings: Any) -> n
     by_labels = settings.pop("exclude_same_class", None)
     if by_labels is not None and isinstance(loss, tuple(classes)):
         how = "takes labels in the call, criterion(z0, z1, labels)"
-        if isinstance(loss, (host.DetConBLoss, host.DetConSLoss)):
+        if isinstance(loss, (HostDetConBLoss, HostDetConSLoss)):
             how = "knows by its masks what belongs together"
-        elif isinstance(loss, host.NTXentLoss) and loss.memory_bank.size[0]:
+        elif isinstance(loss, HostNTXentLoss) and loss.memory_bank.size[0]:
             how = "compares with a memory bank, whose entries have no labels"
         raise TypeError(f"exclude_same_class: expected none for {type(loss).__name__}, which {how}, got {by_labels!r}")
     return reweight(loss, weighting, classes, **settings)

@@ -273,10 +273,7 @@ def check_temperature(name: str, value: float, *, inverse: bool = False) -> floa
     return number
 
 
-def check_strength(name: str, value: float, *, above: float = -math.inf) -> float:
-    """Raises a ValueError unless a number is one from 0 (or above `above`) to 1e30, which float32 can multiply by."""
-    if check_number(name, value, at_least=0, above=above) > LARGEST:
-        raise ValueError(f"{name}: expected at most {LARGEST:g}, got {value!r}")
+def check_strength(name: str, value: float, *, above: float | None = None) -> float:
     """Checks that `value` is a number from 0 (or above `above`) to 1e30, and returns it as a float.
 
     Raises:
@@ -287,7 +284,7 @@ def check_strength(name: str, value: float, *, above: float = -math.inf) -> floa
         Traceback (most recent call last):
         ValueError: beta: expected at most 1e+30, got 1e+39
     """
-    number = check_number(name, value, at_least=0, above=above)
+    number = check_number(name, value, at_least=0) if above is None else check_number(name, value, above=above)
     if number > LARGEST:
         raise ValueError(f"{name}: expected at most {LARGEST:g}, got {value!r}")
     return number

@@ -328,7 +328,7 @@ def holds_all_anchors(contrast: Contrast) -> bool:
 
 
 def alone(contrast: Contrast) -> Contrast:
-    """The same, which asks nothing of other processes, so that they need not call; the influence raises where it must."""
+    """The same, which asks nothing of other processes, so that they need not call; the influence may raise then."""
     everyone, pool = contrast.everyone, contrast.pool.detach()
     if everyone is None:
         return contrast

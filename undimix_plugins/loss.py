@@ -221,7 +221,8 @@ def mean_loss(contrast: Contrast, weighting: Weighting, loss: tiled.Margin, *, o
         elif not math.isfinite(float(mean.detach())):
             with torch.no_grad():
                 _check_sums(tiled.negative_log_sums(contrast, weighting.weigher(), prepared), weighting)
-        _warn_of_no_negatives(contrast, mean.detach() == 0)
+        if contrast.verdicts is not None:
+            _warn_of_no_negatives(contrast, mean.detach() == 0)
         return mean
 
 

@@ -167,7 +167,7 @@ def checked_columns(embeddings: Sequence[Tensor]) -> list[Tensor]:
     """Columns of embeddings, dense; a ValueError for fewer than two, or bad ones."""
     if len(embeddings) < 2:
         raise ValueError(f"embeddings: expected at least 2 columns, got {len(embeddings)}")
-    columns = [column if column.layout == torch.strided else column.to_dense() for column in embeddings]
+    columns = [column if column.layout in (torch.strided, torch.jagged) else column.to_dense() for column in embeddings]
     named = {f"embeddings[{column}]": rows for column, rows in enumerate(columns)}
     check_embeddings(**named)
     check_same_length(**named)

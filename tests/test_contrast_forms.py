@@ -291,7 +291,7 @@ def test_anchor_weights(loss: Callable[..., Tensor], case: Case, weighting: Weig
     [
         (torch.ones(5), r"anchor_weights: expected a tensor of shape \[6\], got \[5\]"),
         ([1.0] * 6, r"anchor_weights: expected a tensor of shape \[6\], got list"),
-        (-torch.ones(6), r"anchor_weights: expected finite numbers of at least 0, got -1 to -1"),
+        (-torch.ones(6), r"anchor_weights: expected finite numbers of at least 0 and at most 1e\+30, got -1 to -1"),
         (torch.full((6,), math.nan), r"anchor_weights: expected finite numbers"),
     ],
 )

@@ -131,7 +131,8 @@ def check_lengths(embeddings: Mapping[str, Tensor], lengths: Mapping[str, float]
         longest = float(of_rows.max()) * float(largest)
         if longest > most:
             raise ValueError(
-                f"{name}: expected embeddings of a length up to {most:.0e}, whose inner products do not overflow, got "
+                f"{name}: expected embeddings of a length up to {most:.0e}, whose inner products do not overflow (has "
+                f"training diverged?), got "
                 f"{longest:.0e} in row {int(of_rows.argmax())}"
             )
 

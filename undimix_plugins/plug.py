@@ -25,11 +25,11 @@ GROUP = "undimix_plugins.adapters"
 
 # What belongs to something else than the verb, and where it goes.
 ELSEWHERE = {
-    "temperature": "it belongs to the loss: undimix(NTXentLoss(temperature=0.2))",
-    "scale": "it belongs to the loss: undimix(MultipleNegativesRankingLoss(model, scale=5))",
-    "beta": "it belongs to HCL: undimix(loss, HCL(beta=0.5, tau_plus=0))",
-    "tau_plus": "it belongs to HCL or Debiased: undimix(loss, HCL(beta=0.5, tau_plus=0))",
-    "alpha": "it belongs to SimilarityPenalty: undimix(loss, SimilarityPenalty(alpha=9.0))",
+    "temperature": "it belongs to the loss, as in NTXentLoss(temperature=0.2); a ranking loss has scale=5 for that",
+    "scale": "it belongs to the loss, as in MultipleNegativesRankingLoss(model, scale=5)",
+    "beta": "it belongs to HCL, as in undimix(loss, HCL(beta=0.5, tau_plus=0))",
+    "tau_plus": "it belongs to HCL or Debiased, as in undimix(loss, HCL(beta=0.5, tau_plus=0))",
+    "alpha": "it belongs to SimilarityPenalty, as in undimix(loss, SimilarityPenalty(alpha=9.0))",
     "labels": "labels go into the loss's call, where it takes them: criterion(z0, z1, labels)",
 }
 
@@ -79,7 +79,7 @@ def undimix(
     ours = {name: value for name, value in options.items() if name in known}
     for name, why in ELSEWHERE.items():
         if name in settings:
-            raise TypeError(f"options: {name} is none of undimix(), {why}, got {name}={settings[name]!r}")
+            raise TypeError(f"options: {name} is no option of undimix(), got {name}={settings[name]!r}: {why}")
     if last_layer is not None:
         settings["last_layer"] = last_layer
         if weighting is None:
@@ -170,9 +170,9 @@ def _adapter(loss: object) -> EntryPoint:
     came = f"{name}, {_no_loss(loss)}" if _no_loss(loss) else f"{name} of {packages[0]!r}"
     raise TypeError(
         f"loss: expected a contrastive loss that an adapter knows, of {losses_of}, got {came}. To weight a loss of "
-        "your own, call info_nce(two_views(z0, z1, temperature), UnDiMix()) of undimix_plugins in it. For another "
-        f"toolkit, register a function weighted(loss, weighting) under the entry-point group {GROUP!r}, named for its "
-        "import package"
+        "your own, call info_nce(two_views(*unit_rows(z0=z0, z1=z1), temperature), UnDiMix()) of undimix_plugins in "
+        "it. For another toolkit, register a function weighted(loss, weighting) under the entry-point group "
+        f"{GROUP!r}, named for its import package"
     )
 
 

@@ -132,8 +132,7 @@ def check_lengths(embeddings: Mapping[str, Tensor], lengths: Mapping[str, float]
         if longest > most:
             raise ValueError(
                 f"{name}: expected embeddings of a length up to {most:.0e}, whose inner products do not overflow (has "
-                f"training diverged?), got "
-                f"{longest:.0e} in row {int(of_rows.argmax())}"
+                f"training diverged?), got {longest:.0e} in row {int(of_rows.argmax())}"
             )
 
 

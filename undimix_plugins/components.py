@@ -272,6 +272,7 @@ def groups(rows: Tensor) -> Tensor | None:
     return torch.zeros_like(order).scatter(0, order, torch.cat([new.new_zeros(1), new]).cumsum(0))
 
 
+@torch.no_grad()
 def first_copies(rows: Tensor) -> Tensor | None:
     """For each row the first that equals it [rows], or None where a look is free and shows no equal ones.
 

@@ -23,6 +23,7 @@ from undimix_plugins.weightings.weighting import Uniform, Weighting, check_weigh
 
 GROUP = "undimix_plugins.adapters"
 
+OPTIONS = tuple(field.name for field in fields(UnDiMix))
 # What belongs to something else than the verb, and where it goes.
 ELSEWHERE = {
     "temperature": "it belongs to the loss, as in NTXentLoss(temperature=0.2); a ranking loss has scale=5 for that",
@@ -74,9 +75,8 @@ def undimix(
     if loss is None or isinstance(loss, type):
         came = "None" if loss is None else f"the class {loss.__name__}"
         raise TypeError(f"loss: expected a loss object such as NTXentLoss(), got {came}")
-    known = [field.name for field in fields(UnDiMix)]
-    settings = {name: value for name, value in options.items() if name not in known}
-    ours = {name: value for name, value in options.items() if name in known}
+    settings = {name: value for name, value in options.items() if name not in OPTIONS}
+    ours = {name: value for name, value in options.items() if name in OPTIONS}
     for name, why in ELSEWHERE.items():
         if name in settings:
             raise TypeError(f"options: {name} is no option of undimix(), got {name}={settings[name]!r}: {why}")
@@ -120,9 +120,8 @@ def chosen_weighting(
                 "set them where it is made"
             )
         return weighting
-    known = [field.name for field in fields(UnDiMix)]
-    if unknown := [name for name in options if name not in known]:
-        raise TypeError(f"options: expected some of UnDiMix's ({', '.join(known)}), got {', '.join(unknown)}")
+    if unknown := [name for name in options if name not in OPTIONS]:
+        raise TypeError(f"options: expected some of UnDiMix's ({', '.join(OPTIONS)}), got {', '.join(unknown)}")
     if not options:
         return None
     if isinstance(before, UnDiMix):
@@ -234,7 +233,7 @@ class WeightedLoss(nn.Module):
                 )
         unknown = ", ".join(name for name in settings if name not in self.settings)
         if unknown:
-            known = ", ".join([*(field.name for field in fields(UnDiMix)), "last_layer", *self.settings])
+            known = ", ".join([*OPTIONS, "last_layer", *self.settings])
             raise TypeError(f"options: expected {known} for {type(self).__name__}, got {unknown}")
         for name, value in settings.items():
             setattr(self, name, value)

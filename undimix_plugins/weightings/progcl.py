@@ -132,8 +132,7 @@ class ProGCL(Weighting):
     def prepare(self, contrast: Contrast) -> tuple[Contrast, Tensor | None, Mixture | None]:
         """The contrast, its copies and the mixture, which is fitted first where it is time: backward finds the same."""
         mixture = self._mixture_of(contrast) if torch.is_grad_enabled() else self.mixture
-        with torch.no_grad():
-            return contrast, None if mixture is None else first_copies(contrast.pool), mixture
+        return contrast, None if mixture is None else first_copies(contrast.pool), mixture
 
     def _mixture_of(self, contrast: Contrast) -> Mixture | None:
         """The mixture of a call, which is fitted first where it is time, or of one that is worked out again."""

@@ -80,8 +80,7 @@ class Ring(Weighting):
 
     def compared(self, contrast: Contrast) -> Contrast:
         """Without what is outside of the ring."""
-        with torch.no_grad():
-            copies = first_copies(contrast.pool)
+        copies = first_copies(contrast.pool)
         return contrast.without(verdicts=remembered(lambda rows: self._outside(contrast, copies, rows), contrast))
 
     @torch.no_grad()

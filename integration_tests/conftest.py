@@ -1,7 +1,9 @@
-"""The option that runs the whole matrix of losses and machinery, and what becomes of it."""
+"""What integration tests share; the option that runs the whole matrix of losses and machinery, and its table."""
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,15 @@ import pytest
 from integration_tests.matrix.table import markdown, write
 
 README = Path(__file__).parent.parent / "README.md"
+
+
+@pytest.fixture(scope="module")
+def frozen() -> Iterator[None]:
+    """Keeps what is imported out of garbage collections, of which a Trainer makes one for each training."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -28,6 +27,8 @@ from undimix_plugins import (
     compose,
     undimix,
 )
+
+pytestmark = pytest.mark.usefixtures("frozen")
 
 MIXED = {"N": 8, "s": 4, "s_prime": 2}
 FALSE = {"k": 2, "threshold": 0.0}
@@ -98,15 +99,6 @@ HOSTS: dict[str, Callable[[Weighting, Path], Run]] = {
 
 # Their loss of an anchor has a single positive.
 NO_ATTRACTION = ("lightly - DCLWLoss", "lightly - MACLLoss", "sentence_transformers - GISTEmbedLoss")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def frozen() -> Iterator[None]:
-    """Keeps what is imported out of garbage collections, of which a Trainer makes one for each training."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -11,6 +10,8 @@ import pytest
 
 from integration_tests.matrix import lightly_cells, pyg_cells, sentence_transformers_cells, transformers_cells
 from integration_tests.matrix.cells import cells, check
+
+pytestmark = pytest.mark.usefixtures("frozen")
 
 Record = Callable[[str, object], None]
 # What takes seconds is chosen once for all that share a Trainer.
@@ -28,15 +29,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     chosen = cells(toolkit.ROWS, toolkit.MACHINERY, every, left_out)
     parameters = [pytest.param(*cell, id=" - ".join(cell)) for cell in chosen]
     metafunc.parametrize(("row", "column"), parameters)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def frozen() -> Iterator[None]:
-    """Keeps what is imported out of garbage collections, of which a Trainer makes one for each training."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def run_cell(toolkit: str, row: str, column: str, root: Path, record: Record) -> None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import csv
-import gc
 import gzip
 import itertools
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,8 @@ from transformers import Trainer, TrainingArguments
 from undimix_lightly import HardnessWarmup, MemoryBankCheckpoint, NegativeStatistics
 from undimix_plugins import HCL, UnDiMix, Uniform, negative_statistics, two_views, undimix
 from undimix_plugins.loss import OBSERVERS
+
+pytestmark = pytest.mark.usefixtures("frozen")
 
 Digits = DataLoader[tuple[Tensor, ...]]
 
@@ -66,15 +66,6 @@ class Model(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.5)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def frozen() -> Iterator[None]:
-    """Keeps what is imported out of garbage collections, of which a Trainer makes one for each training."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -31,9 +31,8 @@ from matplotlib import pyplot as plt
 from PIL import Image
 from scipy import stats
 
-from benchmarks import graphs, tables, text, vision
-from benchmarks.runs import UNTRAINED, Run, load, metrics_of, result_of, sweep, whole, write_whole
-from benchmarks.tiers import (
+from benchmarks.embeddings import graphs, tables, text, vision
+from benchmarks.embeddings.protocol import (
     CONTENDERS,
     CURVES,
     EXPLORING_SEEDS,
@@ -50,6 +49,7 @@ from benchmarks.tiers import (
     Benchmark,
     main,
 )
+from benchmarks.embeddings.results import UNTRAINED, Run, load, metrics_of, result_of, sweep, whole, write_whole
 from undimix_plugins import UnDiMix
 
 ROOT = Path(__file__).parent.parent
@@ -160,7 +160,7 @@ def command(module: str, *arguments: object, data_dir: Path, folder: Path) -> su
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     told = [*arguments, "--scale", "tiny", "--data-dir", data_dir, "--results", folder / "results"]
     return subprocess.Popen(
-        [sys.executable, "-m", f"benchmarks.{module}", *map(str, told)],
+        [sys.executable, "-m", f"benchmarks.embeddings.{module}", *map(str, told)],
         cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,
@@ -393,7 +393,7 @@ def test_bad_arguments_are_told_at_once(
     with pytest.raises(SystemExit, match="2"):
         main(str(graphs.__doc__), graphs.train, graphs.BENCHMARKS)
     told = capsys.readouterr().err
-    assert told.startswith("usage: python -m benchmarks.graphs ")
+    assert told.startswith("usage: python -m benchmarks.embeddings.graphs ")
     assert said in told
 
 

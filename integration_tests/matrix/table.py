@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.runs import write_whole
+from benchmarks.embeddings.results import write_whole
 
 BEGIN, END = "<!-- matrix -->", "<!-- /matrix -->"
 NAMES = {

@@ -1,7 +1,7 @@
 """Embeddings of nodes and of graphs, trained in PyG's own loop: GRACE on citation networks, GraphCL on TUDatasets.
 
-    python -m benchmarks.graphs --jobs 2
-    python -m benchmarks.graphs --data Cora --weighting "UnDiMix(hardness=2.0)"
+    python -m benchmarks.embeddings.graphs --jobs 2
+    python -m benchmarks.embeddings.graphs --data Cora --weighting "UnDiMix(hardness=2.0)"
 
 Nodes are scored by a linear probe: a logistic regression on the embeddings of a tenth of the nodes, drawn anew for each
 seed, tells the classes of the others. Planetoid's 500 validation nodes, told by its own training nodes, choose
@@ -36,8 +36,8 @@ from torch_geometric.loader import DataLoader
 from torch_geometric.nn import GCN, GIN
 from torch_geometric.transforms import NormalizeFeatures, OneHotDegree
 
-from benchmarks.runs import Run, quarters, whole
-from benchmarks.tiers import EXPLORED, Benchmark, main
+from benchmarks.embeddings.protocol import EXPLORED, Benchmark, main
+from benchmarks.embeddings.results import Run, quarters, whole
 from undimix_plugins import hardness_share, negative_statistics, undimix, watch
 from undimix_pyg import GRACE, GRACELoss, GraphCL, GraphCLLoss, evaluate_embedding
 

@@ -1,4 +1,4 @@
-"""What it costs to watch the negatives while a model trains: `python -m benchmarks.watching`.
+"""What it costs to watch the negatives while a model trains: `python -m benchmarks.cost.monitoring`.
 
 Whole steps of training on real data, encoder, loss, backward and optimiser, with `UnDiMix()`; against them the time of
 `negative_statistics` on what the step's loss compares, and its share of the training when it is worked out every 50
@@ -12,14 +12,14 @@ import copy
 from statistics import median
 
 import torch
+from examples._shared.images import Digits
 from lightly.loss import NTXentLoss
 from lightly.models.utils import deactivate_requires_grad, update_momentum
 from torch import Tensor
 from torch.nn.functional import normalize
 from torchvision.models import resnet18
 
-from benchmarks.speed import Step, seconds, training
-from examples.images import Digits
+from benchmarks.cost.speed import Step, seconds, training
 from undimix_plugins import Contrast, UnDiMix, Weighting, negative_statistics, undimix, watch
 from undimix_plugins.loss import OBSERVERS
 from undimix_plugins.plug import WeightedLoss

@@ -1,4 +1,4 @@
-"""How time and memory of a weighted loss grow with batch, width and processes: `python -m benchmarks.scaling`.
+"""How time and memory of a weighted loss grow with batch, width and processes: `python -m benchmarks.cost.scaling`.
 
 The loss is lightly's `NTXentLoss`, forward and backward, on random embeddings in float32. Each measurement is of a
 process of its own, whose peak of resident memory (on a GPU: of allocated memory) before and after a step shows what the

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.runs import RESULTS, SCALES, UNTRAINED, Run, Train, load, metrics_of, result_of, sweep
+from benchmarks.embeddings.results import RESULTS, SCALES, UNTRAINED, Run, Train, load, metrics_of, result_of, sweep
 
 PLAIN, HCL, UNDIMIX = "plain, tuned", "HCL, tuned", "UnDiMix()"
 HCLS = ("HCL(beta=1.0, tau_plus=0.1)", "HCL(beta=0.5, tau_plus=0.0)")  # the first is the paper's
@@ -227,7 +227,7 @@ def main(description: str, train: Train, benchmarks: list[Benchmark]) -> None:
     """
     base = [benchmark.base for benchmark in benchmarks]
     parser = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{Path(sys.argv[0]).stem}", description=description.splitlines()[0]
+        prog=f"python -m benchmarks.embeddings.{Path(sys.argv[0]).stem}", description=description.splitlines()[0]
     )
     parser.add_argument("tiers", nargs="*", help=f"{', '.join(TIERS)}; all of them if none is named")
     parser.add_argument("--recipe", help="only this one: " + ", ".join(sorted({run.recipe for run in base})))

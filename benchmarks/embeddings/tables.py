@@ -1,4 +1,4 @@
-"""Makes the tables and plots of the results that are there: `python -m benchmarks.tables` (or `make tables`).
+"""Makes the tables and plots of the results: `python -m benchmarks.embeddings.tables` (or `make tables`).
 
 Tables go between the marks of README.md and docs/results.md, `<!-- results: name -->` and `<!-- /results -->`; plots to
 docs/pictures.
@@ -21,9 +21,8 @@ from scipy.stats import bootstrap, ttest_rel
 from statsmodels.formula.api import ols
 from statsmodels.stats.multitest import multipletests
 
-from benchmarks import graphs, text, vision
-from benchmarks.runs import RESULTS, UNTRAINED, Run, load, metrics_of, whole, write_whole
-from benchmarks.tiers import (
+from benchmarks.embeddings import graphs, text, vision
+from benchmarks.embeddings.protocol import (
     CONTENDERS,
     CURVES,
     FLAT,
@@ -36,8 +35,9 @@ from benchmarks.tiers import (
     UNDIMIX,
     Benchmark,
 )
+from benchmarks.embeddings.results import RESULTS, UNTRAINED, Run, load, metrics_of, whole, write_whole
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 PICTURES = ROOT / "docs" / "pictures"
 BENCHMARKS = [*vision.BENCHMARKS, *text.BENCHMARKS, *graphs.BENCHMARKS]

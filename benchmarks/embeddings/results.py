@@ -25,7 +25,7 @@ import undimix_plugins
 from undimix_plugins import Weighting
 from undimix_plugins.statistics import mean_statistics
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent.parent / "results"
 UNTRAINED = "untrained"
 PACKAGES = ("torch", "lightly", "sentence-transformers", "transformers", "torch-geometric", "scikit-learn")
 SCALES = ("tiny", "small", "full")

@@ -1,4 +1,4 @@
-"""What a weighted loss costs against the host's own plain loss: `python -m benchmarks.speed`.
+"""What a weighted loss costs against the host's own plain loss: `python -m benchmarks.cost.speed`.
 
 Time is forward and backward. The losses compared take turns in one process; a ratio is of two that follow each other.
 Three medians of the ratios are taken, and the least is shown (one is noise where losses are this close), with the
@@ -15,6 +15,9 @@ from statistics import median, quantiles
 from typing import Any, NamedTuple
 
 import torch
+from examples._shared.graphs import mutag
+from examples._shared.images import Digits
+from examples._shared.texts import MINILM, halves, lee_articles
 from lightly.loss import NTXentLoss
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
@@ -27,9 +30,6 @@ from torch_geometric.nn import GIN, global_add_pool
 from torchvision.models import resnet18
 from tqdm import tqdm
 
-from examples.graphs import mutag
-from examples.images import Digits
-from examples.texts import MINILM, halves, lee_articles
 from undimix_plugins import HCL, UnDiMix, Uniform, Weighting, undimix
 from undimix_pyg import GraphCLLoss
 

@@ -1,7 +1,7 @@
 """Embeddings of images, trained by lightly and Lightning: SimCLR and MoCo on CIFAR-10.
 
-    python -m benchmarks.vision --jobs 2
-    python -m benchmarks.vision --recipe SimCLR --weighting "UnDiMix(hardness=2.0)"
+    python -m benchmarks.embeddings.vision --jobs 2
+    python -m benchmarks.embeddings.vision --recipe SimCLR --weighting "UnDiMix(hardness=2.0)"
 
 The encoder learns from 10,000 images without their labels. lightly's own evaluation scores its features: a weighted
 k-NN classifier and a linear probe, both taught by these images and their labels. 5,000 other training images choose
@@ -38,8 +38,8 @@ from torchvision.datasets import CIFAR10, VisionDataset
 from torchvision.models import resnet18
 from torchvision.transforms import ToTensor
 
-from benchmarks.runs import Run, quarters, whole
-from benchmarks.tiers import Benchmark, main
+from benchmarks.embeddings.protocol import Benchmark, main
+from benchmarks.embeddings.results import Run, quarters, whole
 from undimix_lightly import HardnessWarmup, NegativeStatistics
 from undimix_plugins import undimix
 

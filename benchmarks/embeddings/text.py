@@ -1,7 +1,7 @@
 """Embeddings of texts, trained by sentence-transformers' and transformers' Trainers.
 
-    python -m benchmarks.text --jobs 2
-    python -m benchmarks.text --data banking77 --weighting "UnDiMix(hardness=2.0)"
+    python -m benchmarks.embeddings.text --jobs 2
+    python -m benchmarks.embeddings.text --data banking77 --weighting "UnDiMix(hardness=2.0)"
 
 A static-embedding model begins with random word vectors; MiniLM begins as it was published, for a few steps. They learn
 from pairs of questions with one intent (banking77), from entailments with a contradiction as hard negative (all-nli),
@@ -50,8 +50,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from benchmarks.runs import Run, quarters
-from benchmarks.tiers import Benchmark, main
+from benchmarks.embeddings.protocol import Benchmark, main
+from benchmarks.embeddings.results import Run, quarters
 from undimix_plugins import undimix
 from undimix_transformers import HardnessWarmup, NegativeStatistics, SimCSELoss, TwoViews
 

@@ -13,6 +13,7 @@ from undimix_pyg.augmentations import (  # noqa: E402
     RandomWalkSubgraph,
 )
 from undimix_pyg.evaluate_embedding import Evaluation, evaluate_embedding  # noqa: E402
+from undimix_pyg.evaluate_nodes import evaluate_nodes  # noqa: E402
 from undimix_pyg.grace import GRACE  # noqa: E402
 from undimix_pyg.grace_loss import GRACELoss  # noqa: E402
 from undimix_pyg.graphcl import GraphCL  # noqa: E402
@@ -33,5 +34,6 @@ __all__ = [
     "NodeDropping",
     "RandomWalkSubgraph",
     "evaluate_embedding",
+    "evaluate_nodes",
     "weighted",
 ]

@@ -56,8 +56,8 @@ def evaluate_embedding(
         >>> evaluate_embedding(labels[:, None] + 0.1 * torch.randn(40, 3), labels)
         Evaluation(accuracy=1.0, std=0.0)
     """
-    x = _as_array(embeddings).astype(np.float64)
-    y = _as_array(labels)
+    x = as_array(embeddings).astype(np.float64)
+    y = as_array(labels)
     if x.ndim != 2:
         raise ValueError(f"embeddings: expected shape [graphs, width], got {list(x.shape)}")
     if y.shape != x.shape[:1]:
@@ -83,9 +83,9 @@ def evaluate_embedding(
     return Evaluation(float(scores.mean()), float(scores.std()))
 
 
-def _as_array(values: Tensor | ArrayLike) -> NDArray[Any]:
-    # numpy has no bfloat16; double holds every float exactly
-    if isinstance(values, Tensor):
+def as_array(values: Tensor | ArrayLike) -> NDArray[Any]:
+    """An array of the same values, without gradient; floating-point tensors become float64."""
+    if isinstance(values, Tensor):  # numpy has no bfloat16; double holds every float exactly
         values = values.detach().cpu()
         return (values.double() if values.is_floating_point() else values).numpy()
     return np.asarray(values)

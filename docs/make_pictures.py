@@ -39,8 +39,8 @@ from undimix_plugins import (
 )
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
-from saving import save_whole
-from texts import halves, lee_articles
+from _shared.saving import save_whole
+from _shared.texts import halves, lee_articles
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -1,7 +1,7 @@
-"""Active sampling with lightly and PyTorch Lightning: MoCo that chooses what its memory bank gets.
+"""MoCo with lightly and PyTorch Lightning, with and without active sampling of the memory bank's entries.
 
-A second bank holds the latest keys, the candidates. Those that are uncertain and diverse go
-into the loss's bank, a quarter as large. Data, backbone and score are those of `lightly_simclr.py`.
+A second bank holds the latest keys, the candidates. The uncertain and diverse ones go into the loss's bank, which is a
+quarter as large. Data, backbone and score are those of `lightly_moco.py`.
 
     python examples/lightly_active_sampling.py
     python examples/lightly_active_sampling.py --data CIFAR10 --epochs 10
@@ -9,29 +9,21 @@ into the loss's bank, a quarter as large. Data, backbone and score are those of 
 
 from __future__ import annotations
 
-import copy
-import time
+from typing import Any
 
-import pytorch_lightning as pl
-import torch
-from compare import compare
-from images import DATA, FEATURES, digit_views, images, knn_accuracy, quiet, small_backbone
-from lightly.data import LightlyDataset
-from lightly.data.multi_view_collate import MultiViewCollate
 from lightly.loss import NTXentLoss
-from lightly.models.modules import MoCoProjectionHead
 from lightly.models.modules.memory_bank import MemoryBankModule
-from lightly.models.utils import deactivate_requires_grad, update_momentum
-from lightly.transforms.moco_transform import MoCoV2Transform
 from torch import Tensor
 from torch.nn.functional import normalize
-from torch.utils.data import DataLoader
 
+from _shared import lightly_training
+from _shared.compare import compare
+from _shared.images import DATA
 from undimix_plugins import ActiveSampling
 
 
 class ChosenBank(MemoryBankModule):
-    """A loss's memory bank that gets what `enqueue` is given, and not the loss's own keys."""
+    """A loss's memory bank that gets the rows given to `enqueue`, and not the loss's own keys."""
 
     def forward(self, output: Tensor, labels: Tensor | None = None, update: bool = False) -> tuple[Tensor, Tensor]:
         return super().forward(output, labels, update=False)
@@ -40,111 +32,42 @@ class ChosenBank(MemoryBankModule):
         super().forward(rows, update=True)
 
 
-class MoCo(pl.LightningModule):
+class MoCo(lightly_training.MoCo):
+    """lightly's MoCo, whose bank gets chosen keys or the latest."""
+
     def __init__(self, active: bool, data: str = "MNIST") -> None:
-        super().__init__()
-        self.backbone = small_backbone(data)
-        # As in MoCo v3: without it the embeddings of so small a backbone start out almost all alike.
-        self.projection_head = MoCoProjectionHead(FEATURES, 256, 128, batch_norm=True)
-        self.backbone_momentum = copy.deepcopy(self.backbone)
-        self.projection_head_momentum = copy.deepcopy(self.projection_head)
-        deactivate_requires_grad(self.backbone_momentum)
-        deactivate_requires_grad(self.projection_head_momentum)
+        super().__init__(data)
         self.active = active
-        size = 4096 if data == "CIFAR10" else 1024
-        self.criterion = NTXentLoss(temperature=0.2, memory_bank_size=(size // 4, 128))
+        self.criterion = NTXentLoss(temperature=0.2, memory_bank_size=(self.bank_size // 4, 128))
         if active:
-            self.criterion.memory_bank = ChosenBank((size // 4, 128))
-            self.candidates = MemoryBankModule((size, 128), feature_dim_first=False)
+            self.criterion.memory_bank = ChosenBank((self.bank_size // 4, 128))
+            self.candidates = MemoryBankModule((self.bank_size, 128), feature_dim_first=False)
             self.choose = ActiveSampling(temperature=0.2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.projection_head(self.backbone(x))
-
-    @torch.no_grad()
-    def forward_momentum(self, x: Tensor) -> Tensor:
-        return self.projection_head_momentum(self.backbone_momentum(x))
-
     def on_train_start(self) -> None:
-        if self.active:  # a new bank's rows are random, and what is random is uncertain
+        if self.active:  # a new bank's rows are random, and random rows are uncertain
             batches = iter(self.trainer.train_dataloader)
             for _ in range(0, self.candidates.size[0], 128):
                 (_, x_key), _, _ = next(batches)
                 self.candidates(normalize(self.forward_momentum(x_key.to(self.device)), dim=1), update=True)
 
-    def training_step(self, batch: tuple[list[Tensor], Tensor, list[str]], batch_idx: int) -> Tensor:
-        update_momentum(self.backbone, self.backbone_momentum, m=0.99)
-        update_momentum(self.projection_head, self.projection_head_momentum, m=0.99)
-        (x_query, x_key), _, _ = batch
-        query, key = self(x_query), self.forward_momentum(x_key)
+    def training_step(self, batch: lightly_training.Batch, batch_idx: int) -> Tensor:
+        query, key = self.query_and_key(batch)
         if self.active:
             _, candidates = self.candidates(normalize(key, dim=1), update=True)
             chosen = self.choose(normalize(query.detach(), dim=1), candidates)
             self.criterion.memory_bank.enqueue(candidates[chosen])
         return self.criterion(query, key)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.06, momentum=0.9)
 
-
-def train(
-    weighted: bool,
-    *,
-    seed: int = 0,
-    data: str = "MNIST",
-    epochs: int = 1,
-    max_steps: int = -1,
-    progress: bool = True,
-) -> tuple[MoCo, float, float]:
-    """Trains MoCo.
-
-    Args:
-        weighted: Whether the memory bank gets chosen keys or the latest.
-        seed: Of the model, the order of the images and their views.
-        data: "MNIST" or "CIFAR10".
-        epochs: Passes over the images; 0 leaves the model untrained.
-        max_steps: Where to stop before that; -1 for nowhere.
-        progress: Whether to show Lightning's progress bar.
-
-    Returns:
-        The model, its k-NN accuracy and the seconds of training.
-    """
-    quiet()
-    pl.seed_everything(seed, verbose=False)
-    model = MoCo(weighted, data)
-
-    transform = digit_views()
-    if data == "CIFAR10":
-        transform = MoCoV2Transform(input_size=32, cj_strength=0.5, gaussian_blur=0.0, normalize=None)
-    dataset = LightlyDataset.from_torch_dataset(images(data, train=True), transform=transform)
-    collate_fn = MultiViewCollate()
-    dataloader = DataLoader(dataset, batch_size=128, collate_fn=collate_fn, shuffle=True, drop_last=True)
-
-    trainer = pl.Trainer(
-        max_epochs=epochs,
-        max_steps=max_steps,
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=progress,
-    )
-    start = time.perf_counter()
-    trainer.fit(model, dataloader)
-    seconds = time.perf_counter() - start
-    return model, knn_accuracy(model.backbone, data), seconds
+def train(active: bool, *, epochs: int = 1, **options: Any) -> tuple[MoCo, float, float]:
+    """Trains MoCo with `seed`, `data`, `max_steps` and `progress` as `lightly_training.fit` takes them."""
+    return lightly_training.fit(lambda data: MoCo(active, data), epochs=epochs, **options)
 
 
 def main() -> None:
-    compare(
-        str(__doc__),
-        train,
-        score="k-NN accuracy",
-        plain="NTXentLoss with a bank",
-        weighted="NTXentLoss with ActiveSampling",
-        data=DATA,
-        epochs=1,
-    )
+    score, plain, method = "k-NN accuracy", "NTXentLoss with a bank", "NTXentLoss with ActiveSampling"
+    compare(str(__doc__), train, score=score, plain=plain, method=method, data=DATA)
 
 
 if __name__ == "__main__":

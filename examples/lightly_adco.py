@@ -1,7 +1,7 @@
-"""AdCo with lightly and PyTorch Lightning: MoCo whose negatives learn, beside MoCo with a memory bank.
+"""MoCo with lightly and PyTorch Lightning, with a memory bank and with AdCo, whose negatives are trained.
 
-The pool is filled with encoded keys before training. After each loss it takes its own step, against the encoder. Data,
-backbone and score are those of `lightly_simclr.py`.
+The pool of negatives is filled with encoded keys before training. After each loss the pool takes its own step, against
+the encoder. Data, backbone and score are those of `lightly_moco.py`.
 
     python examples/lightly_adco.py
     python examples/lightly_adco.py --data CIFAR10 --epochs 10
@@ -9,116 +9,46 @@ backbone and score are those of `lightly_simclr.py`.
 
 from __future__ import annotations
 
-import copy
-import time
+from typing import Any
 
-import pytorch_lightning as pl
-import torch
-from compare import compare
-from images import DATA, FEATURES, digit_views, images, knn_accuracy, quiet, small_backbone
-from lightly.data import LightlyDataset
-from lightly.data.multi_view_collate import MultiViewCollate
 from lightly.loss import NTXentLoss
-from lightly.models.modules import MoCoProjectionHead
-from lightly.models.utils import deactivate_requires_grad, update_momentum
-from lightly.transforms.moco_transform import MoCoV2Transform
 from torch import Tensor
-from torch.utils.data import DataLoader
 
+from _shared import lightly_training
+from _shared.compare import compare
+from _shared.images import DATA
 from undimix_plugins import AdCo
 
 
-class MoCo(pl.LightningModule):
+class MoCo(lightly_training.MoCo):
+    """lightly's MoCo, with its loss or with AdCo. The optimizer is the encoder's: AdCo's pool is no parameter."""
+
     def __init__(self, adversarial: bool, data: str = "MNIST") -> None:
-        super().__init__()
-        self.backbone = small_backbone(data)
-        # As in MoCo v3: without it the embeddings of so small a backbone start out almost all alike.
-        self.projection_head = MoCoProjectionHead(FEATURES, 256, 128, batch_norm=True)
-        self.backbone_momentum = copy.deepcopy(self.backbone)
-        self.projection_head_momentum = copy.deepcopy(self.projection_head)
-        deactivate_requires_grad(self.backbone_momentum)
-        deactivate_requires_grad(self.projection_head_momentum)
+        super().__init__(data)
         self.adversarial = adversarial
-        size = 4096 if data == "CIFAR10" else 1024
         # Temperatures a little above the paper's, as the authors set them for a smaller pool.
         self.criterion = (
-            AdCo(128, size, temperature=0.2, memory_temperature=0.03)
+            AdCo(128, self.bank_size, temperature=0.2, memory_temperature=0.03)
             if adversarial
-            else NTXentLoss(temperature=0.2, memory_bank_size=(size, 128))
+            else NTXentLoss(temperature=0.2, memory_bank_size=(self.bank_size, 128))
         )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.projection_head(self.backbone(x))
-
-    @torch.no_grad()
-    def forward_momentum(self, x: Tensor) -> Tensor:
-        return self.projection_head_momentum(self.backbone_momentum(x))
 
     def on_train_start(self) -> None:
         if self.adversarial:
             batches = iter(self.trainer.train_dataloader)
             self.criterion.fill(self.forward_momentum(views[1].to(self.device)) for views, _, _ in batches)
 
-    def training_step(self, batch: tuple[list[Tensor], Tensor, list[str]], batch_idx: int) -> Tensor:
-        update_momentum(self.backbone, self.backbone_momentum, m=0.99)
-        update_momentum(self.projection_head, self.projection_head_momentum, m=0.99)
-        (x_query, x_key), _, _ = batch
-        query, key = self(x_query), self.forward_momentum(x_key)
+    def training_step(self, batch: lightly_training.Batch, batch_idx: int) -> Tensor:
+        query, key = self.query_and_key(batch)
         loss = self.criterion(query, key)
         if self.adversarial:
             self.criterion.step(query, key)
         return loss
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.06, momentum=0.9)  # of the encoder: the pool is no parameter
 
-
-def train(
-    weighted: bool,
-    *,
-    seed: int = 0,
-    data: str = "MNIST",
-    epochs: int = 1,
-    max_steps: int = -1,
-    progress: bool = True,
-) -> tuple[MoCo, float, float]:
-    """Trains MoCo.
-
-    Args:
-        weighted: Whether the negatives are AdCo's or a memory bank's.
-        seed: Of the model, the order of the images and their views.
-        data: "MNIST" or "CIFAR10".
-        epochs: Passes over the images; 0 leaves the model untrained.
-        max_steps: Where to stop before that; -1 for nowhere.
-        progress: Whether to show Lightning's progress bar.
-
-    Returns:
-        The model, its k-NN accuracy and the seconds of training.
-    """
-    quiet()
-    pl.seed_everything(seed, verbose=False)
-    model = MoCo(weighted, data)
-
-    transform = digit_views()
-    if data == "CIFAR10":
-        transform = MoCoV2Transform(input_size=32, cj_strength=0.5, gaussian_blur=0.0, normalize=None)
-    dataset = LightlyDataset.from_torch_dataset(images(data, train=True), transform=transform)
-    collate_fn = MultiViewCollate()
-    dataloader = DataLoader(dataset, batch_size=128, collate_fn=collate_fn, shuffle=True, drop_last=True)
-
-    trainer = pl.Trainer(
-        max_epochs=epochs,
-        max_steps=max_steps,
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=progress,
-    )
-    start = time.perf_counter()
-    trainer.fit(model, dataloader)
-    seconds = time.perf_counter() - start
-    return model, knn_accuracy(model.backbone, data), seconds
+def train(adversarial: bool, *, epochs: int = 1, **options: Any) -> tuple[MoCo, float, float]:
+    """Trains MoCo with `seed`, `data`, `max_steps` and `progress` as `lightly_training.fit` takes them."""
+    return lightly_training.fit(lambda data: MoCo(adversarial, data), epochs=epochs, **options)
 
 
 def main() -> None:
@@ -127,9 +57,8 @@ def main() -> None:
         train,
         score="k-NN accuracy",
         plain="NTXentLoss with a bank",
-        weighted="AdCo",
+        method="AdCo",
         data=DATA,
-        epochs=1,
     )
 
 

@@ -1,7 +1,7 @@
 """SimCLR with lightly and PyTorch Lightning, with and without i-Mix.
 
-i-Mix (arXiv 2010.08887) encodes mixtures of the first views and gives each two positives, by its shares. Its negatives
-can be weighted too. Data, backbone and score are those of `lightly_simclr.py`.
+i-Mix (arXiv 2010.08887) encodes mixtures of the first views. Each mixture has two positives, with the shares of the
+mixture. You can weight its negatives too. Data, backbone and score are those of `lightly_simclr.py`.
 
     python examples/lightly_imix.py
     python examples/lightly_imix.py --data CIFAR10 --epochs 10
@@ -9,92 +9,37 @@ can be weighted too. Data, backbone and score are those of `lightly_simclr.py`.
 
 from __future__ import annotations
 
-import time
+from typing import Any
 
-import pytorch_lightning as pl
-import torch
-from compare import compare
-from images import DATA, FEATURES, digit_views, images, knn_accuracy, quiet, small_backbone
-from lightly.data import LightlyDataset
-from lightly.data.multi_view_collate import MultiViewCollate
 from lightly.loss import NTXentLoss
-from lightly.models.modules import SimCLRProjectionHead
-from lightly.transforms.simclr_transform import SimCLRTransform
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from undimix_plugins.mixing import IMix
+from _shared import lightly_training
+from _shared.compare import compare
+from _shared.images import DATA
+from undimix_plugins import IMix
 
 
-class SimCLR(pl.LightningModule):
+class SimCLR(lightly_training.SimCLR):
+    """lightly's SimCLR, whose first views are mixed or not."""
+
     def __init__(self, mixed: bool, data: str = "MNIST") -> None:
-        super().__init__()
-        self.backbone = small_backbone(data)
-        self.projection_head = SimCLRProjectionHead(FEATURES, 256, 128)
+        super().__init__(data)
         self.criterion = NTXentLoss(temperature=0.2)
         self.mix = IMix(alpha=1.0) if mixed else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.projection_head(self.backbone(x))
-
-    def training_step(self, batch: tuple[list[Tensor], Tensor, list[str]], batch_idx: int) -> Tensor:
-        (x0, x1), _, _ = batch
+    def training_step(self, batch: lightly_training.Batch, batch_idx: int) -> Tensor:
         if self.mix is None:
-            return self.criterion(self(x0), self(x1))
+            return super().training_step(batch, batch_idx)
+        (x0, x1), _, _ = batch
         mixed = self.mix(x0)
-        # With `weighting=UnDiMix()`, the negatives of both labels are weighted.
+        # `weighting=UnDiMix()` weights the negatives of both labels.
         return self.mix.n_pair(self(mixed.inputs), self(x1), mixed, temperature=0.2)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.06, momentum=0.9)
 
-
-def train(
-    mixed: bool,
-    *,
-    seed: int = 0,
-    data: str = "MNIST",
-    epochs: int = 2,
-    max_steps: int = -1,
-    progress: bool = True,
-) -> tuple[SimCLR, float, float]:
-    """Trains SimCLR.
-
-    Args:
-        mixed: Whether with i-Mix or plain.
-        seed: Of the model, the order of the images and their views.
-        data: "MNIST" or "CIFAR10".
-        epochs: Passes over the images; 0 leaves the model untrained.
-        max_steps: Where to stop before that; -1 for nowhere.
-        progress: Whether to show Lightning's progress bar.
-
-    Returns:
-        The model, its k-NN accuracy and the seconds of training.
-    """
-    quiet()
-    pl.seed_everything(seed, verbose=False)
-    model = SimCLR(mixed, data)
-
-    transform = digit_views()
-    if data == "CIFAR10":
-        transform = SimCLRTransform(input_size=32, cj_strength=0.5, gaussian_blur=0.0, normalize=None)
-    dataset = LightlyDataset.from_torch_dataset(images(data, train=True), transform=transform)
-    collate_fn = MultiViewCollate()
-    dataloader = DataLoader(dataset, batch_size=128, collate_fn=collate_fn, shuffle=True, drop_last=True)
-
-    trainer = pl.Trainer(
-        max_epochs=epochs,
-        max_steps=max_steps,
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=progress,
-    )
-    start = time.perf_counter()
-    trainer.fit(model, dataloader)
-    seconds = time.perf_counter() - start
-    return model, knn_accuracy(model.backbone, data), seconds
+def train(mixed: bool, *, epochs: int = 2, **options: Any) -> tuple[SimCLR, float, float]:
+    """Trains SimCLR with `seed`, `data`, `max_steps` and `progress` as `lightly_training.fit` takes them."""
+    return lightly_training.fit(lambda data: SimCLR(mixed, data), epochs=epochs, **options)
 
 
 def main() -> None:
@@ -103,9 +48,8 @@ def main() -> None:
         train,
         score="k-NN accuracy",
         plain="NTXentLoss",
-        weighted="i-Mix",
+        method="i-Mix",
         data=DATA,
-        epochs=2,
     )
 
 

@@ -1,6 +1,6 @@
-"""MMCL with lightly and PyTorch Lightning: SimCLR whose loss is a max-margin one, beside NT-Xent.
+"""SimCLR with lightly and PyTorch Lightning, with NT-Xent and with the max-margin loss MMCL.
 
-The loss takes two views as lightly's own do. Data, backbone and score are those of `lightly_simclr.py`.
+MMCL takes two views, as lightly's own losses do. Data, backbone and score are those of `lightly_simclr.py`.
 
     python examples/lightly_mmcl.py
     python examples/lightly_mmcl.py --data CIFAR10 --epochs 10
@@ -9,88 +9,30 @@ The loss takes two views as lightly's own do. Data, backbone and score are those
 from __future__ import annotations
 
 import math
-import time
+from typing import Any
 
-import pytorch_lightning as pl
-import torch
-from compare import compare
-from images import DATA, FEATURES, digit_views, images, knn_accuracy, quiet, small_backbone
-from lightly.data import LightlyDataset
-from lightly.data.multi_view_collate import MultiViewCollate
 from lightly.loss import NTXentLoss
-from lightly.models.modules import SimCLRProjectionHead
-from lightly.transforms.simclr_transform import SimCLRTransform
-from torch import Tensor
-from torch.utils.data import DataLoader
 
+from _shared import lightly_training
+from _shared.compare import compare
+from _shared.images import DATA
 from undimix_plugins import MMCL
 
 
-class SimCLR(pl.LightningModule):
+class SimCLR(lightly_training.SimCLR):
+    """lightly's SimCLR, with NT-Xent or with MMCL."""
+
     def __init__(self, max_margin: bool, data: str = "MNIST") -> None:
-        super().__init__()
-        self.backbone = small_backbone(data)
-        self.projection_head = SimCLRProjectionHead(FEATURES, 256, 128)
-        # A kernel as wide as the authors' on ImageNet: with the default of .07 only near copies of a view have a say.
-        self.criterion = MMCL(sigma=10.0, C=math.inf) if max_margin else NTXentLoss(temperature=0.2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.projection_head(self.backbone(x))
-
-    def training_step(self, batch: tuple[list[Tensor], Tensor, list[str]], batch_idx: int) -> Tensor:
-        (x0, x1), _, _ = batch
-        return self.criterion(self(x0), self(x1))
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.06, momentum=0.9)
+        super().__init__(data)
+        self.criterion = NTXentLoss(temperature=0.2)
+        if max_margin:
+            # The authors' kernel width on ImageNet. With the default of .07, only near copies of a view count.
+            self.criterion = MMCL(sigma=10.0, C=math.inf)
 
 
-def train(
-    weighted: bool,
-    *,
-    seed: int = 0,
-    data: str = "MNIST",
-    epochs: int = 1,
-    max_steps: int = -1,
-    progress: bool = True,
-) -> tuple[SimCLR, float, float]:
-    """Trains SimCLR.
-
-    Args:
-        weighted: Whether the loss is MMCL or NT-Xent.
-        seed: Of the model, the order of the images and their views.
-        data: "MNIST" or "CIFAR10".
-        epochs: Passes over the images; 0 leaves the model untrained.
-        max_steps: Where to stop before that; -1 for nowhere.
-        progress: Whether to show Lightning's progress bar.
-
-    Returns:
-        The model, its k-NN accuracy and the seconds of training.
-    """
-    quiet()
-    pl.seed_everything(seed, verbose=False)
-    model = SimCLR(weighted, data)
-
-    transform = digit_views()
-    if data == "CIFAR10":
-        transform = SimCLRTransform(input_size=32, cj_strength=0.5, gaussian_blur=0.0, normalize=None)
-    dataset = LightlyDataset.from_torch_dataset(images(data, train=True), transform=transform)
-    collate_fn = MultiViewCollate()
-    dataloader = DataLoader(dataset, batch_size=128, collate_fn=collate_fn, shuffle=True, drop_last=True)
-
-    trainer = pl.Trainer(
-        max_epochs=epochs,
-        max_steps=max_steps,
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=progress,
-    )
-    start = time.perf_counter()
-    trainer.fit(model, dataloader)
-    seconds = time.perf_counter() - start
-    return model, knn_accuracy(model.backbone, data), seconds
+def train(max_margin: bool, *, epochs: int = 1, **options: Any) -> tuple[SimCLR, float, float]:
+    """Trains SimCLR with `seed`, `data`, `max_steps` and `progress` as `lightly_training.fit` takes them."""
+    return lightly_training.fit(lambda data: SimCLR(max_margin, data), epochs=epochs, **options)
 
 
 def main() -> None:
@@ -99,9 +41,8 @@ def main() -> None:
         train,
         score="k-NN accuracy",
         plain="NTXentLoss",
-        weighted="MMCL",
+        method="MMCL",
         data=DATA,
-        epochs=1,
     )
 
 

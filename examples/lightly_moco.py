@@ -1,7 +1,7 @@
 """MoCo with lightly and PyTorch Lightning, with and without UnDiMix: one line apart.
 
-After lightly's own example: the negatives come from the loss's memory bank, and UnDiMix weighs those. Data,
-backbone and score are those of `lightly_simclr.py`.
+The negatives come from the loss's memory bank, and UnDiMix weights them. Data, backbone and score are those of
+`lightly_simclr.py`.
 
     python examples/lightly_moco.py
     python examples/lightly_moco.py --data CIFAR10 --epochs 10
@@ -9,104 +9,29 @@ backbone and score are those of `lightly_simclr.py`.
 
 from __future__ import annotations
 
-import copy
-import time
+from typing import Any
 
-import pytorch_lightning as pl
-import torch
-from compare import compare
-from images import DATA, FEATURES, digit_views, images, knn_accuracy, quiet, small_backbone
-from lightly.data import LightlyDataset
-from lightly.data.multi_view_collate import MultiViewCollate
 from lightly.loss import NTXentLoss
-from lightly.models.modules import MoCoProjectionHead
-from lightly.models.utils import deactivate_requires_grad, update_momentum
-from lightly.transforms.moco_transform import MoCoV2Transform
-from torch import Tensor
-from torch.utils.data import DataLoader
 
+from _shared import lightly_training
+from _shared.compare import compare
+from _shared.images import DATA
 from undimix_plugins import undimix
 
 
-class MoCo(pl.LightningModule):
+class MoCo(lightly_training.MoCo):
+    """lightly's MoCo, with its loss or with `undimix` of it."""
+
     def __init__(self, weighted: bool, data: str = "MNIST") -> None:
-        super().__init__()
-        self.backbone = small_backbone(data)
-        # As in MoCo v3: without it the embeddings of so small a backbone start out almost all alike.
-        self.projection_head = MoCoProjectionHead(FEATURES, 256, 128, batch_norm=True)
-        self.backbone_momentum = copy.deepcopy(self.backbone)
-        self.projection_head_momentum = copy.deepcopy(self.projection_head)
-        deactivate_requires_grad(self.backbone_momentum)
-        deactivate_requires_grad(self.projection_head_momentum)
-        # A bank as large as the data (4,000 digits) would hold each query's own image as a negative.
-        bank = 4096 if data == "CIFAR10" else 1024
-        self.criterion = NTXentLoss(temperature=0.2, memory_bank_size=(bank, 128))
+        super().__init__(data)
+        self.criterion = NTXentLoss(temperature=0.2, memory_bank_size=(self.bank_size, 128))
         if weighted:
             self.criterion = undimix(self.criterion)  # the one line
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.projection_head(self.backbone(x))
 
-    @torch.no_grad()
-    def forward_momentum(self, x: Tensor) -> Tensor:
-        return self.projection_head_momentum(self.backbone_momentum(x))
-
-    def training_step(self, batch: tuple[list[Tensor], Tensor, list[str]], batch_idx: int) -> Tensor:
-        update_momentum(self.backbone, self.backbone_momentum, m=0.99)
-        update_momentum(self.projection_head, self.projection_head_momentum, m=0.99)
-        (x_query, x_key), _, _ = batch
-        return self.criterion(self(x_query), self.forward_momentum(x_key))
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.06, momentum=0.9)
-
-
-def train(
-    weighted: bool,
-    *,
-    seed: int = 0,
-    data: str = "MNIST",
-    epochs: int = 3,
-    max_steps: int = -1,
-    progress: bool = True,
-) -> tuple[MoCo, float, float]:
-    """Trains MoCo.
-
-    Args:
-        weighted: Whether the loss is UnDiMix's or plain.
-        seed: Of the model, the order of the images and their views.
-        data: "MNIST" or "CIFAR10".
-        epochs: Passes over the images; 0 leaves the model untrained.
-        max_steps: Where to stop before that; -1 for nowhere.
-        progress: Whether to show Lightning's progress bar.
-
-    Returns:
-        The model, its k-NN accuracy and the seconds of training.
-    """
-    quiet()
-    pl.seed_everything(seed, verbose=False)
-    model = MoCo(weighted, data)
-
-    transform = digit_views()
-    if data == "CIFAR10":
-        transform = MoCoV2Transform(input_size=32, cj_strength=0.5, gaussian_blur=0.0, normalize=None)
-    dataset = LightlyDataset.from_torch_dataset(images(data, train=True), transform=transform)
-    collate_fn = MultiViewCollate()
-    dataloader = DataLoader(dataset, batch_size=128, collate_fn=collate_fn, shuffle=True, drop_last=True)
-
-    trainer = pl.Trainer(
-        max_epochs=epochs,
-        max_steps=max_steps,
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=progress,
-    )
-    start = time.perf_counter()
-    trainer.fit(model, dataloader)
-    seconds = time.perf_counter() - start
-    return model, knn_accuracy(model.backbone, data), seconds
+def train(weighted: bool, *, epochs: int = 3, **options: Any) -> tuple[MoCo, float, float]:
+    """Trains MoCo with `seed`, `data`, `max_steps` and `progress` as `lightly_training.fit` takes them."""
+    return lightly_training.fit(lambda data: MoCo(weighted, data), epochs=epochs, **options)
 
 
 def main() -> None:
@@ -115,9 +40,8 @@ def main() -> None:
         train,
         score="k-NN accuracy",
         plain="NTXentLoss",
-        weighted="undimix(NTXentLoss)",
+        method="undimix(NTXentLoss)",
         data=DATA,
-        epochs=3,
     )
 
 

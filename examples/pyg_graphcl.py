@@ -1,7 +1,7 @@
 """GraphCL with PyG, with and without UnDiMix: one argument apart.
 
-The training loop is PyG's, and so are the encoder (GIN) and the data. The default is MUTAG, 188 molecules that need
-no download. The score is the literature's: ten-fold accuracy of a support vector machine on the graphs' embeddings.
+The encoder (GIN), the data and the training loop are PyG's. The default data are MUTAG, 188 molecules that need no
+download. The score is the literature's: the ten-fold accuracy of a support vector machine on the graphs' embeddings.
 
     python examples/pyg_graphcl.py
     python examples/pyg_graphcl.py --data PROTEINS --epochs 20
@@ -12,32 +12,17 @@ from __future__ import annotations
 import time
 
 import torch
-from compare import compare
-from graphs import mutag
 from torch_geometric import seed_everything
-from torch_geometric.data import Dataset
-from torch_geometric.datasets import TUDataset
 from torch_geometric.loader import DataLoader
 from torch_geometric.nn import GIN
 from tqdm import tqdm
 
+from _shared.compare import compare
+from _shared.graphs import GRAPHS, graphs, svm_accuracy
 from undimix_plugins import UnDiMix, Uniform
-from undimix_pyg import GraphCL, GraphCLLoss, evaluate_embedding
+from undimix_pyg import GraphCL, GraphCLLoss
 
-DATA = ("MUTAG", "PROTEINS", "ENZYMES", "NCI1", "DD", "PTC_MR", "AIDS", "Mutagenicity")  # those with node features
 HIDDEN = 32
-
-
-def graphs(data: str) -> Dataset:
-    """The TUDataset called `data`; all but MUTAG are downloaded, as in PyG's examples."""
-    return mutag() if data == "MUTAG" else TUDataset("datasets/TUDataset", data, use_node_attr=True)
-
-
-@torch.no_grad()
-def embeddings(model: GraphCL, dataset: Dataset) -> torch.Tensor:
-    """The model's representation of each graph [graphs, HIDDEN]."""
-    model.eval()
-    return torch.cat([model.embed(batch) for batch in DataLoader(dataset, batch_size=128)])
 
 
 def train(
@@ -49,19 +34,7 @@ def train(
     max_steps: int = -1,
     progress: bool = True,
 ) -> tuple[GraphCL, float, float]:
-    """Trains GraphCL.
-
-    Args:
-        weighted: Whether the loss is UnDiMix's or plain.
-        seed: Of the model, the order of the graphs and their views.
-        data: The name of a TUDataset whose nodes have features, one of `DATA`.
-        epochs: Passes over the graphs; 0 leaves the model untrained.
-        max_steps: Where to stop before that; -1 for nowhere.
-        progress: Whether to show a progress bar.
-
-    Returns:
-        The model, the accuracy of its embeddings and the seconds of training.
-    """
+    """Trains GraphCL; returns the model, the accuracy of its embeddings and the seconds of training."""
     dataset = graphs(data)
     seed_everything(seed)
     encoder = GIN(dataset.num_features, HIDDEN, num_layers=3, norm="batch_norm")
@@ -85,19 +58,12 @@ def train(
             optimizer.step()
             steps += 1
     seconds = time.perf_counter() - start
-    return model, evaluate_embedding(embeddings(model, dataset), dataset.y).accuracy, seconds
+    return model, svm_accuracy(model, dataset), seconds
 
 
 def main() -> None:
-    compare(
-        str(__doc__),
-        train,
-        score="SVM accuracy",
-        plain="GraphCLLoss with Uniform()",
-        weighted="GraphCLLoss with UnDiMix()",
-        data=DATA,
-        epochs=20,
-    )
+    plain, method = "GraphCLLoss with Uniform()", "GraphCLLoss with UnDiMix()"
+    compare(str(__doc__), train, score="SVM accuracy", plain=plain, method=method, data=GRAPHS)
 
 
 if __name__ == "__main__":

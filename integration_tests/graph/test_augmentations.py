@@ -22,7 +22,7 @@ from torch_geometric.data.hetero_data import HeteroData
 from torch_geometric.loader.dataloader import DataLoader
 from torch_geometric.utils import to_scipy_sparse_matrix
 
-from examples.graphs import mutag
+from integration_tests.molecules import mutag
 from undimix_pyg.augmentations import AttributeMasking, EdgePerturbation, NodeDropping, RandomWalkSubgraph
 
 ALL = [NodeDropping, EdgePerturbation, AttributeMasking, RandomWalkSubgraph]

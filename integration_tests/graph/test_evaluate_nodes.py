@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from benchmarks.embeddings.graphs import probe
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score
 from sklearn.model_selection import StratifiedKFold
@@ -16,6 +15,7 @@ from torch_geometric.data import Data
 from torch_geometric.nn import GCN
 from torch_geometric.utils import stochastic_blockmodel_graph
 
+from benchmarks.embeddings.graphs import probe
 from undimix_pyg import GRACE, GRACELoss, evaluate_nodes
 
 STRENGTHS = (0.1, 1.0, 10.0, 100.0, 1e3, 1e4)

@@ -18,7 +18,7 @@ from torch_geometric.loader.dataloader import DataLoader
 from torch_geometric.nn import GCN, GIN, global_add_pool, global_max_pool, global_mean_pool
 from torch_geometric.transforms import Constant
 
-from examples.graphs import mutag
+from integration_tests.molecules import mutag
 from undimix_pyg import (
     AttributeMasking,
     EdgePerturbation,

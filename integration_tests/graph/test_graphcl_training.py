@@ -14,7 +14,7 @@ from torch_geometric import seed_everything
 from torch_geometric.loader import DataLoader
 from torch_geometric.nn import GAT, GCN, GIN
 
-from examples.graphs import mutag
+from integration_tests.molecules import mutag
 from undimix_plugins import HCL, UnDiMix, Uniform, undimix
 from undimix_pyg import GraphCL, GraphCLLoss, evaluate_embedding
 

@@ -13,7 +13,7 @@ from torch_geometric.loader.dataloader import DataLoader
 from torch_geometric.nn import GAT, GCN, GIN, global_add_pool, global_max_pool, global_mean_pool
 from torch_geometric.transforms import OneHotDegree
 
-from examples.graphs import mutag
+from integration_tests.molecules import mutag
 from undimix_pyg import InfoGraph
 
 

@@ -16,7 +16,7 @@ from torch_geometric.datasets import KarateClub
 from torch_geometric.loader import DataLoader
 from torch_geometric.nn import GCN, GIN
 
-from examples.graphs import mutag
+from integration_tests.molecules import mutag
 from tests import references
 from tests.cases import Case, random_rows
 from undimix_plugins import HCL, UnDiMix, Uniform, Weighting, undimix

@@ -17,7 +17,7 @@ from torch_geometric.loader import DataLoader, NeighborLoader, RandomNodeLoader
 from torch_geometric.nn import GAT, GCN, GIN
 from torch_geometric.transforms import OneHotDegree
 
-from examples.graphs import mutag
+from integration_tests.molecules import mutag
 from undimix_plugins import UnDiMix, Uniform, Weighting, undimix
 from undimix_pyg import GRACE, GRACELoss, GraphCL, GraphCLLoss, InfoGraph, InfoGraphLoss
 

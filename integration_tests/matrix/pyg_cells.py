@@ -19,7 +19,6 @@ from torch_geometric.datasets import KarateClub
 from torch_geometric.loader import DataLoader
 from torch_geometric.nn import GCN, GIN
 
-from examples.graphs import mutag
 from integration_tests.matrix.cells import (
     BF16,
     FP16,
@@ -35,6 +34,7 @@ from integration_tests.matrix.cells import (
     vector_of,
 )
 from integration_tests.matrix.plain_losses import PlainGRACE, PlainGraphCL, PlainInfoGraph
+from integration_tests.molecules import mutag
 from undimix_plugins import Uniform
 from undimix_pyg import GRACE, GRACELoss, GraphCL, GraphCLLoss, InfoGraph, InfoGraphLoss
 

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 from torch.utils.data import default_collate
 
-from undimix_plugins import UnDiMix, undimix
-from undimix_plugins.mixing import IMix, Mixed, UnMix
+from examples._shared.images import digit_views
+from examples._shared.images import images as data_set
+from undimix_plugins import IMix, UnDiMix, UnMix, undimix
+from undimix_plugins.methods.mixing import Mixed
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 Recipe = Callable[[str], ModuleType]
@@ -29,10 +31,10 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> Recipe:
     return importlib.import_module
 
 
-def views(module: ModuleType, count: int = 24) -> tuple[Tensor, Tensor]:
-    """Two views of real digits, as the recipe's transform makes them."""
+def views(count: int = 24) -> tuple[Tensor, Tensor]:
+    """Two views of real digits, as the recipes' transform makes them."""
     torch.manual_seed(0)
-    images, transform = module.images("MNIST", True), module.digit_views()
+    images, transform = data_set("MNIST", True), digit_views()
     first, second = default_collate([transform(images[i][0]) for i in range(count)])
     return first, second
 
@@ -66,7 +68,7 @@ def test_recipe_trains(recipe: Recipe, name: str) -> None:
 def test_i_mix_step(recipe: Recipe) -> None:
     module = recipe("lightly_imix")
     torch.manual_seed(1)
-    model, batch = module.SimCLR(True), views(module)
+    model, batch = module.SimCLR(True), views()
     loss = step(model, batch)
     mixed = IMix(alpha=1.0)(batch[0])
     logits = normalize(model(mixed.inputs), dim=1) @ normalize(model(batch[1]), dim=1).T / 0.2
@@ -77,7 +79,7 @@ def test_i_mix_step(recipe: Recipe) -> None:
 def test_un_mix_step(recipe: Recipe) -> None:
     module = recipe("lightly_unmix")
     torch.manual_seed(1)
-    model, batch = module.MoCo(True), views(module)
+    model, batch = module.MoCo(True), views()
     bank = model.criterion.memory_bank.bank.clone()
     loss = step(model, batch)
     mixed = UnMix(beta=1.0, P=0.5)(batch[0])
@@ -96,7 +98,7 @@ def test_un_mix_step(recipe: Recipe) -> None:
 def test_non_semantic_step(recipe: Recipe) -> None:
     module = recipe("lightly_non_semantic")
     torch.manual_seed(1)
-    model, batch = module.MoCo(True), views(module)
+    model, batch = module.MoCo(True), views()
     bank = model.criterion.memory_bank.bank.clone()
     loss = step(model, batch)
     made = module.NonSemanticTransform("patch")(batch[0])

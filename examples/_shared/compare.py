@@ -1,8 +1,9 @@
-"""The command line that the examples share: a training untrained, plain and weighted, from one seed."""
+"""The command line that the examples share: the score before training, with the plain loss and with the method."""
 
 from __future__ import annotations
 
 import argparse
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,21 +14,21 @@ def compare(
     *,
     score: str,
     plain: str,
-    weighted: str,
+    method: str,
     data: Sequence[str],
-    epochs: float,
 ) -> None:
     """Reads the command line, trains and prints the scores.
 
     Args:
-        description: Whose first line `--help` shows.
-        train: An example's `train(weighted, *, seed, data, epochs, max_steps)`, returning model, score and seconds.
-        score: What the score is.
-        plain: The plain loss, as written.
-        weighted: The weighted loss, as written.
-        data: What `--data` takes, the default first; all others are downloaded.
-        epochs: The default of `--epochs`.
+        description: A text whose first line `--help` shows.
+        train: An example's `train(with_method, *, seed, data, epochs, max_steps)`. It returns the model, the score and
+            the seconds of training. Its default of `epochs` is that of `--epochs`.
+        score: The name of the score.
+        plain: The name of the plain loss.
+        method: The name of the loss with the method.
+        data: The values that `--data` takes, the default first. All others are downloaded.
     """
+    epochs = inspect.signature(train).parameters["epochs"].default
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--data", default=data[0], help=f"{data[0]}, or downloaded: {', '.join(data[1:])}")
     parser.add_argument("--seed", type=int, default=0)
@@ -38,7 +39,7 @@ def compare(
         parser.error(f"--data: expected one of {', '.join(data)}, got {options['data']}")
 
     _, untrained, _ = train(False, **options | {"epochs": 0})
-    results = {loss: train(way, **options) for loss, way in ((plain, False), (weighted, True))}
+    results = {name: train(way, **options) for name, way in ((plain, False), (method, True))}
     print(f"{score}, before training: {untrained:.3f}")
-    for loss, (_, value, seconds) in results.items():
-        print(f"{score}, {loss}: {value:.3f} ({seconds:.1f} s)")
+    for name, (_, value, seconds) in results.items():
+        print(f"{score}, {name}: {value:.3f} ({seconds:.1f} s)")

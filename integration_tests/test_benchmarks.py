@@ -32,24 +32,27 @@ from PIL import Image
 from scipy import stats
 
 from benchmarks.embeddings import graphs, tables, text, vision
+from benchmarks.embeddings.command_line import main
+from benchmarks.embeddings.files import atomic_path, write_atomically
 from benchmarks.embeddings.protocol import (
-    CONTENDERS,
     CURVES,
-    EXPLORING_SEEDS,
-    FLAT,
+    EXPLORATORY_SEEDS,
+    FLATNESS_TEMPERATURES,
+    GRIDS,
     HCL,
     HCLS,
+    METHODS,
     PLAIN,
     SEEDS,
     TEMPERATURES,
     TESTED_FIRST,
-    TRIALS,
     TUNING_SEED,
     UNDIMIX,
     Benchmark,
-    main,
 )
-from benchmarks.embeddings.results import UNTRAINED, Run, load, metrics_of, result_of, sweep, whole, write_whole
+from benchmarks.embeddings.results import append, file_of, load, metrics_of, read
+from benchmarks.embeddings.sweep import missing, result_of, sweep
+from benchmarks.embeddings.trials import UNTRAINED, Trial
 from undimix_plugins import UnDiMix
 
 ROOT = Path(__file__).parent.parent
@@ -191,7 +194,7 @@ def run(module: str, *arguments: object, data_dir: Path, folder: Path) -> str:
 def test_trains_one_weighting(module: str, recipes: set[tuple[str, str]], data_dir: Path, tmp_path: Path) -> None:
     arguments = ("--weighting", "UnDiMix(hardness=0.5)", "--temperature", 0.3, "--seed", 5)
     said = run(module, *arguments, data_dir=data_dir, folder=tmp_path)
-    results = [json.loads(path.read_text()) for path in (tmp_path / "results").rglob("*.json")]
+    results = list(load(tmp_path / "results").values())
     told = [result["configuration"] for result in results]
     assert {(one["data"], one["recipe"]) for one in told} == recipes
     for result, configuration in zip(results, told, strict=True):
@@ -244,13 +247,13 @@ def test_what_was_trained_is_evaluated_by_all_that_is_reported(
         (graphs, "ENZYMES", "GraphCL"),
     ],
 )
-def test_every_setting_of_a_run_matters_and_a_seed_is_one_training(
+def test_every_setting_of_a_trial_matters_and_a_seed_is_one_training(
     module: Any, data: str, recipe: str, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(module, "STEPS_BETWEEN_STATISTICS", 1, raising=False)
     if module is text:  # whose evaluation takes longer than training, and is another test's
-        monkeypatch.setattr(module, "evaluate", lambda model, run, folder: {})
+        monkeypatch.setattr(module, "evaluate", lambda model, trial, folder: {})
     base = benchmark_of(module, data, recipe).base
     most = 16 if recipe == "SimCSE" else 128  # a transformer takes long
     one = replace(base, scale="tiny", temperature=0.3, batch_size=min(base.batch_size, most))
@@ -294,9 +297,9 @@ def test_what_is_told_was_not_learned_from(data_dir: Path, tmp_path: Path, monke
     assert set(train).isdisjoint(validation)
     for scale in vision.SCALES.values():
         assert scale.images <= scale.validation[0]
-    graph, run = graphs.nodes("Cora", data_dir), graphs.BENCHMARKS[0].base
-    choosing = graphs.node_splits(graph, run)
-    splits = [graphs.node_splits(graph, replace(run, split="test", seed=seed)) for seed in (0, 0, 1)]
+    graph, trial = graphs.nodes("Cora", data_dir), graphs.BENCHMARKS[0].base
+    choosing = graphs.node_splits(graph, trial)
+    splits = [graphs.node_splits(graph, replace(trial, split="test", seed=seed)) for seed in (0, 0, 1)]
     for known, told in (choosing, *splits):
         assert set(known).isdisjoint(told)
     for part in (part for split in splits for part in split):
@@ -324,22 +327,23 @@ def test_goes_on_after_a_kill(data_dir: Path, tmp_path: Path) -> None:
     arguments = ("tuning", "--data", "Cora", "--jobs", 2)
     process = command("graphs", *arguments, data_dir=data_dir, folder=tmp_path)
     end = time.monotonic() + 240
-    while len(list(tmp_path.rglob("*.json"))) < 3:
+    path = file_of(graphs.BENCHMARKS[0].base, tmp_path / "results")
+    while not path.exists() or path.read_bytes().count(b"\n") < 3:
         assert process.poll() is None
         assert time.monotonic() < end
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    before = {path: path.read_bytes() for path in (tmp_path / "results").rglob("*.json")}
+    before = read(path)
     assert 3 <= len(before) < 37
-    for content in before.values():
-        json.loads(content)
+    *whole, _ = path.read_bytes().split(b"\n")
 
     said = run("graphs", *arguments, data_dir=data_dir, folder=tmp_path)
-    assert f"tuning: 37 runs, {len(before)} of them there already" in said
+    assert f"tuning: 37 trials, {len(before)} of them with a result" in said
     after = metrics_of(load(tmp_path / "results"))
     assert len(after) == 37
-    assert all(path.read_bytes() == content for path, content in before.items())
+    assert path.read_bytes().split(b"\n")[: len(whole)] == whole
+    assert path.read_bytes().count(b"\n") == 37
     grace = replace(graphs.BENCHMARKS[0], base=replace(graphs.BENCHMARKS[0].base, scale="tiny"))
     assert set(after) == set(grace.tuning(after))
     # On a graph whose links and words tell the class, an encoder is better than chance, which is 1 in 7.
@@ -364,11 +368,11 @@ def test_trainings_that_start_at_once_share_a_data_set(
     assert {path.name for path in (tmp_path / "datasets" / "Planetoid" / "Cora").iterdir()} == {"raw", "processed"}
 
 
-def test_a_run_that_fails_is_told_and_leaves_no_result(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    run = graphs.BENCHMARKS[0].at("Uniform()", 0.4, 0)
-    assert sweep(operator.truediv, [run], folder=tmp_path) == [run]
-    assert "TypeError: unsupported operand type(s) for /: 'Run' and 'NoneType'" in capfd.readouterr().err
-    assert not list(tmp_path.rglob("*.json"))
+def test_a_trial_that_fails_is_told_and_leaves_no_result(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    trial = graphs.BENCHMARKS[0].at("Uniform()", 0.4, 0)
+    assert sweep(operator.truediv, [trial], folder=tmp_path) == [trial]
+    assert "TypeError: unsupported operand type(s) for /: 'Trial' and 'NoneType'" in capfd.readouterr().err
+    assert not list(tmp_path.rglob("*.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -381,7 +385,7 @@ def test_a_run_that_fails_is_told_and_leaves_no_result(tmp_path: Path, capfd: py
         (["--recipe", "GRACE", "--data", "MUTAG"], "expected a recipe and data set that go together"),
         (["--weighting", "HCL()", "--temperature", "0"], "--temperature: expected a number above 0, got 0"),
         (["--weighting", "HCL()", "--temperature", "nan"], "--temperature: expected a number above 0, got nan"),
-        (["tuning", "--weighting", "HCL()"], "expected tiers or --weighting, got both: tuning and HCL()"),
+        (["tuning", "--weighting", "HCL()"], "expected stages or --weighting, got both: tuning and HCL()"),
         (["--seed", "1"], "--temperature, --seed: expected --weighting beside them, got none"),
         (["--data-dir", "nowhere"], "--data-dir: expected a folder, got nowhere"),
     ],
@@ -399,43 +403,43 @@ def test_bad_arguments_are_told_at_once(
 
 def test_every_benchmark_asks_for_what_it_reports() -> None:
     for benchmark in tables.BENCHMARKS:
-        for contender, settings in TRIALS.items():
-            assert len(settings) == len(set(settings)) == 12, contender
-        assert set(FLAT) <= set(TEMPERATURES)
+        for method, settings in GRIDS.items():
+            assert len(settings) == len(set(settings)) == 12, method
+        assert set(FLATNESS_TEMPERATURES) <= set(TEMPERATURES)
         assert benchmark.base.weighting == "UnDiMix()"
-        tuned = {run: {benchmark.metric: 0.0} for run in benchmark.tuning({})}
-        assert (benchmark.untrained in tuned) == (not benchmark.chosen_on)
-        assert {run.split for run in tuned} == {"validation"}
-        assert {run.split for run in benchmark.test(tuned)} == {"test"}
+        tuned = {trial: {benchmark.metric: 0.0} for trial in benchmark.tuning({})}
+        assert (benchmark.untrained in tuned) == (not benchmark.tuned_on)
+        assert {trial.split for trial in tuned} == {"validation"}
+        assert {trial.split for trial in benchmark.test(tuned)} == {"test"}
         assert len(set(benchmark.test(tuned))) == 4 * len(SEEDS)
         if not benchmark.batch_sizes:  # then nothing has to be chosen first
             assert benchmark.flatness({}) == benchmark.flatness(tuned)
-        for runs in (benchmark.exploratory(tuned), benchmark.flatness(tuned)):
-            assert {run.split for run in runs} <= {"validation"}
-        assert sum(run.class_known for run in benchmark.exploratory(tuned)) in (0, 3 * len(EXPLORING_SEEDS))
+        for trials in (benchmark.exploratory(tuned), benchmark.flatness(tuned)):
+            assert {trial.split for trial in trials} <= {"validation"}
+        assert sum(trial.class_known for trial in benchmark.exploratory(tuned)) in (0, 3 * len(EXPLORATORY_SEEDS))
         # No seed chooses that also reports.
-        assert {run.seed for run in tuned}.isdisjoint(SEEDS)
+        assert {trial.seed for trial in tuned}.isdisjoint(SEEDS)
 
 
 # What results would be, were they these.
 
 
 def made_up(folder: Path, benchmark: Benchmark, lifts: dict[str, float]) -> dict[str, np.ndarray]:
-    """Results of a benchmark in which t = .2 is best, and contenders are better by `lifts` on test data."""
-    best = {name: next(setting for setting in TRIALS[name] if setting[1] == 0.2) for name in TRIALS}
+    """Results of a benchmark in which t = .2 is best, and the methods' scores on test data are `lifts`, with noise."""
+    best = {name: next(setting for setting in GRIDS[name] if setting[1] == 0.2) for name in GRIDS}
     if TESTED_FIRST in lifts:
         best[TESTED_FIRST] = TESTED_FIRST, 0.2
     draw, scores = np.random.default_rng(3), {}
-    metrics: dict[Run, float] = {
-        run: 0.5 - abs(run.temperature - 0.2) - 0.01 * ("beta=0.5" in run.weighting)
-        for run in (*benchmark.tuning({}), *(run for trial in benchmark.trials(TESTED_FIRST) for run in trial))
+    metrics: dict[Trial, float] = {
+        trial: 0.5 - abs(trial.temperature - 0.2) - 0.01 * ("beta=0.5" in trial.weighting)
+        for trial in (*benchmark.tuning({}), *(trial for setting in benchmark.grid(TESTED_FIRST) for trial in setting))
     }
     for name, setting in {UNTRAINED: (UNTRAINED, 0.0), **best}.items():
         scores[name] = lifts[name] + draw.normal(0, 0.01, len(SEEDS))
         for seed in SEEDS:
             metrics[benchmark.at(*setting, seed, "test")] = float(scores[name][seed])
-    for one, value in metrics.items():
-        written(folder, one, **dict.fromkeys((benchmark.metric, *benchmark.further), value))
+    names = (benchmark.metric, *benchmark.further)
+    write_results(folder, {one: dict.fromkeys(names, value) for one, value in metrics.items()})
     return scores
 
 
@@ -443,9 +447,19 @@ def spread(scores: np.ndarray) -> str:
     return f"{100 * scores.mean():.2f} ± {100 * scores.std(ddof=1):.2f}"
 
 
-def written(folder: Path, run: Run, **metrics: float) -> None:
-    result = {"configuration": asdict(run), "metrics": metrics, "statistics": {}, "seconds": 1800.0}
-    write_whole(run.path(folder), json.dumps(result))
+def write_results(folder: Path, metrics: dict[Trial, dict[str, float]]) -> None:
+    """Writes results, in place of those of the same trials."""
+    files: dict[Path, dict[Trial, dict[str, Any]]] = {}
+    for trial, of_trial in metrics.items():
+        path = file_of(trial, folder)
+        result = {"configuration": asdict(trial), "metrics": of_trial, "statistics": {}, "seconds": 1800.0}
+        files.setdefault(path, read(path))[trial] = result
+    for path, results in files.items():
+        write_atomically(path, "".join(f"{json.dumps(result)}\n" for result in results.values()))
+
+
+def written(folder: Path, trial: Trial, **metrics: float) -> None:
+    write_results(folder, {trial: metrics})
 
 
 LIFTS = {UNTRAINED: 0.3, PLAIN: 0.5, HCL: 0.51, UNDIMIX: 0.52}
@@ -511,14 +525,16 @@ def test_plots_show_what_the_tables_tell(tmp_path: Path) -> None:
         assert dot.get_xdata() == pytest.approx([over.mean()])
         assert bar.get_xdata() == pytest.approx(tables.interval(over, np.mean))
     for place, weighting in enumerate(CURVES):
-        for temperature, (run, _) in cora.over_temperatures(weighting).items():
-            written(tmp_path, run, accuracy=0.5 + 0.01 * place - 0.1 * temperature)
+        for temperature, (trial, _) in cora.over_temperatures(weighting).items():
+            written(tmp_path, trial, accuracy=0.5 + 0.01 * place - 0.1 * temperature)
     shown = tables.plot_flatness(tables.Results.read(tmp_path))
     assert shown is not None
     curves = {line.get_label(): line.get_xydata() for line in shown.axes[0].lines}
     assert list(curves) == [f"{CURVES[0]}, plain", *CURVES[1:]]
     for place, points in enumerate(curves.values()):
-        np.testing.assert_allclose(points, [(temperature, 50 + place - 10 * temperature) for temperature in FLAT])
+        np.testing.assert_allclose(
+            points, [(temperature, 50 + place - 10 * temperature) for temperature in FLATNESS_TEMPERATURES]
+        )
     plt.close("all")
 
 
@@ -555,11 +571,11 @@ def test_batch_sizes_are_of_the_seeds_that_have_all(tmp_path: Path) -> None:
     made_up(tmp_path, banking77, LIFTS)
     assert "Not measured yet" in tables.batch_sizes(tables.Results.read(tmp_path))
     asked = banking77.over_batch_sizes("UnDiMix()", metrics_of(load(tmp_path)))
-    assert {run.temperature for runs in asked.values() for run in runs} == {0.2}
-    for place, (size, runs) in enumerate(asked.items()):
-        for run in runs[: 1 if size == 256 else None]:
-            assert run.batch_size == size
-            written(tmp_path, run, mrr=0.8 + 0.01 * place + 0.1 * (run.seed != TUNING_SEED))
+    assert {trial.temperature for trials in asked.values() for trial in trials} == {0.2}
+    for place, (size, trials) in enumerate(asked.items()):
+        for trial in trials[: 1 if size == 256 else None]:
+            assert trial.batch_size == size
+            written(tmp_path, trial, mrr=0.8 + 0.01 * place + 0.1 * (trial.seed != TUNING_SEED))
     head, _, row = tables.batch_sizes(tables.Results.read(tmp_path)).splitlines()
     assert head == "| data, recipe | weighting | t | untrained | 32 | 64 | 128 | 256 | mean |"
     assert row == "| banking77, Static | `UnDiMix()` | 0.2 | 30.00 | 80.00 | 81.00 | 82.00 | 83.00 | 81.50 |"
@@ -591,8 +607,8 @@ def test_flat_curves_tell_their_seeds(tmp_path: Path) -> None:
     cora = graphs.BENCHMARKS[0]
     made_up(tmp_path, cora, LIFTS)
     for weighting in ("Uniform()", "UnDiMix()"):
-        for runs in cora.over_temperatures(weighting).values():
-            written(tmp_path, runs[1], accuracy=0.9)
+        for trials in cora.over_temperatures(weighting).values():
+            written(tmp_path, trials[1], accuracy=0.9)
     head, _, row = tables.flatness(tables.Results.read(tmp_path)).splitlines()
     assert head.startswith("| data, recipe | seeds | untrained | `Uniform()` | ")
     # Seed 100 has 50 points less 100 times the distance from .2: 35, 40, 50, 40, 20, -30; the other 90 everywhere.
@@ -636,43 +652,50 @@ def test_only_what_is_reported_is_counted(tmp_path: Path) -> None:
 def test_what_is_chosen_is_best_on_validation_data(tmp_path: Path) -> None:
     made_up(tmp_path, text.BENCHMARKS[0], LIFTS)
     metrics = metrics_of(load(tmp_path))
-    chosen = {name: text.BENCHMARKS[0].chosen(name, metrics) for name in TRIALS}
-    assert chosen == {name: (weighting, 0.2) for name, weighting in CONTENDERS.items()}
-    with pytest.raises(ValueError, match="run the tier 'tuning'"):
+    chosen = {name: text.BENCHMARKS[0].chosen(name, metrics) for name in GRIDS}
+    assert chosen == {name: (weighting, 0.2) for name, weighting in METHODS.items()}
+    with pytest.raises(ValueError, match="run the stage 'tuning'"):
         text.BENCHMARKS[1].chosen(PLAIN, metrics)
 
 
-def test_pages_show_the_results_that_are_there() -> None:
-    """No number was typed: what `make tables` would write is what the pages have."""
+def test_the_page_shows_the_results_that_are_there() -> None:
+    """No number was typed: what `make tables` would write is what the page has."""
     results = tables.Results.read()
     assert len(results.found) > 100
-    for page in tables.PAGES:
-        content = page.read_text(encoding="utf-8")
-        assert "<!-- results: " in content
-        assert tables.filled(content, results) == content, f"{page.name} is not what `make tables` makes"
+    content = tables.PAGE.read_text(encoding="utf-8")
+    assert {*re.findall(r"<!-- results: (\w+) -->", content)} == {*tables.TABLES}
+    assert tables.filled(content, results) == content, f"{tables.PAGE.name} is not what `make tables` makes"
 
 
 def test_results_are_whole_and_where_they_belong() -> None:
-    for path in tables.RESULTS.rglob("*"):
-        if path.is_file():
-            result = json.loads(path.read_text(encoding="utf-8"))
-            configuration = Run(**result["configuration"])
-            assert configuration.path() == path
-            assert result["weighting"] == configuration.settings(), f"{path.name} was made with other defaults"
-            assert result["modality"] == configuration.modality
-            assert result["seed"] == configuration.seed
+    files = [path for path in tables.RESULTS.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    assert {path.suffix for path in files} == {".jsonl"}
+    for path in files:
+        content = path.read_bytes()
+        assert content.endswith(b"\n")
+        results = read(path)
+        assert [json.loads(line) for line in content.splitlines()] == list(results.values())
+        for trial, result in results.items():
+            assert file_of(trial) == path
+            assert result["weighting"] == trial.settings(), f"{trial} was made with other defaults"
+            assert result["modality"] == trial.modality
+            assert result["seed"] == trial.seed
             assert result["seconds"] > 0
             assert all(-1 <= value <= 1 for value in result["metrics"].values())
 
 
+def never(trial: Trial, data_dir: Path | None) -> dict[str, Any]:
+    raise AssertionError
+
+
+def half(trial: Trial, data_dir: Path | None) -> dict[str, Any]:
+    return {"metrics": {"accuracy": 0.5}, "statistics": {}}
+
+
 def test_a_result_that_is_there_is_not_made_again(tmp_path: Path) -> None:
     one = graphs.BENCHMARKS[0].at("Uniform()", 0.4, 0)
-    write_whole(one.path(tmp_path), '{"metrics": {"accuracy": 0.5}}')
-
-    def never(run: Run, data_dir: Path | None) -> dict[str, Any]:
-        raise AssertionError
-
-    assert result_of(never, one, None, tmp_path) == {"metrics": {"accuracy": 0.5}}
+    written(tmp_path, one, accuracy=0.5)
+    assert result_of(never, one, None, tmp_path)["metrics"] == {"accuracy": 0.5}
     assert sweep(never, [one, one], folder=tmp_path) == []
 
 
@@ -685,39 +708,206 @@ def test_a_result_that_is_there_is_not_made_again(tmp_path: Path) -> None:
         ("{}", "metrics: expected a number for each name, got None"),
         ('{"metrics": {}}', "metrics: expected a number for each name, got {}"),
         ('{"metrics": {"accuracy": null}}', "metrics: expected a number for each name, got {'accuracy': None}"),
+        ("<<<<<<< HEAD", "Expecting value: line 1 column 1"),
     ],
 )
-def test_a_result_that_is_not_whole_is_named(content: str, came: str, tmp_path: Path) -> None:
-    """And not taken for done, nor made again over what may be of worth."""
-    one = graphs.BENCHMARKS[0].at("Uniform()", 0.4, 0)
-    path = one.path(tmp_path)
-    write_whole(path, content)
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_line_that_is_no_result_is_named(content: str, came: str, number: int, tmp_path: Path) -> None:
+    """It is neither counted as a result nor removed: it may be worth something."""
+    one, other = (graphs.BENCHMARKS[0].at("Uniform()", 0.4, seed) for seed in (0, 1))
+    path = file_of(one, tmp_path)
+    written(tmp_path, other, accuracy=0.5)
+    whole = path.read_text()
+    whole = f"{content}\n{whole}" if number == 1 else f"{whole}{content}\n"
+    path.write_text(whole)
     for use in (
         lambda: sweep(graphs.train, [one], folder=tmp_path),
         lambda: result_of(graphs.train, one, None, tmp_path),
+        lambda: append(one, half(one, None), tmp_path),
         lambda: tables.Results.read(tmp_path),
     ):
         with pytest.raises(
-            ValueError, match=rf"^{path}: expected a whole result, got none \(.*{came}.*; delete the file"
+            ValueError,
+            match=rf"^{path}, line {number}: expected a whole result, got none \(.*{came}.*; delete the line",
         ):
             use()
-    assert path.read_text() == content
+    assert path.read_text() == whole
 
 
-@pytest.mark.parametrize("configuration", [{}, {"configuration": {"hardness": 1}}])
+@pytest.mark.parametrize("configuration", [{}, *({"configuration": told} for told in ({"hardness": 1}, None, "Cora"))])
 def test_a_result_of_nothing_is_named(configuration: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "other.json").write_text(json.dumps({"metrics": {"accuracy": 0.5}, **configuration}))
+    (tmp_path / "other.jsonl").write_text(json.dumps({"metrics": {"accuracy": 0.5}, **configuration}) + "\n")
     with pytest.raises(
-        ValueError, match=rf"^{tmp_path}/other.json: expected a run's configuration, got .*; delete the"
+        ValueError, match=rf"^{tmp_path}/other.jsonl, line 1: expected a trial's configuration, got .*; delete the line"
     ):
         load(tmp_path)
+
+
+def test_a_configuration_that_is_no_trial_is_named(tmp_path: Path) -> None:
+    one = graphs.BENCHMARKS[0].at("Uniform()", 0.4, 0)
+    written(tmp_path, one, accuracy=0.5)
+    path = file_of(one, tmp_path)
+    result = {"metrics": {"accuracy": 0.5}, "configuration": {**asdict(one), "weighting": ["Uniform()"]}}
+    path.write_text(json.dumps(result))
+    with pytest.raises(ValueError, match=rf"^{path}, line 1: expected a trial's configuration, got TypeError"):
+        load(tmp_path)
+
+
+def test_a_result_in_the_file_of_another_data_set_is_named(tmp_path: Path) -> None:
+    cora, citeseer = (benchmark.at("Uniform()", 0.4, 0) for benchmark in graphs.BENCHMARKS[:2])
+    written(tmp_path, cora, accuracy=0.5)
+    path = file_of(cora, tmp_path).replace(file_of(citeseer, tmp_path))
+    with pytest.raises(
+        ValueError,
+        match=rf"^{path}, line 1: expected results of one recipe and data set, got one of graph/Cora-GRACE.jsonl; move",
+    ):
+        load(tmp_path)
+
+
+def test_two_results_of_one_trial_are_named(tmp_path: Path) -> None:
+    """As a merge of two branches can leave them."""
+    one = graphs.BENCHMARKS[0].at("Uniform()", 0.4, 0)
+    written(tmp_path, one, accuracy=0.5)
+    path = file_of(one, tmp_path)
+    path.write_text(path.read_text() + path.read_text().replace("0.5", "0.6"))
+    with pytest.raises(
+        ValueError,
+        match=rf"^{path}, line 2: expected one result for each trial, got a second one after line 1; delete one",
+    ):
+        sweep(never, [one], folder=tmp_path)
 
 
 def test_a_training_without_scores_has_no_result(tmp_path: Path) -> None:
     one = graphs.BENCHMARKS[0].at("Uniform()", 0.4, 0)
     with pytest.raises(ValueError, match=r"^metrics: expected a number for each name, got {}$"):
-        result_of(lambda run, data_dir: {"metrics": {}}, one, None, tmp_path)
-    assert not one.path(tmp_path).exists()
+        result_of(lambda trial, data_dir: {"metrics": {}}, one, None, tmp_path)
+    assert not file_of(one, tmp_path).exists()
+
+
+def test_a_last_line_without_its_end_costs_its_own_result_alone(tmp_path: Path) -> None:
+    """A killed append can end at any byte. The next sweep runs that trial again, and no other."""
+    trials = [graphs.BENCHMARKS[0].at("Uniform()", 0.4, seed) for seed in range(3)]
+    for trial in trials:
+        assert result_of(half, trial, None, tmp_path)["metrics"] == {"accuracy": 0.5}
+    path = file_of(trials[0], tmp_path)
+    content = path.read_bytes()
+    first, second, last = content.splitlines(keepends=True)
+    for end in [*range(0, len(last), 16), len(last) - 2, len(last) - 1]:
+        path.write_bytes(first + second + last[:end])
+        whole = end == len(last) - 1  # only the line break is missing
+        found = load(tmp_path)
+        assert list(found) == trials[: 2 + whole], end
+        assert sweep(never, trials[:2], folder=tmp_path) == []
+        assert path.read_bytes() == first + second + last[:end]  # readers write nothing
+        made = append(trials[2], json.loads(last), tmp_path)
+        assert made == json.loads(last)
+        assert [json.loads(line) for line in path.read_bytes().splitlines()] == [
+            *map(json.loads, (first, second, last))
+        ]
+        assert list(load(tmp_path)) == trials
+        # Whatever comes next stands on a line of its own.
+        append(replace(trials[2], seed=3), {**made, "configuration": asdict(replace(trials[2], seed=3))}, tmp_path)
+        assert len(load(tmp_path)) == 4
+
+
+APPENDS = """
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from benchmarks.embeddings.results import append
+from benchmarks.embeddings.trials import Trial
+
+folder, first, last = Path(sys.argv[1]), *map(int, sys.argv[2:])
+print("ready", flush=True)
+sys.stdin.readline()
+for seed in range(first, last):
+    trial = Trial("graph", "GRACE", "Cora", "Uniform()", 0.4, 0, seed)
+    metrics = {f"metric {number}": first + number / 1000 for number in range(400)}
+    append(trial, {"configuration": asdict(trial), "metrics": metrics}, folder)
+"""
+
+
+def appending(folder: Path, first: int, last: int) -> subprocess.Popen[str]:
+    """A process that appends a result for each seed, as soon as it reads a line."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", APPENDS, *map(str, (folder, first, last))],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_processes_append_to_one_file_at_once(tmp_path: Path) -> None:
+    """Each result is there once and whole, those that both make as well; readers see whole ones at all times."""
+    processes = [appending(tmp_path, 0, 20), appending(tmp_path, 10, 30)]
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    seen = 0
+    while any(process.poll() is None for process in processes):
+        found = len(load(tmp_path))
+        assert found >= seen
+        seen = found
+    assert [process.wait() for process in processes] == [0, 0]
+    for process in processes:
+        process.communicate()
+    assert sorted(trial.seed for trial in load(tmp_path)) == list(range(30))
+    (path,) = tmp_path.rglob("*.jsonl")
+    assert len(path.read_bytes().splitlines()) == 30
+
+
+KILLED = """
+import os, signal
+from pathlib import Path
+
+class Killed:
+    \"\"\"A file that takes half of what is written, and with it the process.\"\"\"
+
+    def __init__(self, file):
+        self.file = file
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+    def write(self, content):
+        self.file.write(content[: len(content) // 2])
+        self.file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+opened = Path.open
+Path.open = lambda path, mode, **options: (Killed if mode == "ab" else lambda file: file)(opened(path, mode, **options))
+"""
+
+
+def test_a_sweep_goes_on_after_a_kill_in_the_middle_of_an_append(tmp_path: Path) -> None:
+    trials = [graphs.BENCHMARKS[0].at("Uniform()", 0.4, seed) for seed in range(3)]
+    for trial in trials[:2]:
+        result_of(half, trial, None, tmp_path)
+    path = file_of(trials[0], tmp_path)
+    before = path.read_bytes()
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED + APPENDS, str(tmp_path), "2", "3"], cwd=ROOT, input="\n", text=True, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL
+    content = path.read_bytes()
+    assert content.startswith(before)
+    assert len(content) > len(before)
+    assert not content.endswith(b"\n")
+    assert list(load(tmp_path)) == trials[:2]
+    # The lock went with its process.
+    assert missing(trials, tmp_path) == trials[2:]
+    result_of(half, trials[2], None, tmp_path)
+    assert list(load(tmp_path)) == trials
+    assert path.read_bytes().startswith(before)
+    assert len(path.read_bytes().splitlines()) == 3
 
 
 @pytest.mark.parametrize("before", ["a file", "a folder", "nothing"])
@@ -733,7 +923,7 @@ def test_what_fails_halfway_leaves_nothing(before: str, tmp_path: Path) -> None:
         part.write_text("by half")
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), whole(path) as part:
+    with pytest.raises(KeyboardInterrupt), atomic_path(path) as part:
         write(part)
     assert [file.read_text() for file in tmp_path.iterdir()] == (["as it was"] if before == "a file" else [])
 
@@ -751,6 +941,6 @@ def test_kept_views_that_are_not_whole_are_named(
     for content in (b"", path.read_bytes()[:-1]):
         path.write_bytes(content)
         with pytest.raises(
-            ValueError, match=rf"^{path}: expected kept views, got .*; delete it to have them made anew"
+            ValueError, match=rf"^{path}: expected kept views, got .*; delete the file to make them again"
         ):
             vision.KeptViews(one, data_dir)

@@ -1,8 +1,8 @@
-"""What it costs to watch the negatives while a model trains: `python -m benchmarks.cost.monitoring`.
+"""The time that statistics of the negatives add to a training: `python -m benchmarks.cost.monitoring`.
 
-Whole steps of training on real data, encoder, loss, backward and optimiser, with `UnDiMix()`; against them the time of
-`negative_statistics` on what the step's loss compares, and its share of the training when it is worked out every 50
-steps, as the callbacks do. Each is the median of as many runs as fit the time, the two taking turns.
+The table has the time of a whole training step with `UnDiMix()` on real data (encoder, loss, backward, optimizer), the
+time of `negative_statistics` for that step, and its share of the training if it is computed every 50 steps, as the
+callbacks do. Times are medians; the two take turns.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import copy
 from statistics import median
 
 import torch
-from examples._shared.images import Digits
 from lightly.loss import NTXentLoss
 from lightly.models.utils import deactivate_requires_grad, update_momentum
 from torch import Tensor
@@ -20,16 +19,16 @@ from torch.nn.functional import normalize
 from torchvision.models import resnet18
 
 from benchmarks.cost.speed import Step, seconds, training
-from undimix_plugins import Contrast, UnDiMix, Weighting, negative_statistics, undimix, watch
+from examples._shared.images import Digits
+from undimix_plugins import Contrast, UnDiMix, Weighting, hardness_share, negative_statistics, undimix, watch
 from undimix_plugins.loss import OBSERVERS
-from undimix_plugins.plug import WeightedLoss
-from undimix_plugins.schedule import hardness_share, set_hardness
+from undimix_plugins.toolkit import WeightedLoss, set_hardness
 
 EVERY = 50
 
 
 def moco(device: str) -> Step:
-    """A step of MoCo: a memory bank of 65,536, and two passes through encoders."""
+    """A training step of MoCo with a memory bank of 65,536 keys."""
     data = Digits().data
     digits = torch.stack([torch.from_numpy(data[index]) for index in range(64)]).float()
     digits = normalize(digits.flatten(1), dim=1).view(64, 1, 28, 28).expand(-1, 3, -1, -1).to(device)
@@ -54,7 +53,7 @@ def moco(device: str) -> Step:
 
 
 def compared(step: Step) -> list[tuple[Contrast, Weighting]]:
-    """What a step's losses compare."""
+    """The contrasts of a step's losses, with their weightings."""
     seen: list[tuple[Contrast, Weighting]] = []
     with watch(lambda *both: seen.append(both)):
         step()
@@ -75,19 +74,19 @@ def line(name: str, step: Step, least: float, turns: int) -> str:
 
 
 def idle(least: float) -> str:
-    """What is paid at every step, watched or not."""
+    """The time that every step takes, without statistics."""
     loss = WeightedLoss()
     loss.weigh(UnDiMix())
-    for_nobody = seconds(lambda: [observer() for observer in tuple(OBSERVERS)], least)  # type: ignore[call-arg]
+    unwatched = seconds(lambda: [observer() for observer in OBSERVERS.values()], least)  # type: ignore[call-arg]
     warmup = seconds(lambda: set_hardness(loss, hardness_share(5, 100, steps=10)), least)
-    return f"{1e6 * for_nobody:.1f} µs a loss while nobody watches, {1e6 * warmup:.1f} µs a step of a warm-up"
+    return f"{1e6 * unwatched:.1f} µs for a loss without statistics, {1e6 * warmup:.1f} µs for a step of a warm-up"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=0.5, help="least time of each timing")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; default: cpu")
+    parser.add_argument("--turns", type=int, default=5, help="number of timings of each; default: 5")
+    parser.add_argument("--seconds", type=float, default=0.5, help="least duration of each timing; default: 0.5")
     options = parser.parse_args()
     print(f"torch {torch.__version__}, {options.device}, {torch.get_num_threads()} threads")
     print(f"| step | ms | statistics, ms | every {EVERY} steps |\n|---|---|---|---|")

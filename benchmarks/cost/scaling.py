@@ -1,8 +1,8 @@
-"""How time and memory of a weighted loss grow with batch, width and processes: `python -m benchmarks.cost.scaling`.
+"""Time and memory of a weighted loss by batch size, width and processes: `python -m benchmarks.cost.scaling`.
 
-The loss is lightly's `NTXentLoss`, forward and backward, on random embeddings in float32. Each measurement is of a
-process of its own, whose peak of resident memory (on a GPU: of allocated memory) before and after a step shows what the
-step adds. `docs/scaling.md` reads the tables.
+The loss is lightly's `NTXentLoss`, forward and backward, on random embeddings in float32. Each measurement has a
+process of its own. The memory is the increase of its peak of resident memory (on a GPU: of allocated memory) over a
+step. `docs/scaling.md` discusses the tables.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from undimix_plugins import UnDiMix, Uniform, Weighting, undimix
 
 WEIGHTINGS: dict[str, Weighting | None] = {"plain": None, "`Uniform()`": Uniform(), "`UnDiMix()`": UnDiMix()}
-PLAIN_UP_TO = 8192  # where it takes some 16 matrices of views by views
+PLAIN_UP_TO = 8192  # the plain loss needs some 16 matrices [views, views]
 PARTS = ("batches", "widths", "processes")
 
 
@@ -39,35 +39,35 @@ def views(batch: int, width: int, device: str) -> list[Tensor]:
 
 
 def seconds(loss: nn.Module, inputs: list[Tensor], repeats: int) -> float:
-    """The median time of a step, forward and backward."""
+    """The median time of a step (forward and backward)."""
     times = []
     for _ in range(repeats):
-        start = timer()  # which waits for the device
+        start = timer()  # waits for the device
         loss(*inputs).backward()
         times.append(timer() - start)
     return median(times)
 
 
 def peak(device: str) -> int:
-    """Bytes."""
+    """The process's peak of memory so far, in bytes."""
     if device == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return int(torch.cuda.max_memory_allocated(device))
 
 
 class Case(NamedTuple):
-    """What is measured: a batch of pairs, of all processes together."""
+    """A measurement. The batch size is in pairs, of all processes together."""
 
     batch: int
     width: int = 128
     weighting: Weighting | None = None
     processes: int = 1
-    threads: int = 1  # of each
+    threads: int = 1  # of each process
     device: str = "cpu"
 
 
 def step(rank: int, sent: Connection, root: str, case: Case) -> None:
-    """The first process sends the seconds that a step takes, and the MiB that the first step adds to the peak."""
+    """Runs steps. The first process sends their median time, and the MiB that the first one adds to the peak."""
     torch.set_num_threads(case.threads)
     if case.processes > 1:
         dist.init_process_group("gloo", init_method=f"file://{root}/init", rank=rank, world_size=case.processes)
@@ -85,7 +85,7 @@ def step(rank: int, sent: Connection, root: str, case: Case) -> None:
 
 
 def measured(case: Case) -> str:
-    """A cell of a table; empty where the host's loss would need too much."""
+    """The cell of a table; empty where the plain loss would need too much memory."""
     if case.weighting is None and case.batch > PLAIN_UP_TO:
         return ""
     received, sent = multiprocessing.get_context("spawn").Pipe(duplex=False)
@@ -94,7 +94,7 @@ def measured(case: Case) -> str:
         sent.close()
         try:
             taken, added = received.recv()
-        except EOFError:  # killed for want of memory
+        except EOFError:  # the process was killed for lack of memory
             return "too much"
         while not running.join():
             pass
@@ -111,8 +111,8 @@ def table(head: str, cases: dict[str, Case]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--only", choices=PARTS, nargs="*", default=PARTS, help="the tables to make")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; default: cpu")
+    parser.add_argument("--only", choices=PARTS, nargs="*", default=PARTS, help="which tables to print; default: all")
     options = parser.parse_args()
     threads = torch.get_num_threads()
     print(f"torch {torch.__version__}, {options.device}, {threads} threads: seconds of a step, MiB added to the peak")

@@ -1,8 +1,8 @@
-"""What a weighted loss costs against the host's own plain loss: `python -m benchmarks.cost.speed`.
+"""The time of a weighted loss relative to the toolkit's plain loss: `python -m benchmarks.cost.speed`.
 
-Time is forward and backward. The losses compared take turns in one process; a ratio is of two that follow each other.
-Three medians of the ratios are taken, and the least is shown (one is noise where losses are this close), with the
-quartiles of all. Below 1 is cheaper than the host's plain loss.
+Times are of forward and backward together. The losses take turns in one process, and a ratio is of two consecutive
+timings. The tables show the smallest of three medians of the ratios, since a single median is noisy where losses are
+this close, and the quartiles of all ratios. A ratio below 1 means faster than the plain loss.
 """
 
 from __future__ import annotations
@@ -15,9 +15,6 @@ from statistics import median, quantiles
 from typing import Any, NamedTuple
 
 import torch
-from examples._shared.graphs import mutag
-from examples._shared.images import Digits
-from examples._shared.texts import MINILM, halves, lee_articles
 from lightly.loss import NTXentLoss
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
@@ -30,6 +27,9 @@ from torch_geometric.nn import GIN, global_add_pool
 from torchvision.models import resnet18
 from tqdm import tqdm
 
+from examples._shared.graphs import mutag
+from examples._shared.images import Digits
+from examples._shared.texts import MINILM, halves, lee_articles
 from undimix_plugins import HCL, UnDiMix, Uniform, Weighting, undimix
 from undimix_pyg import GraphCLLoss
 
@@ -44,7 +44,7 @@ PARTS = ("losses", "training", "products")
 
 
 class Case(NamedTuple):
-    """A step of the host's plain loss, and what makes one with the weighting given."""
+    """A step with the toolkit's plain loss, and a function that makes a step with a weighting."""
 
     name: str
     plain: Step
@@ -52,7 +52,7 @@ class Case(NamedTuple):
 
 
 def published_graphcl(z1: Tensor, z2: Tensor, temperature: float = 0.2) -> Tensor:
-    """GraphCL's loss as its authors wrote it; PyG has none."""
+    """GraphCL's loss as its authors wrote it. PyG has no such loss."""
     similarity = torch.einsum("ik,jk->ij", z1, z2) / torch.einsum("i,j->ij", z1.norm(dim=1), z2.norm(dim=1))
     similarity = (similarity / temperature).exp()
     positive = similarity.diagonal()
@@ -69,7 +69,7 @@ def ranking(model: SentenceTransformer) -> tuple[Callable[..., Tensor], Callable
 
 
 def losses(device: str) -> list[Case]:
-    """The losses alone, on embeddings of their own."""
+    """The losses alone, on random embeddings."""
     bank = NTXentLoss(memory_bank_size=(65536, 128)).to(device)
     plain_ranking, weighted_ranking = ranking(SentenceTransformer(modules=[BoW(vocab=["a"])], device=device))
 
@@ -116,7 +116,7 @@ def backward(loss: Callable[..., Tensor], inputs: list[Tensor]) -> None:
 
 
 def training(device: str) -> list[Case]:
-    """Whole steps of training real models on real data: encoder, loss, backward, optimiser."""
+    """Whole training steps of real models on real data: encoder, loss, backward, optimizer."""
     torch.manual_seed(0)
     digits = Digits()
     images = torch.stack([torch.from_numpy(digits.data[index]) for index in range(128)])
@@ -183,13 +183,13 @@ def training(device: str) -> list[Case]:
 
 
 def seconds(run: Step, least: float) -> float:
-    """The median time of a run; Timer waits for the device."""
+    """The median time of a step. The Timer waits for the device."""
     timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
     return float(timer.blocked_autorange(min_run_time=least).median)
 
 
 def compare(cases: list[Case], pairs: int, least: float) -> list[str]:
-    """A line of a table for each case: ratios of the weighted losses' time over the plain one's."""
+    """The lines of a table with the ratios of the weighted losses' times to the plain loss's, for each case."""
     names = list(WEIGHTINGS)
     lines = [
         f"| | plain, ms | {' | '.join(f'`{name}`' for name in names)} | UnDiMix over Uniform | linear over geometric |"
@@ -205,7 +205,7 @@ def compare(cases: list[Case], pairs: int, least: float) -> list[str]:
 
 
 def ratio(values: list[float]) -> str:
-    """The least of three medians, and the quartiles of all."""
+    """The smallest of three medians, and the quartiles of all ratios."""
     third = len(values) // 3
     best = min(median(values[start : start + third]) for start in range(0, 3 * third, third))
     low, _, high = quantiles(values, n=4)
@@ -213,7 +213,7 @@ def ratio(values: list[float]) -> str:
 
 
 def products(device: str, least: float) -> list[str]:
-    """Where the time goes: that of a step in matrix products of logits' size at the machine's best rate."""
+    """The time of a step as a multiple of one matrix product [views, 128] x [128, views] at the machine's best rate."""
     lines = [
         "| batch | product, ms | GFLOP/s | plain | Uniform() | UnDiMix() | linear |",
         "|---|---|---|---|---|---|---|",
@@ -237,16 +237,16 @@ def products(device: str, least: float) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--pairs", type=int, default=5, help="timed pairs in each of the three medians")
-    parser.add_argument("--seconds", type=float, default=0.2, help="least time of each timing")
-    parser.add_argument("--only", choices=PARTS, nargs="*", default=PARTS, help="the tables to make")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; default: cpu")
+    parser.add_argument("--pairs", type=int, default=5, help="ratios in each of the three medians; default: 5")
+    parser.add_argument("--seconds", type=float, default=0.2, help="least duration of each timing; default: 0.2")
+    parser.add_argument("--only", choices=PARTS, nargs="*", default=PARTS, help="which tables to print; default: all")
     options = parser.parse_args()
     print(f"torch {torch.__version__}, {options.device}, {torch.get_num_threads()} threads")
     titles = {
-        "losses": "Forward and backward over the host's plain loss",
-        "training": "A whole step of training over that with the plain loss",
-        "products": "Forward and backward in matrix products [views, 128] x [128, views] at the machine's rate",
+        "losses": "Forward and backward, relative to the toolkit's plain loss",
+        "training": "A whole training step, relative to a step with the plain loss",
+        "products": "Forward and backward as a multiple of a matrix product [views, 128] x [128, views]",
     }
     makers: dict[str, Callable[[], list[str]]] = {
         "losses": lambda: compare(losses(options.device), options.pairs, options.seconds),

@@ -1,45 +1,46 @@
-"""Which runs answer which question: tuning and test of the main contenders, the other weightings, flat curves."""
+"""The protocol: which trials answer which question, in four stages.
+
+tuning       twelve settings of each method on validation data, with one seed
+test         the best setting of each method on test data, over twelve seeds
+exploratory  other weightings and settings on validation data, and what false negatives cost
+flatness     each method over temperatures and batch sizes on validation data
+"""
 
 from __future__ import annotations
 
-import argparse
-import math
-import sys
 from dataclasses import dataclass, replace
 from itertools import chain
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.embeddings.results import RESULTS, SCALES, UNTRAINED, Run, Train, load, metrics_of, result_of, sweep
+from benchmarks.embeddings.trials import UNTRAINED, Trial
 
 PLAIN, HCL, UNDIMIX = "plain, tuned", "HCL, tuned", "UnDiMix()"
-HCLS = ("HCL(beta=1.0, tau_plus=0.1)", "HCL(beta=0.5, tau_plus=0.0)")  # the first is the paper's
-CONTENDERS = {PLAIN: "Uniform()", HCL: HCLS[0], UNDIMIX: "UnDiMix()"}
+HCLS = ("HCL(beta=1.0, tau_plus=0.1)", "HCL(beta=0.5, tau_plus=0.0)")  # the paper's setting comes first
+METHODS = {PLAIN: "Uniform()", HCL: HCLS[0], UNDIMIX: "UnDiMix()"}
 TEMPERATURES = (0.05, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
-FLAT = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
-# Twelve trials each.
-TRIALS = {
+FLATNESS_TEMPERATURES = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
+# Twelve settings for each method.
+GRIDS = {
     PLAIN: [("Uniform()", temperature) for temperature in TEMPERATURES],
-    HCL: [(hcl, temperature) for hcl in HCLS for temperature in FLAT],
+    HCL: [(hcl, temperature) for hcl in HCLS for temperature in FLATNESS_TEMPERATURES],
     UNDIMIX: [("UnDiMix()", temperature) for temperature in TEMPERATURES],
 }
-# What was the default when test data were first looked at: its trials and its test are results, and not made anew.
+# The default at the first evaluation on test data. Its results are kept and reported; its trials are not run again.
 TESTED_FIRST = "UnDiMix(0.5, 0.5, 0.5, detached=True)"
 CURVES = ("Uniform()", *HCLS, "UnDiMix()")
 OVER_TEMPERATURES = (*CURVES, TESTED_FIRST)
 SEEDS = range(12)
 TUNING_SEED = 100
 FLATNESS_SEEDS = (100, 101)
-EXPLORING_SEEDS = (100, 101, 102)
-TIERS = ("tuning", "test", "exploratory", "flatness")
-OTHERS = Path("results")  # that no table is made from
+EXPLORATORY_SEEDS = (100, 101, 102)
+STAGES = ("tuning", "test", "exploratory", "flatness")
 
 EXPLORED = (
     "UnDiMix()",
     TESTED_FIRST,
     "UnDiMix(detached=True)",
-    # The components alone, in pairs, and turned round.
+    # The components alone, in pairs, and with the opposite sign.
     "UnDiMix(influence=0, diversity=0)",
     "UnDiMix(similarity=0, diversity=0)",
     "UnDiMix(similarity=0, influence=0)",
@@ -74,223 +75,150 @@ EXPLORED = (
 )
 
 
-Metrics = dict[Run, dict[str, float]]
+Metrics = dict[Trial, dict[str, float]]
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A recipe on a data set, and the metric that settings are chosen by.
+    """A recipe on a data set, with the metric that chooses settings.
 
     Attributes:
-        base: The run that the others are variants of.
-        metric: The name of the metric that decides.
-        further: The names of those that are reported beside it.
-        batch_sizes: Those of the flatness; none where there are no batches.
-        others: The weightings that are explored.
-        explores: Whether they are, and more seeds for flat curves and other batch sizes are tried as well.
-        chosen_on: The data sets that choose settings, where it is not this one's own validation data.
-        has_classes: Whether the training data have classes, so that false negatives can be told.
-        lowered: What the temperatures of the trials are divided by.
+        base: The trial that all others are variants of.
+        metric: The metric that chooses settings.
+        further: Other metrics that are reported.
+        batch_sizes: The batch sizes of the stage "flatness"; empty for a recipe without batches.
+        explored_weightings: The weightings of the stage "exploratory".
+        explores: Whether that stage runs, and whether flatness has a second seed and `TESTED_FIRST`.
+        tuned_on: The data sets that choose settings; empty for this one's own validation data.
+        has_classes: Whether the training data have classes, so that false negatives are known.
+        temperature_divisor: Divides the temperatures of `GRIDS`.
     """
 
-    base: Run
+    base: Trial
     metric: str
     further: tuple[str, ...] = ()
     batch_sizes: tuple[int, ...] = ()
-    others: tuple[str, ...] = EXPLORED
+    explored_weightings: tuple[str, ...] = EXPLORED
     explores: bool = True
-    chosen_on: tuple[str, ...] = ()
+    tuned_on: tuple[str, ...] = ()
     has_classes: bool = True
-    lowered: float = 1.0
+    temperature_divisor: float = 1.0
 
-    def at(self, weighting: str, temperature: float, seed: int, split: str = "validation", **changes: Any) -> Run:
+    def at(self, weighting: str, temperature: float, seed: int, split: str = "validation", **changes: Any) -> Trial:
         return replace(self.base, weighting=weighting, temperature=temperature, seed=seed, split=split, **changes)
 
     @property
-    def untrained(self) -> Run:
-        """The encoder as it begins, on validation data."""
+    def untrained(self) -> Trial:
+        """The encoder before training, on validation data."""
         return self.at(UNTRAINED, 0.0, TUNING_SEED)
 
-    def trials(self, contender: str) -> list[list[Run]]:
-        """The runs of each of its settings; of `TESTED_FIRST`, too."""
-        data_sets = self.chosen_on or (self.base.data,)
+    def grid(self, method: str) -> list[list[Trial]]:
+        """For each setting of a method, or of `TESTED_FIRST`, its trials: one for each data set that tunes."""
+        data_sets = self.tuned_on or (self.base.data,)
         first = [(TESTED_FIRST, temperature) for temperature in TEMPERATURES]
-        settings = first if contender == TESTED_FIRST else TRIALS[contender]
+        settings = first if method == TESTED_FIRST else GRIDS[method]
         return [
-            [replace(self.at(weighting, round(t / self.lowered, 6), TUNING_SEED), data=data) for data in data_sets]
+            [
+                replace(self.at(weighting, round(t / self.temperature_divisor, 6), TUNING_SEED), data=data)
+                for data in data_sets
+            ]
             for weighting, t in settings
         ]
 
-    def missing(self, contender: str, results: Metrics) -> list[Run]:
-        """Its trials that are not there yet."""
-        return [run for trial in self.trials(contender) for run in trial if run not in results]
+    def missing(self, method: str, results: Metrics) -> list[Trial]:
+        """The trials of the method's grid without a result."""
+        return [trial for setting in self.grid(method) for trial in setting if trial not in results]
 
     def is_tuned(self, results: Metrics) -> bool:
-        """Whether all trials are there."""
-        return not any(self.missing(contender, results) for contender in TRIALS)
+        """Whether the grids of all methods have their results."""
+        return not any(self.missing(method, results) for method in GRIDS)
 
-    def best(self, contender: str, results: Metrics) -> list[Run]:
-        """The trial that is best on validation data; a ValueError where some are missing."""
-        if missing := self.missing(contender, results):
+    def best(self, method: str, results: Metrics) -> list[Trial]:
+        """The trials of the best setting on validation data; a ValueError if the grid is incomplete."""
+        if missing := self.missing(method, results):
             raise ValueError(
-                f"{contender} on {self.base.data}: {len(missing)} trials are missing; run the tier 'tuning'"
+                f"{method} on {self.base.data}: {len(missing)} trials have no result; run the stage 'tuning'"
             )
-        return max(self.trials(contender), key=lambda trial: mean(results[run][self.metric] for run in trial))
+        return max(self.grid(method), key=lambda setting: mean(results[trial][self.metric] for trial in setting))
 
-    def chosen(self, contender: str, results: Metrics) -> tuple[str, float]:
-        """The best trial's setting."""
-        best, *_ = self.best(contender, results)
+    def chosen(self, method: str, results: Metrics) -> tuple[str, float]:
+        """The weighting and temperature of the best setting."""
+        best, *_ = self.best(method, results)
         return best.weighting, best.temperature
 
     def settings(self, results: Metrics) -> dict[str, tuple[str, float]]:
-        """What is compared: the untrained encoder, and each contender as it was chosen."""
-        return {UNTRAINED: (UNTRAINED, 0.0)} | {contender: self.chosen(contender, results) for contender in TRIALS}
+        """What is compared: the untrained encoder, and each method at its best setting."""
+        return {UNTRAINED: (UNTRAINED, 0.0)} | {method: self.chosen(method, results) for method in GRIDS}
 
-    def tuning(self, results: Metrics) -> list[Run]:
-        """Twelve settings of each contender on validation data, with one seed."""
-        runs = [run for contender in TRIALS for trial in self.trials(contender) for run in trial]
-        return runs if self.chosen_on else [self.untrained, *runs]
+    def tuning(self, results: Metrics) -> list[Trial]:
+        """The grid of each method on validation data, with one seed."""
+        trials = [trial for method in GRIDS for setting in self.grid(method) for trial in setting]
+        return trials if self.tuned_on else [self.untrained, *trials]
 
-    def test(self, results: Metrics) -> list[Run]:
-        """What was chosen, on test data."""
-        # Not seed by seed: trainings at once would make the same views of the same images.
+    def test(self, results: Metrics) -> list[Trial]:
+        """The best settings on test data."""
+        # Ordered by setting, not by seed: trials with one seed at once would all make the same views of the images.
         return [self.at(*setting, seed, "test") for setting in self.settings(results).values() for seed in SEEDS]
 
-    def explored(self, results: Metrics) -> dict[str, list[Run]]:
-        """By what is tried its runs, a seed each: the plain loss at its best temperature, all else at UnDiMix's."""
+    def explored(self, results: Metrics) -> dict[str, list[Trial]]:
+        """For each explored setting its trials, one for each seed.
+
+        The plain loss has its best temperature; all others have the best temperature of `UnDiMix()`.
+        """
         (plain, at_plain), (_, temperature) = self.chosen(PLAIN, results), self.chosen(UNDIMIX, results)
         settings: dict[str, dict[str, Any]] = {
             PLAIN: {"weighting": plain, "temperature": at_plain},
             "plain": {"weighting": plain},
-            **{name: {"weighting": name} for name in self.others},
+            **{name: {"weighting": name} for name in self.explored_weightings},
             "UnDiMix(), warmed up over half the training": {"weighting": "UnDiMix()", "warmup": 0.5},
         }
         return {
-            name: [self.at(**{"temperature": temperature, "seed": seed, **setting}) for seed in EXPLORING_SEEDS]
+            name: [self.at(**{"temperature": temperature, "seed": seed, **setting}) for seed in EXPLORATORY_SEEDS]
             for name, setting in settings.items()
         }
 
-    def without_false_negatives(self, results: Metrics) -> dict[str, list[list[Run]]]:
-        """By contender the runs of its chosen setting, as they are and with no negative of the anchor's class."""
+    def without_false_negatives(self, results: Metrics) -> dict[str, list[list[Trial]]]:
+        """For each method its trials at the best setting: with all negatives, and without the anchor's class."""
         if not (self.explores and self.has_classes):
             return {}
         return {
-            contender: [
-                [self.at(*self.chosen(contender, results), seed, class_known=known) for seed in EXPLORING_SEEDS]
+            method: [
+                [self.at(*self.chosen(method, results), seed, class_known=known) for seed in EXPLORATORY_SEEDS]
                 for known in (False, True)
             ]
-            for contender in TRIALS
+            for method in GRIDS
         }
 
-    def exploratory(self, results: Metrics) -> list[Run]:
-        """All that could be better, on validation data, and what false negatives cost."""
+    def exploratory(self, results: Metrics) -> list[Trial]:
+        """Other weightings and settings on validation data, and training without false negatives."""
         if not self.explores:
             return []
         both = [*self.explored(results).values(), *chain(*self.without_false_negatives(results).values())]
-        runs = [run for of_one in both for run in of_one]
-        return sorted(runs, key=lambda run: run.seed)
+        trials = [trial for of_one in both for trial in of_one]
+        return sorted(trials, key=lambda trial: trial.seed)
 
-    def flat(self, weighting: str, temperature: float, **changes: Any) -> list[Run]:
-        """A weighting's runs at a temperature, a seed each."""
+    def over_seeds(self, weighting: str, temperature: float, **changes: Any) -> list[Trial]:
+        """The trials of a weighting at a temperature, one for each seed of the stage "flatness"."""
         seeds = FLATNESS_SEEDS if self.explores else (TUNING_SEED,)
         return [self.at(weighting, temperature, seed, **changes) for seed in seeds]
 
-    def over_temperatures(self, weighting: str) -> dict[float, list[Run]]:
-        """By temperature a weighting's runs."""
-        return {temperature: self.flat(weighting, temperature) for temperature in FLAT}
+    def over_temperatures(self, weighting: str) -> dict[float, list[Trial]]:
+        """The trials of a weighting at each temperature."""
+        return {temperature: self.over_seeds(weighting, temperature) for temperature in FLATNESS_TEMPERATURES}
 
-    def over_batch_sizes(self, weighting: str, results: Metrics) -> dict[int, list[Run]]:
-        """By batch size a weighting's runs at the plain loss's best temperature."""
-        if not self.batch_sizes:  # nor is a temperature needed, which trials would have to choose
+    def over_batch_sizes(self, weighting: str, results: Metrics) -> dict[int, list[Trial]]:
+        """The trials of a weighting at each batch size, at the plain loss's best temperature."""
+        if not self.batch_sizes:  # then no tuning is needed, either
             return {}
         _, temperature = self.chosen(PLAIN, results)
-        return {size: self.flat(weighting, temperature, batch_size=size) for size in self.batch_sizes}
+        return {size: self.over_seeds(weighting, temperature, batch_size=size) for size in self.batch_sizes}
 
-    def flatness(self, results: Metrics) -> list[Run]:
-        """The contenders over temperatures and over batch sizes."""
-        if self.chosen_on:
+    def flatness(self, results: Metrics) -> list[Trial]:
+        """Each method over temperatures and over batch sizes."""
+        if self.tuned_on:
             return []
         weightings = OVER_TEMPERATURES if self.explores else CURVES
-        asked = [self.over_temperatures(weighting) for weighting in weightings]
-        asked += [self.over_batch_sizes(weighting, results) for weighting in CURVES]
-        runs = chain(*chain(*(by_place.values() for by_place in asked)))
-        return sorted(runs, key=lambda run: run.seed)
-
-
-def main(description: str, train: Train, benchmarks: list[Benchmark]) -> None:
-    """The command line of a benchmark.
-
-    Args:
-        description: Whose first line `--help` shows.
-        train: Makes a run's metrics, and what else its result is to hold.
-        benchmarks: Each recipe and data set of the modality.
-    """
-    base = [benchmark.base for benchmark in benchmarks]
-    parser = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.embeddings.{Path(sys.argv[0]).stem}", description=description.splitlines()[0]
-    )
-    parser.add_argument("tiers", nargs="*", help=f"{', '.join(TIERS)}; all of them if none is named")
-    parser.add_argument("--recipe", help="only this one: " + ", ".join(sorted({run.recipe for run in base})))
-    parser.add_argument("--data", help="only this one: " + ", ".join(sorted({run.data for run in base})))
-    parser.add_argument("--data-dir", type=Path, help="where data sets are; they are downloaded where it lacks them")
-    parser.add_argument(
-        "--results",
-        type=Path,
-        help=f"where results are and go; else benchmarks/results, for --weighting and other scales ./{OTHERS}",
-    )
-    parser.add_argument("--jobs", type=int, default=1, help="how many trainings at once; else 1")
-    parser.add_argument(
-        "--scale",
-        choices=SCALES,
-        default="small",
-        help="full: longer, larger encoders; tiny: to see it work; by default small",
-    )
-    parser.add_argument("--weighting", help="train this alone, such as 'UnDiMix(hardness=2.0)', and print its metrics")
-    parser.add_argument("--temperature", type=float, help="with --weighting; else the recipe's")
-    parser.add_argument("--seed", type=int, help="with --weighting; else 0")
-    options = parser.parse_args()
-    if unknown := set(options.tiers) - set(TIERS):
-        parser.error(f"expected some of {', '.join(TIERS)}, got {', '.join(sorted(unknown))}")
-    if options.weighting and options.tiers:
-        parser.error(f"expected tiers or --weighting, got both: {', '.join(options.tiers)} and {options.weighting}")
-    if not options.weighting and (options.temperature, options.seed) != (None, None):
-        parser.error("--temperature, --seed: expected --weighting beside them, got none")
-    if options.temperature is not None and not 0 < options.temperature < math.inf:
-        parser.error(f"--temperature: expected a number above 0, got {options.temperature:g}")
-    if options.data_dir is not None and not options.data_dir.is_dir():
-        parser.error(f"--data-dir: expected a folder, got {options.data_dir}")
-
-    wanted = [
-        replace(benchmark, base=replace(benchmark.base, scale=options.scale))
-        for benchmark in benchmarks
-        if options.recipe in (None, benchmark.base.recipe) and options.data in (None, benchmark.base.data)
-    ]
-    if not wanted:
-        parser.error(f"expected a recipe and data set that go together, got {options.recipe} and {options.data}")
-    reported = not options.weighting and options.scale == "small"
-    folder, failed = options.results or (RESULTS if reported else OTHERS), list[Run]()
-    if options.weighting:
-        runs = [
-            benchmark.at(options.weighting, options.temperature or benchmark.base.temperature, options.seed or 0)
-            for benchmark in wanted
-        ]
-        try:
-            runs[0].loss_weighting()
-        except Exception as error:  # an expression can raise anything
-            parser.error(f"--weighting: {str(error).removeprefix('weighting: ')}")
-        failed += sweep(train, runs, options.data_dir, folder=folder, jobs=options.jobs)
-        for run in runs:
-            if run not in failed:
-                metrics = result_of(train, run, options.data_dir, folder)["metrics"]
-                scores = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-                print(f"{run.data}, {run.recipe}, {run.weighting} at {run.temperature:g}, seed {run.seed}: {scores}")
-                print(f"  {run.path(folder)}")
-    else:
-        for tier in options.tiers or TIERS:
-            results = metrics_of(load(folder))
-            runs = [run for benchmark in wanted for run in getattr(benchmark, tier)(results)]
-            there = sum(run.path(folder).exists() for run in runs)
-            print(f"{tier}: {len(runs)} runs, {there} of them there already", flush=True)
-            failed += sweep(train, runs, options.data_dir, folder=folder, jobs=options.jobs)
-    if failed:
-        sys.exit(f"{len(failed)} runs failed")
+        wanted = [self.over_temperatures(weighting) for weighting in weightings]
+        wanted += [self.over_batch_sizes(weighting, results) for weighting in CURVES]
+        trials = chain(*chain(*(by_place.values() for by_place in wanted)))
+        return sorted(trials, key=lambda trial: trial.seed)

@@ -1,7 +1,7 @@
-"""Makes the tables and plots of the results: `python -m benchmarks.embeddings.tables` (or `make tables`).
+"""Writes the tables and plots of all results: `python -m benchmarks.embeddings.tables` (or `make tables`).
 
-Tables go between the marks of README.md and docs/results.md, `<!-- results: name -->` and `<!-- /results -->`; plots to
-docs/pictures.
+A table replaces what is between `<!-- results: name -->` and `<!-- /results -->` in docs/results.md, for each name of
+`TABLES`. Plots go to docs/pictures.
 """
 
 from __future__ import annotations
@@ -22,28 +22,30 @@ from statsmodels.formula.api import ols
 from statsmodels.stats.multitest import multipletests
 
 from benchmarks.embeddings import graphs, text, vision
+from benchmarks.embeddings.files import atomic_path, write_atomically
 from benchmarks.embeddings.protocol import (
-    CONTENDERS,
     CURVES,
-    FLAT,
+    FLATNESS_TEMPERATURES,
+    GRIDS,
     HCL,
+    METHODS,
     OVER_TEMPERATURES,
     PLAIN,
     SEEDS,
     TESTED_FIRST,
-    TRIALS,
     UNDIMIX,
     Benchmark,
 )
-from benchmarks.embeddings.results import RESULTS, UNTRAINED, Run, load, metrics_of, whole, write_whole
+from benchmarks.embeddings.results import RESULTS, Result, load, metrics_of
+from benchmarks.embeddings.trials import UNTRAINED, Trial
 
 ROOT = Path(__file__).parent.parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+PAGE = ROOT / "docs" / "results.md"
 PICTURES = ROOT / "docs" / "pictures"
 BENCHMARKS = [*vision.BENCHMARKS, *text.BENCHMARKS, *graphs.BENCHMARKS]
 BASELINES = (PLAIN, HCL)
-SCORED = ["data, recipe", "score, %", UNTRAINED, *TRIALS, *(f"{UNDIMIX} - {name}" for name in BASELINES)]
-# A measure counts where training with the plain loss moves it by more than three deviations.
+SCORED = ["data, recipe", "score, %", UNTRAINED, *GRIDS, *(f"{UNDIMIX} - {name}" for name in BASELINES)]
+# A metric counts if training with the plain loss raises it by more than three standard deviations.
 DEVIATIONS = 3
 METRICS = {
     "knn": "k-NN accuracy",
@@ -68,31 +70,31 @@ COLOURS = dict(zip(CURVES, ("#777777", "#e69f00", "#d55e00", "#0072b2"), strict=
 
 @dataclass(frozen=True)
 class Results:
-    """What is there, by run."""
+    """All results, by trial."""
 
-    found: dict[Run, dict[str, Any]]
+    found: dict[Trial, Result]
 
     @classmethod
     def read(cls, folder: Path = RESULTS) -> Results:
         return cls(load(folder))
 
     @cached_property
-    def metrics(self) -> dict[Run, dict[str, float]]:
+    def metrics(self) -> dict[Trial, dict[str, float]]:
         return metrics_of(self.found)
 
-    def scores(self, runs: Iterable[Run], metric: str) -> np.ndarray | None:
-        """In percent; None where one is missing."""
-        runs = list(runs)
-        if any(metric not in self.metrics.get(run, {}) for run in runs):
+    def scores(self, trials: Iterable[Trial], metric: str) -> np.ndarray | None:
+        """The metric of each trial in percent; None if a trial has none."""
+        trials = list(trials)
+        if any(metric not in self.metrics.get(trial, {}) for trial in trials):
             return None
-        return 100 * np.array([self.metrics[run][metric] for run in runs])
+        return 100 * np.array([self.metrics[trial][metric] for trial in trials])
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A metric of a benchmark on test data, a score per seed: of the untrained encoder and of each contender.
+    """A metric of a benchmark on test data, for each seed: of the untrained encoder and of each method.
 
-    `TESTED_FIRST` is among them where it was one.
+    Where `TESTED_FIRST` has results, it is among the methods.
     """
 
     benchmark: Benchmark
@@ -105,16 +107,16 @@ class Measured:
         trained, untrained = self.scores[PLAIN], self.scores[UNTRAINED]
         return bool((trained - untrained).mean() > DEVIATIONS * max(trained.std(ddof=1), untrained.std(ddof=1)))
 
-    def over(self, baseline: str, contender: str = UNDIMIX) -> np.ndarray:
-        return self.scores[contender] - self.scores[baseline]
+    def over(self, baseline: str, method: str = UNDIMIX) -> np.ndarray:
+        return self.scores[method] - self.scores[baseline]
 
-    def p(self, baseline: str, contender: str = UNDIMIX) -> str:
-        """Of a paired t-test."""
-        return of_p(ttest_rel(self.scores[contender], self.scores[baseline]).pvalue)
+    def p(self, baseline: str, method: str = UNDIMIX) -> str:
+        """The p value of a paired t-test."""
+        return of_p(ttest_rel(self.scores[method], self.scores[baseline]).pvalue)
 
 
 def measured(results: Results, benchmarks: Sequence[Benchmark] = BENCHMARKS) -> list[Measured]:
-    """What the test data say, of the benchmarks whose runs are all there."""
+    """The scores on test data of the benchmarks that have all results."""
     found = []
     for benchmark in benchmarks:
         if not benchmark.is_tuned(results.metrics):
@@ -129,7 +131,7 @@ def measured(results: Results, benchmarks: Sequence[Benchmark] = BENCHMARKS) -> 
                 if (values := results.scores([benchmark.at(*setting, seed, "test") for seed in SEEDS], metric))
                 is not None
             }
-            if {UNTRAINED, *TRIALS} <= scores.keys():
+            if {UNTRAINED, *GRIDS} <= scores.keys():
                 found.append(Measured(benchmark, metric, settings, scores))
     return found
 
@@ -138,8 +140,8 @@ def spread(values: np.ndarray) -> str:
     return f"{values.mean():.2f} ± {values.std(ddof=1):.2f}"
 
 
-def name_of(run: Run) -> str:
-    return f"{run.data}, {run.recipe}"
+def name_of(trial: Trial) -> str:
+    return f"{trial.data}, {trial.recipe}"
 
 
 def of_p(p: float) -> str:
@@ -165,13 +167,13 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def compared(one: Measured, contender: str = UNDIMIX) -> list[str]:
-    """How far a contender is from each baseline."""
-    return [f"{one.over(name, contender).mean():+.2f} (p {one.p(name, contender)})" for name in BASELINES]
+def compared(one: Measured, method: str = UNDIMIX) -> list[str]:
+    """The cells with a method's mean difference from each baseline."""
+    return [f"{one.over(name, method).mean():+.2f} (p {one.p(name, method)})" for name in BASELINES]
 
 
 def what(one: Measured) -> list[str]:
-    """The benchmark and the metric."""
+    """The cells that name a benchmark and its metric."""
     return [
         name_of(one.benchmark.base),
         METRICS.get(one.metric, one.metric) + ("" if one.counts else " (does not count)"),
@@ -179,33 +181,33 @@ def what(one: Measured) -> list[str]:
 
 
 def scored(one: Measured) -> list[str]:
-    """What each contender scores, and how far `UnDiMix()` is from the others."""
-    return [*what(one), *(spread(one.scores[name]) for name in (UNTRAINED, *TRIALS)), *compared(one)]
+    """The cells with each method's scores, and the differences of `UnDiMix()` from the others."""
+    return [*what(one), *(spread(one.scores[name]) for name in (UNTRAINED, *GRIDS)), *compared(one)]
 
 
 def chosen(one: Measured) -> str:
-    """The contenders' settings: a temperature, with the weighting where it is not the first tried."""
-    told = []
-    for name, first in CONTENDERS.items():
+    """The methods' best settings: the temperature, and the weighting if it is not the method's first."""
+    cells = []
+    for name, first in METHODS.items():
         weighting, temperature = one.settings[name]
-        tried = [runs[0].temperature for runs in one.benchmark.trials(name)]
+        tried = [trials[0].temperature for trials in one.benchmark.grid(name)]
         end = " (end)" if temperature in (min(tried), max(tried)) else ""
-        told.append(f"{temperature:g}{end}" if weighting == first else f"`{weighting}` at {temperature:g}{end}")
-    return "; ".join(told)
+        cells.append(f"{temperature:g}{end}" if weighting == first else f"`{weighting}` at {temperature:g}{end}")
+    return "; ".join(cells)
 
 
 def verdict(results: Results) -> str:
-    """Test data in short: the scores that count."""
+    """Scores on test data, of the metrics that count."""
     return markdown(SCORED, (scored(one) for one in measured(results) if one.counts))
 
 
 def confirmatory(results: Results) -> str:
-    """Test data, and at what settings."""
+    """Scores on test data of all metrics, with the settings."""
     return markdown([*SCORED, "temperatures"], ([*scored(one), chosen(one)] for one in measured(results)))
 
 
 def tested_first(results: Results) -> str:
-    """What was the default when test data were first looked at."""
+    """Scores on test data of `TESTED_FIRST`, the default at the first evaluation on test data."""
     rows = [
         [
             *what(one),
@@ -223,20 +225,20 @@ def tested_first(results: Results) -> str:
 
 
 def published(results: Results) -> str:
-    """Whole graphs under the literature's protocol, beside the authors' own figures."""
+    """Graph classification with the evaluation of the literature, beside the numbers that GraphCL's authors report."""
     rows = [
-        [one.benchmark.base.data, *(spread(one.scores[name]) for name in (UNTRAINED, *TRIALS)), figure]
+        [one.benchmark.base.data, *(spread(one.scores[name]) for name in (UNTRAINED, *GRIDS)), figure]
         for one in measured(results)
         if one.metric == "svm" and (figure := graphs.PUBLISHED.get(one.benchmark.base.data))
     ]
-    return markdown(["data", UNTRAINED, *TRIALS, "GraphCL, published"], rows)
+    return markdown(["data", UNTRAINED, *GRIDS, "GraphCL, published"], rows)
 
 
 def models(results: Results) -> pd.DataFrame:
-    """A row for each modality and baseline: the mean difference over benchmarks, its p, and Holm's over all of these.
+    """A row for each modality and baseline: the mean difference over benchmarks, its p value, and Holm's correction.
 
-    The model is difference ~ 1 + benchmark, the benchmarks' effects summing to 0, on the metric that decides in each,
-    where it counts; the intercept is tested.
+    The model is difference ~ 1 + benchmark, with benchmark effects that sum to 0. The intercept is tested. The
+    difference is of the metric that chooses settings, in the benchmarks where it counts.
     """
     rows = []
     for modality in ("vision", "text", "graph"):
@@ -257,7 +259,7 @@ def models(results: Results) -> pd.DataFrame:
             )
     columns = ["modality", "baseline", "benchmarks", "difference", "low", "high", "effect", "p"]
     table = pd.DataFrame(rows, columns=columns)
-    # Of six comparisons, those that are not there yet count as lost.
+    # Holm's correction is over six comparisons. One without results has p = 1.
     p = [*table["p"], *[1.0] * (3 * len(BASELINES) - len(table))]
     table["holm"] = multipletests(p, method="holm")[1][: len(table)]
     return table
@@ -307,20 +309,22 @@ def effects(results: Results) -> str:
 
 
 def explored(results: Results, benchmark: Benchmark) -> dict[str, dict[int, float]]:
-    """By what was tried its scores on validation data, by seed."""
+    """For each explored setting its scores on validation data, by seed."""
     try:
-        runs = benchmark.explored(results.metrics) if benchmark.explores else {}
+        trials = benchmark.explored(results.metrics) if benchmark.explores else {}
     except ValueError:
         return {}
     found = {
-        name: {run.seed: 100 * results.metrics[run][benchmark.metric] for run in of_one if run in results.metrics}
-        for name, of_one in {UNTRAINED: [benchmark.untrained], **runs}.items()
+        name: {
+            trial.seed: 100 * results.metrics[trial][benchmark.metric] for trial in of_one if trial in results.metrics
+        }
+        for name, of_one in {UNTRAINED: [benchmark.untrained], **trials}.items()
     }
     return {name: scores for name, scores in found.items() if scores}
 
 
 def exploratory(results: Results) -> str:
-    """All that was tried, a column for each benchmark: differences from the plain loss with its temperature tuned."""
+    """All explored settings: the difference from the plain loss with its temperature tuned, for each benchmark."""
     by_benchmark = {name_of(benchmark.base): explored(results, benchmark) for benchmark in BENCHMARKS}
     by_benchmark = {name: scores for name, scores in by_benchmark.items() if len(scores) > 1 and PLAIN in scores}
     rows = []
@@ -345,26 +349,26 @@ def exploratory(results: Results) -> str:
     return markdown(head, [[f"{PLAIN}: its score", *plain, "", ""], *(cells for *_, cells in sorted(rows))])
 
 
-def by_seed(results: Results, benchmark: Benchmark, by_place: dict[Any, list[Run]]) -> list[np.ndarray]:
-    """Scores on validation data at each place, of each seed that is there for all places."""
+def by_seed(results: Results, benchmark: Benchmark, by_place: dict[Any, list[Trial]]) -> list[np.ndarray]:
+    """Scores on validation data at each place (temperature or batch size), of each seed that has all of them."""
     seeds = zip(*by_place.values(), strict=True)
-    return [found for runs in seeds if (found := results.scores(runs, benchmark.metric)) is not None]
+    return [found for trials in seeds if (found := results.scores(trials, benchmark.metric)) is not None]
 
 
-def curve(results: Results, benchmark: Benchmark, by_place: dict[Any, list[Run]]) -> list[tuple[Any, float]]:
-    """Places and the mean scores of these seeds; empty where there is none."""
+def curve(results: Results, benchmark: Benchmark, by_place: dict[Any, list[Trial]]) -> list[tuple[Any, float]]:
+    """Each place with its mean score over these seeds; empty if there are none."""
     scores = by_seed(results, benchmark, by_place)
     return list(zip(by_place, map(float, np.mean(scores, axis=0)), strict=True)) if scores else []
 
 
 def untrained(results: Results, benchmark: Benchmark) -> str:
-    """What the encoder scores on validation data as it begins, where it was asked."""
+    """The score of the untrained encoder on validation data, if it was evaluated."""
     scores = results.scores([benchmark.untrained], benchmark.metric)
     return "" if scores is None else f"{scores.mean():.2f}"
 
 
 def flatness(results: Results) -> str:
-    """Over temperatures the mean score, and the worst and best in brackets."""
+    """The mean score over temperatures, with the lowest and the highest in brackets."""
     rows = []
     for benchmark in BENCHMARKS:
         scores = [by_seed(results, benchmark, benchmark.over_temperatures(each)) for each in OVER_TEMPERATURES]
@@ -378,7 +382,7 @@ def flatness(results: Results) -> str:
 
 
 def batch_sizes(results: Results) -> str:
-    """The contenders over batch sizes, at the plain loss's best temperature."""
+    """The methods at each batch size, at the plain loss's best temperature."""
     shown = [b for b in BENCHMARKS if b.batch_sizes and b.is_tuned(results.metrics)]
     sizes = sorted({size for benchmark in shown for size in benchmark.batch_sizes})
     rows = []
@@ -395,23 +399,23 @@ def batch_sizes(results: Results) -> str:
 
 
 def diagnosis(results: Results) -> str:
-    """What the weights did, in the first and in the last quarter of training, at each contender's chosen setting."""
+    """Statistics of the negatives in the first and the last quarter of training, at each method's best setting."""
     tuned = [benchmark for benchmark in BENCHMARKS if benchmark.is_tuned(results.metrics)]
-    runs = [benchmark.best(contender, results.metrics)[0] for benchmark in tuned for contender in TRIALS]
+    trials = [benchmark.best(method, results.metrics)[0] for benchmark in tuned for method in GRIDS]
     rows = []
-    for run in dict.fromkeys(runs):  # several benchmarks of whole graphs share their trials
-        told = results.found[run]["statistics"]
+    for trial in dict.fromkeys(trials):  # benchmarks of graph embeddings share trials
+        statistics = results.found[trial]["statistics"]
         both = [
-            {**told[part], "effective_number": told[part]["effective_number"] / told[part]["count"]}
-            for part in ("first_quarter", "last_quarter")
+            {**of_part, "effective_number": of_part["effective_number"] / of_part["count"]}
+            for of_part in (statistics["first_quarter"], statistics["last_quarter"])
         ]
         cells = [" → ".join(f"{part[name]:.3f}" for part in both) if name in both[0] else "-" for name in STATISTICS]
-        rows.append([name_of(run), f"`{run.weighting}`", f"{run.temperature:g}", *cells])
+        rows.append([name_of(trial), f"`{trial.weighting}`", f"{trial.temperature:g}", *cells])
     return markdown(["data, recipe", "weighting", "t", *STATISTICS.values()], rows)
 
 
 def without_false_negatives(results: Results) -> str:
-    """What the contenders score on validation data, as they are and without false negatives among their negatives."""
+    """The methods' scores on validation data, with all negatives and without false negatives."""
     rows = []
     for benchmark in BENCHMARKS:
         if not benchmark.is_tuned(results.metrics):
@@ -420,19 +424,19 @@ def without_false_negatives(results: Results) -> str:
             there = [(one, other) for one, other in zip(*pair, strict=True) if {one, other} <= results.found.keys()]
             if not there:
                 continue
-            one, other = (results.scores(runs, benchmark.metric) for runs in zip(*there, strict=True))
-            run, scores = pair[0][0], [f"{one.mean():.2f}", f"{other.mean():.2f}", f"{(other - one).mean():+.2f}"]
-            rows.append([name_of(run), f"`{run.weighting}`", f"{run.temperature:g}", *scores, str(len(there))])
+            one, other = (results.scores(trials, benchmark.metric) for trials in zip(*there, strict=True))
+            trial, scores = pair[0][0], [f"{one.mean():.2f}", f"{other.mean():.2f}", f"{(other - one).mean():+.2f}"]
+            rows.append([name_of(trial), f"`{trial.weighting}`", f"{trial.temperature:g}", *scores, str(len(there))])
     return markdown(["data, recipe", "weighting", "t", "as it is", "none of the class", "difference", "seeds"], rows)
 
 
 def took(results: Results) -> str:
-    """How many trainings there are, and how long they took with their evaluation."""
+    """The number of trainings, and their time with the evaluation."""
     table = pd.DataFrame(
         [
-            [run.modality, name_of(run), run.split, result["seconds"] / 3600]
-            for run, result in results.found.items()
-            if run.scale == "small"
+            [trial.modality, name_of(trial), trial.split, result["seconds"] / 3600]
+            for trial, result in results.found.items()
+            if trial.scale == "small"
         ],
         columns=["modality", "data", "split", "hours"],
     )
@@ -442,7 +446,7 @@ def took(results: Results) -> str:
 
 
 def differences(results: Results) -> str:
-    """The plot, where there is one."""
+    """The plot of the differences, if it exists."""
     return (
         "![Differences on test data](pictures/differences.svg)" if any(one.counts for one in measured(results)) else ""
     )
@@ -466,7 +470,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
 
 
 def filled(page: str, results: Results) -> str:
-    """The page with its tables made anew."""
+    """The page with its tables made from the results."""
 
     def table(mark: re.Match[str]) -> str:
         return f"<!-- results: {mark[1]} -->\n{TABLES[mark[1]](results)}\n<!-- /results -->"
@@ -483,10 +487,10 @@ def plot_flatness(results: Results) -> plt.Figure | None:
     for axis, benchmark in zip(axes.flat, shown, strict=False):
         for weighting in CURVES:
             temperatures, scores = zip(*curve(results, benchmark, benchmark.over_temperatures(weighting)), strict=True)
-            label = f"{weighting}, plain" if weighting == CONTENDERS[PLAIN] else weighting
+            label = f"{weighting}, plain" if weighting == METHODS[PLAIN] else weighting
             axis.plot(temperatures, scores, marker="o", ms=3, color=COLOURS[weighting], label=label)
         axis.set_xscale("log")
-        axis.set_xticks(FLAT, [f"{temperature:g}" for temperature in FLAT])
+        axis.set_xticks(FLATNESS_TEMPERATURES, [f"{temperature:g}" for temperature in FLATNESS_TEMPERATURES])
         axis.minorticks_off()
         axis.set_title(f"{name_of(benchmark.base)}: {METRICS[benchmark.metric]}, %")
         axis.set_xlabel("temperature")
@@ -518,15 +522,14 @@ def plot_differences(results: Results) -> plt.Figure | None:
 
 def save(figure: plt.Figure | None, name: str) -> None:
     if figure is not None:
-        with whole(PICTURES / f"{name}.svg") as part:
+        with atomic_path(PICTURES / f"{name}.svg") as part:
             figure.savefig(part, format="svg", metadata={"Date": None}, facecolor="white")
         plt.close(figure)
 
 
 def main() -> None:
     results = Results.read()
-    for page in PAGES:
-        write_whole(page, filled(page.read_text(encoding="utf-8"), results))
+    write_atomically(PAGE, filled(PAGE.read_text(encoding="utf-8"), results))
     mpl.use("agg")
     with mpl.rc_context({"font.size": 9, "axes.titlesize": 9, "svg.hashsalt": "undimix", "svg.fonttype": "path"}):
         save(plot_flatness(results), "flatness")

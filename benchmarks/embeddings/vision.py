@@ -1,11 +1,11 @@
-"""Embeddings of images, trained by lightly and Lightning: SimCLR and MoCo on CIFAR-10.
+"""Benchmarks of image embeddings, trained with lightly and Lightning: SimCLR and MoCo on CIFAR-10.
 
     python -m benchmarks.embeddings.vision --jobs 2
     python -m benchmarks.embeddings.vision --recipe SimCLR --weighting "UnDiMix(hardness=2.0)"
 
-The encoder learns from 10,000 images without their labels. lightly's own evaluation scores its features: a weighted
-k-NN classifier and a linear probe, both taught by these images and their labels. 5,000 other training images choose
-settings; the 10,000 test images are for what was chosen.
+The encoder trains on 10,000 images without labels. lightly's evaluation scores its features with a weighted k-NN
+classifier and a linear probe, which train on the same images with labels. Validation, for choosing settings, is on
+5,000 other training images. Test is on the 10,000 test images.
 """
 
 from __future__ import annotations
@@ -38,15 +38,17 @@ from torchvision.datasets import CIFAR10, VisionDataset
 from torchvision.models import resnet18
 from torchvision.transforms import ToTensor
 
-from benchmarks.embeddings.protocol import Benchmark, main
-from benchmarks.embeddings.results import Run, quarters, whole
+from benchmarks.embeddings.command_line import main
+from benchmarks.embeddings.files import atomic_path
+from benchmarks.embeddings.protocol import Benchmark
+from benchmarks.embeddings.trials import Trial, quarters
 from undimix_lightly import HardnessWarmup, NegativeStatistics
 from undimix_plugins import undimix
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is trained: the first `images` of the training images, those of `validation` choosing settings."""
+    """The size of a training: on the first `images` training images, with validation on the range `validation`."""
 
     images: int
     validation: tuple[int, int]
@@ -66,12 +68,12 @@ SCALES = {
 STEPS_BETWEEN_STATISTICS = 15
 
 
-# Views cost a CPU three times what training costs: all losses with one seed are trained on the same ones.
+# On a CPU, making views takes three times as long as training on them. All losses with one seed share the same views.
 KEPT_VIEWS = Path("datasets/views")
 
 
 class Images(VisionDataset):
-    """Images in memory and their classes, used as torchvision's data sets are."""
+    """Images in memory with their classes, as a torchvision data set."""
 
     def __init__(self, images: list[tuple[Any, int]], transform: Any = None) -> None:
         super().__init__(transform=transform)
@@ -87,7 +89,7 @@ class Images(VisionDataset):
 
 @cache
 def cifar10(train: bool, first: int, stop: int, data_dir: Path | None) -> list[tuple[Any, int]]:
-    """PIL images of 32 by 32 pixels, and their classes."""
+    """PIL images of 32 by 32 pixels with their classes."""
     path = None if data_dir is None else data_dir / "cifar10" / f"cifar10_{'train' if train else 'test'}_jpeg.npz"
     if path is None or not path.exists():
         dataset = CIFAR10("datasets/cifar10", train=train, download=True)
@@ -103,29 +105,29 @@ def transform() -> SimCLRTransform:
 
 
 class KeptViews(Dataset[Any]):
-    """Two views of each image for each epoch, made once for each seed and read from a file from then on.
+    """Two views of each image for each epoch, made once for each seed and then read from a file.
 
-    An item is what lightly's data sets have: a list of two views, the class and a name. Set `epoch` to have its views.
+    An item has lightly's form: a list of two views, the class and a file name. `epoch` selects the epoch's views.
     """
 
-    def __init__(self, run: Run, data_dir: Path | None) -> None:
-        scale = SCALES[run.scale]
+    def __init__(self, trial: Trial, data_dir: Path | None) -> None:
+        scale = SCALES[trial.scale]
         images = cifar10(True, 0, scale.images, data_dir)
         self.labels, self.epoch = [label for _, label in images], 0
-        source = run.data if data_dir is None else f"{run.data}-local"
-        path = KEPT_VIEWS / f"{source}-{len(images)}-{scale.epochs}-{run.seed}.npy"
+        source = trial.data if data_dir is None else f"{trial.data}-local"
+        path = KEPT_VIEWS / f"{source}-{len(images)}-{scale.epochs}-{trial.seed}.npy"
         if not path.exists():
-            pl.seed_everything(run.seed, verbose=False)
-            made, view = np.empty((scale.epochs, len(images), 2, 3, 32, 32), dtype=np.uint8), transform()
-            for of_epoch in made:
+            pl.seed_everything(trial.seed, verbose=False)
+            views, view = np.empty((scale.epochs, len(images), 2, 3, 32, 32), dtype=np.uint8), transform()
+            for of_epoch in views:
                 for place, (image, _) in enumerate(images):
                     of_epoch[place] = (torch.stack(view(image)) * 255).round().byte().numpy()
-            with whole(path) as part, part.open("wb") as file:
-                np.save(file, made)
+            with atomic_path(path) as part, part.open("wb") as file:
+                np.save(file, views)
         try:
             self.views = np.load(path, mmap_mode="r")
         except (EOFError, ValueError) as error:
-            raise ValueError(f"{path}: expected kept views, got {error}; delete it to have them made anew") from error
+            raise ValueError(f"{path}: expected kept views, got {error}; delete the file to make them again") from error
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -137,13 +139,13 @@ class KeptViews(Dataset[Any]):
 
 @cache
 def pixels(train: bool, first: int, stop: int, data_dir: Path | None) -> TensorDataset:
-    """Images [n, 3, 32, 32] as they are, and classes [n]."""
+    """Images [n, 3, 32, 32] without augmentation, and classes [n]."""
     images, labels = zip(*cifar10(train, first, stop, data_dir), strict=True)
     return TensorDataset(torch.stack([ToTensor()(image) for image in images]), torch.tensor(labels))
 
 
 def backbone_of(scale: Scale) -> tuple[nn.Module, int]:
-    """An encoder of images of 32 pixels, and its number of features."""
+    """An encoder of images of 32 by 32 pixels, and its number of features."""
     if scale.resnet:
         resnet = resnet18()
         resnet.conv1, resnet.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
@@ -156,12 +158,12 @@ def backbone_of(scale: Scale) -> tuple[nn.Module, int]:
 
 
 class SimCLR(pl.LightningModule):
-    def __init__(self, run: Run, criterion: nn.Module) -> None:
+    def __init__(self, trial: Trial, criterion: nn.Module) -> None:
         super().__init__()
-        self.backbone, width = backbone_of(SCALES[run.scale])
+        self.backbone, width = backbone_of(SCALES[trial.scale])
         self.projection_head = SimCLRProjectionHead(width, 256, 128)
         self.criterion = criterion
-        self.batch_size, self.class_known = run.batch_size, run.class_known
+        self.batch_size, self.class_known = trial.batch_size, trial.class_known
         self.seen: list[dict[str, float]] = []
 
     def forward(self, x: Tensor) -> Tensor:
@@ -184,12 +186,12 @@ class SimCLR(pl.LightningModule):
 
 
 class MoCo(SimCLR):
-    """Its negatives are in the loss's memory bank, which its keys fill."""
+    """MoCo. The keys fill the loss's memory bank, which holds the negatives."""
 
-    def __init__(self, run: Run, criterion: nn.Module) -> None:
-        super().__init__(run, criterion)
-        _, width = backbone_of(SCALES[run.scale])
-        # As in MoCo v3: without it the embeddings of so small a backbone start out almost all alike.
+    def __init__(self, trial: Trial, criterion: nn.Module) -> None:
+        super().__init__(trial, criterion)
+        _, width = backbone_of(SCALES[trial.scale])
+        # Batch norm as in MoCo v3: without it, embeddings of so small a backbone are almost identical at first.
         self.projection_head = MoCoProjectionHead(width, 256, 128, batch_norm=True)
         self.backbone_momentum = copy.deepcopy(self.backbone)
         self.projection_head_momentum = copy.deepcopy(self.projection_head)
@@ -233,25 +235,27 @@ def features(backbone: nn.Module, images: TensorDataset) -> TensorDataset:
     return TensorDataset(torch.cat(rows), torch.cat(labels))
 
 
-def evaluate(backbone: nn.Module, run: Run, data_dir: Path | None) -> dict[str, float]:
-    """lightly's k-NN classifier and linear probe on the features, shares of 1."""
-    scale, validates = SCALES[run.scale], run.split == "validation"
-    known = features(backbone, pixels(True, 0, scale.images, data_dir))
-    told = features(backbone, pixels(validates, *(scale.validation if validates else (0, scale.test)), data_dir))
-    mean, deviation = known.tensors[0].mean(dim=0), known.tensors[0].std(dim=0).clamp(min=1e-6)
+def evaluate(backbone: nn.Module, trial: Trial, data_dir: Path | None) -> dict[str, float]:
+    """The accuracies of lightly's k-NN classifier and linear probe on the features, from 0 to 1."""
+    scale, validates = SCALES[trial.scale], trial.split == "validation"
+    train = features(backbone, pixels(True, 0, scale.images, data_dir))
+    evaluation = features(backbone, pixels(validates, *(scale.validation if validates else (0, scale.test)), data_dir))
+    mean, deviation = train.tensors[0].mean(dim=0), train.tensors[0].std(dim=0).clamp(min=1e-6)
     metrics = {}
 
     nearest = KNNClassifier(nn.Identity(), 10, knn_k=20, knn_t=0.1, train_dataloader_idx=0, val_dataloader_idx=1)
-    loaders = [DataLoader(part, batch_size=500) for part in (known, told)]
+    loaders = [DataLoader(part, batch_size=500) for part in (train, evaluation)]
     metrics["knn"] = top1(quiet_trainer(1, []).validate(nearest, loaders, verbose=False))
 
-    pl.seed_everything(run.seed, verbose=False)
-    known, told = (TensorDataset((part.tensors[0] - mean) / deviation, part.tensors[1]) for part in (known, told))
-    width = known.tensors[0].shape[1]
+    pl.seed_everything(trial.seed, verbose=False)
+    train, evaluation = (
+        TensorDataset((part.tensors[0] - mean) / deviation, part.tensors[1]) for part in (train, evaluation)
+    )
+    width = train.tensors[0].shape[1]
     probe = LinearClassifier(nn.Identity(), batch_size_per_device=256, lr=0.1, feature_dim=width, num_classes=10)
     trainer = quiet_trainer(20, [])
-    trainer.fit(probe, DataLoader(known, batch_size=256, shuffle=True))
-    metrics["linear"] = top1(trainer.validate(probe, DataLoader(told, batch_size=500), verbose=False))
+    trainer.fit(probe, DataLoader(train, batch_size=256, shuffle=True))
+    metrics["linear"] = top1(trainer.validate(probe, DataLoader(evaluation, batch_size=500), verbose=False))
     return metrics
 
 
@@ -260,50 +264,50 @@ def top1(found: list[Any]) -> float:
 
 
 def quiet() -> None:
-    """Takes away Lightning's talk of devices and workers."""
+    """Silences Lightning's messages about devices and workers."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     for message in (".*does not have many workers.*", ".*LeafSpec.*", ".*val_dataloader.*", ".*lr_scheduler.*"):
         warnings.filterwarnings("ignore", message=message)
 
 
-def training_images(run: Run, data_dir: Path | None) -> Dataset[Any]:
-    scale = SCALES[run.scale]
+def training_images(trial: Trial, data_dir: Path | None) -> Dataset[Any]:
+    scale = SCALES[trial.scale]
     if scale.keeps_views:
-        return KeptViews(run, data_dir)
+        return KeptViews(trial, data_dir)
     images = Images(cifar10(True, 0, scale.images, data_dir))
     return LightlyDataset.from_torch_dataset(images, transform=transform())
 
 
-def train(run: Run, data_dir: Path | None) -> dict[str, Any]:
+def train(trial: Trial, data_dir: Path | None) -> dict[str, Any]:
     quiet()
-    scale, images = SCALES[run.scale], training_images(run, data_dir) if run.trains else None
-    pl.seed_everything(run.seed, verbose=False)
-    bank = {"memory_bank_size": (scale.bank, 128)} if run.recipe == "MoCo" else {}
-    criterion = NTXentLoss(temperature=run.temperature if run.trains else 0.5, **bank)
-    if run.trains:
-        criterion = undimix(criterion, run.loss_weighting())
-    model = RECIPES[run.recipe](run, criterion).to(memory_format=torch.channels_last)
+    scale, images = SCALES[trial.scale], training_images(trial, data_dir) if trial.trains else None
+    pl.seed_everything(trial.seed, verbose=False)
+    bank = {"memory_bank_size": (scale.bank, 128)} if trial.recipe == "MoCo" else {}
+    criterion = NTXentLoss(temperature=trial.temperature if trial.trains else 0.5, **bank)
+    if trial.trains:
+        criterion = undimix(criterion, trial.loss_weighting())
+    model = RECIPES[trial.recipe](trial, criterion).to(memory_format=torch.channels_last)
     if images is not None:
         loader = DataLoader(
             images,
-            batch_size=run.batch_size,
+            batch_size=trial.batch_size,
             collate_fn=MultiViewCollate(),
             shuffle=True,
             drop_last=True,
             num_workers=scale.workers,
         )
-        labels = None if bank else lambda batch: batch[1]  # a memory bank's entries have none
+        labels = None if bank else lambda batch: batch[1]  # entries of a memory bank have no labels
         callbacks: list[pl.Callback] = [NegativeStatistics(STEPS_BETWEEN_STATISTICS, labels)]
-        if run.warmup:
-            callbacks.append(HardnessWarmup(share=run.warmup))
+        if trial.warmup:
+            callbacks.append(HardnessWarmup(share=trial.warmup))
         quiet_trainer(scale.epochs, callbacks).fit(model, loader)
-    else:  # or it would lack what a trained one has beside its weights
-        update_bn(DataLoader(pixels(True, 0, scale.images, data_dir), batch_size=run.batch_size), model.backbone)
+    else:  # so that it has the data's batch statistics, as a trained encoder has
+        update_bn(DataLoader(pixels(True, 0, scale.images, data_dir), batch_size=trial.batch_size), model.backbone)
     model.eval()
-    return {"metrics": evaluate(model.backbone, run, data_dir), "statistics": quarters(model.seen)}
+    return {"metrics": evaluate(model.backbone, trial, data_dir), "statistics": quarters(model.seen)}
 
 
-SMALL = [Run("vision", recipe, "CIFAR-10", "UnDiMix()", 0.2, 256, 0) for recipe in RECIPES]
+SMALL = [Trial("vision", recipe, "CIFAR-10", "UnDiMix()", 0.2, 256, 0) for recipe in RECIPES]
 BENCHMARKS = [
     Benchmark(SMALL[0], "knn", ("linear",), batch_sizes=(64, 128, 256, 512)),
     Benchmark(SMALL[1], "knn", ("linear",), explores=False),

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.embeddings.results import write_whole
+from benchmarks.embeddings.files import write_atomically
 
 BEGIN, END = "<!-- matrix -->", "<!-- /matrix -->"
 NAMES = {
@@ -67,5 +67,5 @@ def write(table: str, file: Path) -> bool:
         return False
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    write_whole(file, f"{before}{BEGIN}\n{table}{END}{after}")
+    write_atomically(file, f"{before}{BEGIN}\n{table}{END}{after}")
     return True

@@ -37,14 +37,7 @@ from _shared.images import digit_views, images
 from _shared.negatives import draw_image, draw_molecule, draw_negatives, draw_text
 from _shared.saving import save_whole
 from _shared.texts import halves, lee_articles
-from undimix_plugins import (
-    Contrast,
-    UnDiMix,
-    effective_number,
-    importance_weights,
-    in_batch_negatives,
-    two_views,
-)
+from undimix_plugins import Contrast, UnDiMix, effective_number, importance_weights, in_batch_negatives, two_views
 
 HEAD = ("modality", "score, %", "untrained", "plain", "UnDiMix", "p", "negatives", "seconds")
 

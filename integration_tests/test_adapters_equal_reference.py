@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers.modeling_outputs import BaseModelOutput
 
-from tests.cases import Case, random_rows
+from tests.contrasts import Case, random_rows
 from tests.references import log_weights
 from undimix_plugins import UnDiMix, undimix
 from undimix_pyg import GraphCLLoss
@@ -30,7 +30,7 @@ def columns(count: int) -> list[Tensor]:
 def case(anchors: Tensor, positives: Tensor, pool: Tensor, temperature: float, **kind: object) -> Case:
     """By default, anchor i's positive is row i of the pool, which holds no anchors."""
     defaults = {
-        "itself": [-1] * len(anchors),
+        "own_columns": [-1] * len(anchors),
         "excluded": [[i] for i in range(len(anchors))],
         "positives_in_pool": True,
     }
@@ -61,7 +61,7 @@ def test_lightly_in_batch(method: UnDiMix) -> None:
     views, n = normalize(torch.cat([first, second]), dim=1), 2 * BATCH
     other = [(i + BATCH) % n for i in range(n)]
     wanted = nt_xent(
-        case(views, views[other], views, 0.2, itself=list(range(n)), excluded=[[j] for j in other]), method
+        case(views, views[other], views, 0.2, own_columns=list(range(n)), excluded=[[j] for j in other]), method
     )
     got = undimix(NTXentLoss(temperature=0.2), method)(first, second)
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10)
@@ -87,14 +87,14 @@ def test_sentence_transformers_every_direction(count: int, method: UnDiMix) -> N
     own, all_docs = list(range(BATCH)), torch.cat(docs)
     cases = {
         "query_to_doc": case(queries, docs[0], all_docs, 0.05),
-        "query_to_query": case(queries, docs[0], queries, 0.05, itself=own, positives_in_pool=False),
+        "query_to_query": case(queries, docs[0], queries, 0.05, own_columns=own, positives_in_pool=False),
         "doc_to_query": case(docs[0], queries, queries, 0.05),
         "doc_to_doc": case(
             docs[0],
             queries,
             all_docs,
             0.05,
-            itself=own,
+            own_columns=own,
             excluded=[[i + BATCH * column for column in range(len(docs))] for i in own],
             positives_in_pool=False,
         ),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from integration_tests.text.tiny_models import encoder
-from tests.cases import random_rows
+from tests.contrasts import random_rows
 from undimix_plugins import UnDiMix, Uniform, undimix
 from undimix_pyg import GRACELoss, GraphCLLoss, InfoGraphLoss
 from undimix_transformers import ImageTextLoss, SimCSELoss

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from tests.cases import Case
+from tests.contrasts import Case
 from undimix_plugins import UnDiMix
 
 
@@ -47,13 +47,13 @@ def influence(case: Case, *, at_weight: bool = False) -> Tensor:
     n, m = len(case.anchors), len(case.pool)
     of_anchors, of_pool = [], []
     for i in range(n):
-        candidates = [case.pool[j] for j in range(m) if j != case.itself[i]]
+        candidates = [case.pool[j] for j in range(m) if j != case.own_columns[i]]
         if not case.positives_in_pool:
             candidates.append(case.positives[i])
         inputs = case.anchor_inputs[i] if at_weight and case.anchor_inputs is not None else None
         of_anchors.append(last_layer_gradient(case.anchors[i], stacked(candidates, case), case.temperature, inputs))
     for j in range(m):
-        candidates = [case.anchors[i] for i in range(n) if case.itself[i] != j]
+        candidates = [case.anchors[i] for i in range(n) if case.own_columns[i] != j]
         inputs = case.pool_inputs[j] if at_weight and case.pool_inputs is not None else None
         of_pool.append(last_layer_gradient(case.pool[j], stacked(candidates, case), case.temperature, inputs))
     return similarity(torch.stack(of_anchors), torch.stack(of_pool))

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.cases import random_rows
+from tests.contrasts import random_rows
 from tests.references import last_layer_gradient
-from undimix_plugins import influence
-from undimix_plugins.active_sampling import ActiveSampling, gradient_embeddings, k_means_plus_plus
+from undimix_plugins.components import influence
+from undimix_plugins.methods.active_sampling import ActiveSampling, gradient_embeddings, k_means_plus_plus
 
 EXACT = {"rtol": 0, "atol": 1e-10}
 

@@ -15,9 +15,9 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from tests.cases import random_rows
+from tests.contrasts import random_rows
 from undimix_plugins import HCL, Contrast, UnDiMix, Uniform, Weighting, importance_weights, watch
-from undimix_plugins.adco import AdCo
+from undimix_plugins.methods.adco import AdCo
 
 EXACT = {"rtol": 0, "atol": 1e-10}
 
@@ -133,7 +133,7 @@ def test_weightings_weigh_keys_and_pool(weighting: Weighting) -> None:
     query, key = batch(4)
     q, k, n = (normalize(rows.detach(), dim=1) for rows in (query, key, module.pool))
     pool = torch.cat([k, n])
-    contrast = Contrast(q, k, pool, torch.arange(4)[:, None], 0.2, positives_in_pool=True)
+    contrast = Contrast.of(q, k, pool, torch.arange(4)[:, None], 0.2, positives_in_pool=True)
     weights = importance_weights(contrast, weighting)
     terms = weights * (q @ pool.T / 0.2).exp()
     positives = ((q * k).sum(dim=1) / 0.2).exp()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tests.cases import in_batch, make_every_look_cost, random_rows
+from tests.contrasts import in_batch, make_every_look_cost, random_rows
 from undimix_plugins import (
     BCL,
     HCL,
@@ -39,11 +39,10 @@ from undimix_plugins import (
     importance_weights,
     in_batch_negatives,
     info_nce,
-    log_sums,
-    mean_loss,
     two_views,
     unit_rows,
 )
+from undimix_plugins.toolkit import log_sums, mean_loss
 
 # Each made anew for an example, since ProGCL learns.
 WEIGHTINGS: dict[str, Callable[[], Weighting]] = {
@@ -138,7 +137,7 @@ def test_a_number_or_an_error(
         elif form == "in batch":
             contrast = in_batch_negatives(first, second, temperature)
         else:
-            contrast = Contrast(first, second, memory, None, temperature)
+            contrast = Contrast.of(first, second, memory, None, temperature)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of debiasing at its bound
             loss = info_nce(contrast, weighting)
@@ -245,13 +244,13 @@ def test_columns_of_any_integers(dtype: torch.dtype) -> None:
     anchors, pool, columns = random_rows(3, 4, 0), random_rows(5, 4, 1), torch.tensor([[4], [0], [2]])
 
     def losses(of: torch.dtype) -> list[Tensor]:
-        itself, further = columns[:, 0].to(of), columns.roll(1).to(of)
+        own_columns, further = columns[:, 0].to(of), columns.roll(1).to(of)
         contrasts = [
-            Contrast(anchors, columns.to(of), pool, further, 0.5),
-            Contrast(anchors, anchors.roll(1), pool, None, 0.5, itself=itself),
-            Contrast(anchors, anchors.roll(1), pool, None, 0.5, itself=itself).without(further),
-            Contrast(anchors, anchors.roll(1), pool, None, 0.5, itself=itself).with_positives(further),
-            Contrast(anchors, anchors.roll(1), pool, further, 0.5).with_positives(further),  # none left
+            Contrast.of(anchors, columns.to(of), pool, further, 0.5),
+            Contrast.of(anchors, anchors.roll(1), pool, None, 0.5, own_columns=own_columns),
+            Contrast.of(anchors, anchors.roll(1), pool, None, 0.5, own_columns=own_columns).without(further),
+            Contrast.of(anchors, anchors.roll(1), pool, None, 0.5, own_columns=own_columns).with_positives(further),
+            Contrast.of(anchors, anchors.roll(1), pool, further, 0.5).with_positives(further),  # none left
         ]
         return [info_nce(contrast, weighting) for contrast in contrasts for weighting in (Uniform(), UnDiMix())]
 
@@ -363,11 +362,11 @@ def none_told(call: Callable[[], object]) -> None:
 def test_what_is_no_lack_of_negatives() -> None:
     """A loss of 0 that has other reasons."""
     rows, labels = torch.eye(8, dtype=torch.float64), torch.arange(8)
-    apart = two_views(rows, rows, 5e-3, verdicts=lambda block: labels.repeat(2)[block, None] == labels.repeat(2))
+    apart = two_views(rows, rows, 5e-3, excluded_mask=lambda block: labels.repeat(2)[block, None] == labels.repeat(2))
     none_told(lambda: info_nce(apart, UnDiMix()))
     none_told(lambda: info_nce(two_views(rows, rows, 5e-3), Ring()))
     none_told(lambda: mean_loss(apart, Uniform(), lambda margin: (margin.relu(), (margin > 0).to(margin))))
-    alone = two_views(rows[:1], rows[:1], 0.5, verdicts=lambda block: torch.ones(2, 2, dtype=torch.bool)[block])
+    alone = two_views(rows[:1], rows[:1], 0.5, excluded_mask=lambda block: torch.ones(2, 2, dtype=torch.bool)[block])
     for weighting in (Uniform(), HCL()):
         none_told(lambda weighting=weighting: info_nce(alone, weighting))  # type: ignore[misc]
 
@@ -376,7 +375,7 @@ def test_where_a_look_costs_the_first_batch_is_looked_at(monkeypatch: pytest.Mon
     make_every_look_cost(monkeypatch)
     monkeypatch.setattr(checks, "LOOKED", set())
     rows = random_rows(12, 4, 0).chunk(2)
-    alike = two_views(*rows, 0.5, verdicts=lambda block: torch.ones(12, 12, dtype=torch.bool)[block])
+    alike = two_views(*rows, 0.5, excluded_mask=lambda block: torch.ones(12, 12, dtype=torch.bool)[block])
     with pytest.warns(UserWarning, match="^labels: no anchor"):
         info_nce(alike, Uniform())
     none_told(lambda: info_nce(alike, Uniform()))
@@ -386,7 +385,7 @@ def test_labels_that_leave_no_negative_are_told() -> None:
     views = random_rows(12, 4, 0).requires_grad_().chunk(2)
     for weighting in (Uniform(), UnDiMix(), HCL()):
         for labels, told in ((torch.zeros(12), True), (torch.arange(12) % 6 == 0, False)):
-            contrast = two_views(*views, 0.5, verdicts=lambda rows, of=labels: of[rows, None] == of)
+            contrast = two_views(*views, 0.5, excluded_mask=lambda rows, of=labels: of[rows, None] == of)
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 info_nce(contrast, weighting)
@@ -415,8 +414,8 @@ def copied(weighting: Weighting, dtype: torch.dtype, seed: int) -> tuple[Tensor,
     pool[25:] = pool[torch.arange(15) % 5]  # four of the first five
     anchors = normalize(random_rows(7, 13, seed + 1).to(dtype), dim=1)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(seed))
-    weights = importance_weights(Contrast(anchors, anchors, pool, None, 0.1), weighting)
-    shuffled = importance_weights(Contrast(anchors, anchors, pool[order], None, 0.1), weighting)
+    weights = importance_weights(Contrast.of(anchors, anchors, pool, None, 0.1), weighting)
+    shuffled = importance_weights(Contrast.of(anchors, anchors, pool[order], None, 0.1), weighting)
     return weights, shuffled[:, order.argsort()]
 
 
@@ -446,7 +445,7 @@ def test_copies_weigh_the_same_in_any_order(weighting: Weighting, dtype: torch.d
 
 def test_copies_weigh_the_same_under_a_mixture() -> None:
     weighting = ProGCL(start=1)
-    weighting.fit(Contrast(random_rows(7, 13, 0), random_rows(7, 13, 0), random_rows(30, 13, 1), None, 0.1))
+    weighting.fit(Contrast.of(random_rows(7, 13, 0), random_rows(7, 13, 0), random_rows(30, 13, 1), None, 0.1))
     weights, shuffled = copied(weighting, torch.float64, 3)
     assert torch.equal(weights[:, 25:30], weights[:, :5])
     torch.testing.assert_close(shuffled, weights, rtol=1e-9, atol=1e-9)
@@ -455,8 +454,8 @@ def test_copies_weigh_the_same_under_a_mixture() -> None:
 def test_attraction_takes_all_copies() -> None:
     pool = torch.eye(6, dtype=torch.float64)[[0, 1, 1, 1, 2, 3]]
     anchors = normalize(torch.tensor([[0.1, 1.0, 0.2, 0.3, 0.0, 0.0]], dtype=torch.float64), dim=1)
-    contrast = Contrast(anchors, anchors, pool, None, 0.5)
-    found = FalseNegativeAttraction(k=1, threshold=0.5).compared(contrast).positive_columns
+    contrast = Contrast.of(anchors, anchors, pool, None, 0.5)
+    found = FalseNegativeAttraction(k=1, threshold=0.5).choose(contrast).positive_columns
     assert found is not None
     assert sorted(found[0].tolist()) == [1, 2, 3]
 
@@ -465,7 +464,7 @@ def test_attraction_of_fewer_than_k_takes_no_more_columns() -> None:
     """And of copies below the threshold none."""
     pool = torch.eye(6, dtype=torch.float64)[[0, 0, 0, 1, 1, 2]]
     anchors = torch.eye(6, dtype=torch.float64)[:2]
-    contrast = Contrast(anchors, anchors, pool, torch.tensor([[0, 1, 2, 3, 4], [3, 4, -1, -1, -1]]), 0.5)
+    contrast = Contrast.of(anchors, anchors, pool, torch.tensor([[0, 1, 2, 3, 4], [3, 4, -1, -1, -1]]), 0.5)
     found = FalseNegativeElimination(k=4, threshold=0.5).found(contrast)
     assert found.shape == (2, 4)
     assert (found == -1).all()
@@ -478,5 +477,5 @@ def test_mixing_draws_the_same_from_copies_in_any_order() -> None:
     losses = []
     for order in (torch.arange(40), torch.randperm(40, generator=torch.Generator().manual_seed(0))):
         torch.manual_seed(0)
-        losses.append(info_nce(Contrast(anchors, anchors, pool[order], None, 0.1), MoCHi(6, 20, 10)).item())
+        losses.append(info_nce(Contrast.of(anchors, anchors, pool[order], None, 0.1), MoCHi(6, 20, 10)).item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tests import references
-from tests.cases import Case, bank, in_batch, make_every_look_cost, random_rows, rectangular
+from tests.contrasts import Case, bank, in_batch, make_every_look_cost, random_rows, rectangular
 from tests.test_tiled import (
     CASES,
     Apart,
@@ -28,7 +28,8 @@ from tests.test_tiled import (
     to,
     total,
 )
-from undimix_plugins import BCL, Uniform, importance_weights, info_nce, log_sums, two_views
+from undimix_plugins import BCL, Uniform, importance_weights, info_nce, two_views
+from undimix_plugins.toolkit import log_sums
 from undimix_plugins.weightings.bcl import no_more_similar
 from undimix_plugins.weightings.weighting import Softened
 

@@ -8,8 +8,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tests import references
-from tests.cases import Case, bank, in_batch, random_rows, rectangular
-from undimix_plugins import anchor_similarity, components, diversity, influence
+from tests.contrasts import Case, bank, in_batch, random_rows, rectangular
+from undimix_plugins import blocks as block_sizes
+from undimix_plugins import components
+from undimix_plugins.components import anchor_similarity, diversity, influence
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -40,7 +42,7 @@ def test_influence(case: Case, at_weight: bool) -> None:
         case.anchors,
         case.pool,
         temperature=case.temperature,
-        itself=None if one_batch else torch.tensor(case.itself),
+        own_columns=None if one_batch else torch.tensor(case.own_columns),
         positives=None if case.positives_in_pool else case.positives,
         anchor_inputs=case.anchor_inputs if at_weight else None,
         pool_inputs=case.pool_inputs if at_weight else None,
@@ -59,14 +61,16 @@ def test_influence_of_one_batch_with_columns_given() -> None:
     """`itself` means the same whether or not anchors and pool are one object."""
     z = random_rows(3, 4, seed=0)
     case = Case(z, z, z, 0.5, [-1, 0, -1], [[]] * 3, True)
-    result = influence(z, z, temperature=0.5, itself=torch.tensor(case.itself))
+    result = influence(z, z, temperature=0.5, own_columns=torch.tensor(case.own_columns))
     torch.testing.assert_close(result, references.influence(case), **EXACT)
 
 
 def test_influence_without_candidates() -> None:
     """Nothing to be aligned with, or one thing: a task that is never wrong, and a gradient of 0."""
     z = random_rows(2, 4, seed=0)
-    assert torch.equal(influence(z[:1], z[:1], temperature=0.5, itself=torch.tensor([0])), torch.zeros(1, 1).double())
+    assert torch.equal(
+        influence(z[:1], z[:1], temperature=0.5, own_columns=torch.tensor([0])), torch.zeros(1, 1).double()
+    )
     assert torch.equal(influence(z, z, temperature=0.5), torch.zeros(2, 2).double())
 
 
@@ -133,8 +137,8 @@ def test_references_agree() -> None:
 @each_case
 def test_diversity(case: Case, distance: str) -> None:
     # Here the anchor itself is a column to exclude like any other.
-    itself = torch.tensor(case.itself)[:, None]
-    excluded = torch.cat([itself, case.padded(), itself], dim=1)
+    own_columns = torch.tensor(case.own_columns)[:, None]
+    excluded = torch.cat([own_columns, case.padded(), own_columns], dim=1)
     negative = case.is_negative()
     expected = references.diversity(case, distance)
     result = diversity(case.pool, excluded, distance=distance)
@@ -159,7 +163,7 @@ def test_diversity_of_zeros_and_of_few(distance: str) -> None:
 
 def test_euclidean_diversity_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pools above one block of distances, with near-duplicates: |a|^2 + |b|^2 - 2ab would lose theirs."""
-    monkeypatch.setattr(components, "PAIRS_AT_ONCE", 2**18)
+    monkeypatch.setattr(block_sizes, "PAIRS_AT_ONCE", 2**18)
     pool = random_rows(1, 4, seed=0) + 1e-9 * random_rows(1100, 4, seed=1)
     expected = torch.stack([(pool - row).norm(dim=1).sum() / 1099 for row in pool])
     result = diversity(pool, torch.tensor([[-1]]), distance="euclidean")[0]
@@ -195,10 +199,10 @@ BAD_INFLUENCE = {
     ),
     "no-pool_inputs": ({"anchor_inputs": torch.zeros(3, 5)}, r"pool_inputs: .*got None"),
     "no-anchor_inputs": ({"pool_inputs": torch.zeros(4, 5)}, r"anchor_inputs: .*got None"),
-    "itself-dtype": ({"itself": torch.zeros(3)}, r"itself: .*got torch\.float32"),
-    "itself-short": ({"itself": torch.tensor([0, 1])}, r"itself: .*got \[2\]"),
-    "itself-rank": ({"itself": torch.tensor([[0], [1], [2]])}, r"itself: .*got \[3, 1\]"),
-    "itself-range": ({"itself": torch.tensor([0, 1, 4])}, r"itself: .*got 0 to 4"),
+    "own_columns-dtype": ({"own_columns": torch.zeros(3)}, r"own_columns: .*got torch\.float32"),
+    "own_columns-short": ({"own_columns": torch.tensor([0, 1])}, r"own_columns: .*got \[2\]"),
+    "own_columns-rank": ({"own_columns": torch.tensor([[0], [1], [2]])}, r"own_columns: .*got \[3, 1\]"),
+    "own_columns-range": ({"own_columns": torch.tensor([0, 1, 4])}, r"own_columns: .*got 0 to 4"),
 }
 
 
@@ -234,6 +238,6 @@ def test_influence_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     pool, anchors = random_rows(50, 4, seed=0), random_rows(37, 4, seed=1)
     pairs = ((pool, pool), (anchors, pool))
     whole = [components.influence(*rows, temperature=0.2) for rows in pairs]
-    monkeypatch.setattr(components, "PAIRS_AT_ONCE", 1)  # the least number of rows
+    monkeypatch.setattr(block_sizes, "PAIRS_AT_ONCE", 1)  # the least number of rows
     for rows, want in zip(pairs, whole, strict=True):
         torch.testing.assert_close(components.influence(*rows, temperature=0.2), want, rtol=1e-12, atol=1e-12)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from tests import references
-from tests.cases import in_batch, make_every_look_cost, random_rows
+from tests.contrasts import in_batch, make_every_look_cost, random_rows
 from tests.test_debiased import published
 from tests.test_false_negatives import (
     FORMS,
@@ -54,12 +54,12 @@ from undimix_plugins import (
     explain,
     importance_weights,
     info_nce,
-    log_sums,
     negative_statistics,
     support_set,
     two_views,
     watch,
 )
+from undimix_plugins.toolkit import log_sums
 from undimix_plugins.weightings.compose import Composed
 from undimix_plugins.weightings.weighting import Softened
 
@@ -257,7 +257,7 @@ def test_sums_change_in_the_order_given(form: str) -> None:
 @pytest.mark.parametrize("form", ["two-views-14", "bank-5x11"])
 def test_synthetic_negatives_join_what_is_debiased(form: str) -> None:
     of, weighting = made(form), compose(Debiased(0.1), MoCHi(N=4, s=3, s_prime=2), FEWER)
-    compared = FEWER.compared(of.contrast)
+    compared = FEWER.choose(of.contrast)
     positives, negatives = log_sums(compared, Debiased(0.1))
     torch.manual_seed(0)
     want = MoCHi(N=4, s=3, s_prime=2).combine(compared, positives, negatives, compared.count)
@@ -373,12 +373,12 @@ def test_softened_of_any_compares_what_it_does(form: str) -> None:
 @once
 def test_softened_mochi_leaves_the_weights_to_undimix() -> None:
     """So that the fast path is taken in a warm-up too."""
-    assert compose(UnDiMix(), MoCHi(N=4, s=2, s_prime=1)).softened(0.5).weigher() == UnDiMix(hardness=0.5)
+    assert compose(UnDiMix(), MoCHi(N=4, s=2, s_prime=1)).softened(0.5)._weigher() == UnDiMix(hardness=0.5)
 
 
 @once
 def test_softened_ones_are_told_apart() -> None:
-    assert Softened(BCL(), 0.5).combines() is False
+    assert Softened(BCL(), 0.5)._combines() is False
     both = compose(BCL().softened(0.5), ProGCL().softened(0.5))
     assert isinstance(both, Composed)
     with pytest.raises(ValueError, match=r"^weightings: expected each method once"):
@@ -388,17 +388,17 @@ def test_softened_ones_are_told_apart() -> None:
 
 
 def test_who_weighs_and_who_combines() -> None:
-    assert compose(RING, FEWER).weigher() == Uniform()
-    assert compose(RING, Debiased()).weigher() == Uniform()
-    assert compose(RING, UnDiMix(), FEWER).weigher() == UnDiMix()
+    assert compose(RING, FEWER)._weigher() == Uniform()
+    assert compose(RING, Debiased())._weigher() == Uniform()
+    assert compose(RING, UnDiMix(), FEWER)._weigher() == UnDiMix()
     several = compose(UnDiMix(), SimilarityPenalty(), RING)
-    assert several.weigher() is several
-    assert UnDiMix().weigher() == UnDiMix()
-    assert not compose(RING, UnDiMix()).combines()
-    assert compose(RING, Debiased()).combines()
-    assert not RING.combines()
-    assert Debiased().combines()
-    assert HCL().combines()
+    assert several._weigher() is several
+    assert UnDiMix()._weigher() == UnDiMix()
+    assert not compose(RING, UnDiMix())._combines()
+    assert compose(RING, Debiased())._combines()
+    assert not RING._combines()
+    assert Debiased()._combines()
+    assert HCL()._combines()
 
 
 REFUSED: dict[str, tuple[tuple[Weighting, ...], str]] = {
@@ -497,11 +497,11 @@ def test_a_composed_attraction_has_no_place_in_log_sums() -> None:
 def test_importance_weights(form: str, name: str) -> None:
     of, weighting = made(form), ALL[name]
     weights = importance_weights(of.contrast, weighting)
-    compared = weighting.compared(of.contrast)
+    compared = weighting.choose(of.contrast)
     negative = compared.is_negative(slice(0, len(weights)))
     assert ((weights > 0) <= negative).all()
     assert not weights.requires_grad
-    want = slow_log_weights(weighting.weigher(), compared).exp().masked_fill(~negative, 0)
+    want = slow_log_weights(weighting._weigher(), compared).exp().masked_fill(~negative, 0)
     torch.testing.assert_close(weights, want, rtol=0, atol=0)
 
 
@@ -521,7 +521,7 @@ def test_statistics(form: str, name: str) -> None:
     of, weighting = made(form), ALL[name]
     weights = importance_weights(of.contrast, weighting)
     statistics = negative_statistics(of.contrast, weighting)
-    count = weighting.compared(of.contrast).count
+    count = weighting.choose(of.contrast).count
     has = count > 0
     assert statistics["count"] == pytest.approx(count[has].mean().item())
     assert statistics["effective_number"] == pytest.approx(effective_number(weights)[has].mean().item())
@@ -548,7 +548,7 @@ def test_explain(name: str) -> None:
     of, weighting = of_two_views(7), ALL[name]
     weights = importance_weights(of.contrast, weighting)
     explanation = explain(of.contrast, weighting, anchor=3, k=20)
-    negative = weighting.compared(of.contrast).is_negative(slice(3, 4))[0]
+    negative = weighting.choose(of.contrast).is_negative(slice(3, 4))[0]
     assert explanation.weighting is weighting
     assert explanation.negatives == len(explanation.most) == negative.sum()
     assert sorted(one.column for one in explanation.most) == negative.nonzero()[:, 0].tolist()
@@ -557,7 +557,7 @@ def test_explain(name: str) -> None:
     by_weight = [one.weight for one in explanation.most]
     assert by_weight == sorted(by_weight, reverse=True)
     assert repr(weighting) in str(explanation)
-    assert bool(explanation.most[0].parts) == (type(weighting.weigher()) is UnDiMix)
+    assert bool(explanation.most[0].parts) == (type(weighting._weigher()) is UnDiMix)
 
 
 @each
@@ -591,10 +591,10 @@ def test_a_learned_temperature(form: str) -> None:
     assert_same(info_nce(of.contrast, MORE), by_equation(of, attracted=found), inputs)
     assert_same(info_nce(of.contrast, RING), by_equation(of, left_out=outside(of, 20, 80)), inputs)
     assert_same(info_nce(of.contrast, Debiased(0.1)), published(of, 0.1)[0], inputs)
-    weights = slow_log_weights(UnDiMix(detached=True), FEWER.compared(of.contrast)).exp()
+    weights = slow_log_weights(UnDiMix(detached=True), FEWER.choose(of.contrast)).exp()
     want = by_equation(of, left_out=found, weights=weights)
     assert_same(info_nce(of.contrast, compose(UnDiMix(detached=True), FEWER)), want, inputs)
-    weights = slow_log_weights(UnDiMix(detached=True), MORE.compared(of.contrast)).exp()
+    weights = slow_log_weights(UnDiMix(detached=True), MORE.choose(of.contrast)).exp()
     want = by_equation(of, attracted=found, weights=weights)
     assert_same(info_nce(of.contrast, compose(UnDiMix(detached=True), MORE)), want, inputs)
 
@@ -716,7 +716,7 @@ def test_a_pair_without_negatives(name: str) -> None:
 def test_found_columns_are_of_what_is_left() -> None:
     """A composed attraction has no positive among what a ring left out."""
     of = of_two_views(9)
-    compared = compose(RING, FalseNegativeAttraction(3, -1.0)).compared(of.contrast)
+    compared = compose(RING, FalseNegativeAttraction(3, -1.0)).choose(of.contrast)
     assert compared.positive_columns is not None
     for row, gone in zip(as_lists(compared.positive_columns), outside(of, 20, 80), strict=True):
         assert len(row) == 3

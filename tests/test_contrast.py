@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cases import make_every_look_cost, random_rows
-from undimix_plugins import Contrast, as_full_precision, check_embeddings, two_views
+from tests.contrasts import make_every_look_cost, random_rows
+from undimix_plugins import Contrast, two_views
+from undimix_plugins.toolkit import LastLayerInputs, as_full_precision, check_embeddings
 
 
 def good() -> dict[str, object]:
@@ -66,18 +67,18 @@ BAD = {
     "excluded-below": ("excluded", torch.tensor([[0], [-2], [2]]), r"expected columns from -1 .* to 4, got -2 to 2"),
     "excluded-device": ("excluded", torch.zeros(3, 1, device="meta").long(), r"expected device cpu, .* got meta"),
     "excluded-list": ("excluded", [[0], [1], [2]], r".*got list"),
-    "itself-rank": ("itself", torch.tensor([[0], [1], [2]]), r"expected shape \[3\], got \[3, 1\]"),
-    "itself-rows": ("itself", torch.tensor([0, 1]), r"expected shape \[3\], got \[2\]"),
-    "itself-float": ("itself", torch.zeros(3), r"expected integer columns of the pool, got torch\.float32"),
-    "itself-above": ("itself", torch.tensor([0, 1, 7]), r"expected columns from -1 .* to 4, got 0 to 7"),
-    "itself-list": ("itself", [0, 1, 2], r".*got list"),
+    "own_columns-rank": ("own_columns", torch.tensor([[0], [1], [2]]), r"expected shape \[3\], got \[3, 1\]"),
+    "own_columns-rows": ("own_columns", torch.tensor([0, 1]), r"expected shape \[3\], got \[2\]"),
+    "own_columns-float": ("own_columns", torch.zeros(3), r"expected integer columns of the pool, got torch\.float32"),
+    "own_columns-above": ("own_columns", torch.tensor([0, 1, 7]), r"expected columns from -1 .* to 4, got 0 to 7"),
+    "own_columns-list": ("own_columns", [0, 1, 2], r".*got list"),
 }
 
 
 @pytest.mark.parametrize(("name", "value", "message"), BAD.values(), ids=BAD)
 def test_contrast_refuses(name: str, value: object, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{name}: {message}"):
-        Contrast(**{**good(), name: value})  # type: ignore[arg-type]
+        Contrast.of(**{**good(), name: value})  # type: ignore[arg-type]
 
 
 BAD_INPUTS = {
@@ -93,7 +94,7 @@ BAD_INPUTS = {
 @pytest.mark.parametrize(("anchor_inputs", "pool_inputs", "message"), BAD_INPUTS.values(), ids=BAD_INPUTS)
 def test_contrast_refuses_inputs(anchor_inputs: Tensor | None, pool_inputs: Tensor | None, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
-        Contrast(**good(), anchor_inputs=anchor_inputs, pool_inputs=pool_inputs)  # type: ignore[arg-type]
+        Contrast.of(**good(), last_layer=LastLayerInputs(anchor_inputs, pool_inputs))  # type: ignore[arg-type]
 
 
 VIEWS = random_rows(6, 4, seed=0)
@@ -133,11 +134,11 @@ def test_values_are_not_read_on_other_devices(monkeypatch: pytest.MonkeyPatch) -
 def test_defaults_of_one_batch() -> None:
     """The same tensor object as anchors and pool: everybody is left out of their own negatives."""
     z = random_rows(3, 4, seed=0)
-    one = Contrast(z, z.roll(1, 0), z, None, 0.5)
+    one = Contrast.of(z, z.roll(1, 0), z, None, 0.5)
     assert one.positives_in_pool is True
     assert one.is_negative(slice(0, 3)).tolist() == [[False, True, True], [True, False, True], [True, True, False]]
-    other = Contrast(z, z.roll(1, 0), z.clone(), None, 0.5)
-    assert other.itself is None
+    other = Contrast.of(z, z.roll(1, 0), z.clone(), None, 0.5)
+    assert other.own_columns is None
     assert other.positives_in_pool is False
     assert other.is_negative(slice(0, 3)).all()
 
@@ -145,7 +146,7 @@ def test_defaults_of_one_batch() -> None:
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int8], ids=str)
 def test_columns_named_twice_or_by_padding(dtype: torch.dtype) -> None:
     excluded = torch.tensor([[1, 1, 0], [-1, -1, -1], [4, -1, 2]], dtype=dtype)
-    contrast = Contrast(**{**good(), "excluded": excluded}, itself=torch.tensor([1, 3, -1]))  # type: ignore[arg-type]
+    contrast = Contrast.of(**{**good(), "excluded": excluded}, own_columns=torch.tensor([1, 3, -1]))  # type: ignore[arg-type]
     assert contrast.count.tolist() == [3.0, 4.0, 3.0]
     marks = [[j for j in range(5) if row[j]] for row in contrast.is_negative(slice(0, 3)).tolist()]
     assert marks == [[2, 3, 4], [0, 1, 2, 4], [0, 1, 3]]
@@ -155,8 +156,9 @@ def test_columns_named_twice_or_by_padding(dtype: torch.dtype) -> None:
 def test_half_precision_rows_become_float32(dtype: torch.dtype) -> None:
     z = random_rows(3, 4, seed=0).to(dtype)
     inputs = random_rows(3, 2, seed=1).to(dtype)
-    contrast = Contrast(z, z.roll(1, 0), z, None, 0.5, anchor_inputs=inputs, pool_inputs=inputs)
-    for rows in (contrast.anchors, contrast.positives, contrast.pool, contrast.anchor_inputs, contrast.pool_inputs):
+    contrast = Contrast.of(z, z.roll(1, 0), z, None, 0.5, last_layer=LastLayerInputs(inputs, inputs))
+    layer = contrast.last_layer
+    for rows in (contrast.anchors, contrast.positives, contrast.pool, layer.anchor_inputs, layer.pool_inputs):
         assert rows.dtype == torch.float32
     assert contrast.anchors is contrast.pool  # still one batch
     assert contrast.count.tolist() == [2.0, 2.0, 2.0]
@@ -169,6 +171,6 @@ def test_full_precision_is_left_alone() -> None:
 
 
 def test_frozen() -> None:
-    contrast = Contrast(**good())  # type: ignore[arg-type]
+    contrast = Contrast.of(**good())  # type: ignore[arg-type]
     with pytest.raises(dataclasses.FrozenInstanceError):
         contrast.temperature = 1.0  # type: ignore[misc]

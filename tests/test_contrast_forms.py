@@ -1,4 +1,4 @@
-"""Contrasts beside the plain ones: dense verdicts, several positives or none, weighted anchors, a learned temperature.
+"""Contrasts beside the plain ones: masks, several positives or none, weighted anchors, a learned temperature.
 
 Each is held to the plain one that it stands for, or to a loop over anchors.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from tests import references
-from tests.cases import Case, bank, in_batch, random_rows, rectangular
+from tests.contrasts import Case, bank, in_batch, random_rows, rectangular
 from tests.test_tiled import (
     HarderHalf,
     all_excluded,
@@ -38,10 +38,9 @@ from undimix_plugins import (
     effective_number,
     importance_weights,
     info_nce,
-    log_sums,
-    tiled,
 )
-from undimix_plugins import contrast as contrast_module
+from undimix_plugins import blocks as block_sizes
+from undimix_plugins.toolkit import LastLayerInputs, log_sums
 
 WEIGHTINGS: list[Weighting] = [
     Uniform(),
@@ -63,23 +62,22 @@ def small(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 class Judged(Case):
-    """The same exclusions as verdicts, but for every third column, which is listed (some are named twice so)."""
+    """The same exclusions as a mask, but for every third column, which is listed (some are named twice so)."""
 
     def contrast(self) -> Contrast:
         one_batch = self.anchors is self.pool
         marks = ~self.is_negative()
         listed = [[j for j in row if j % 3 == 0] for row in self.excluded]
-        return Contrast(
+        return Contrast.of(
             self.anchors,
             self.positives,
             self.pool,
             self._replace(excluded=listed).padded(),
             self.temperature,
-            itself=None if one_batch else torch.tensor(self.itself),
+            own_columns=None if one_batch else torch.tensor(self.own_columns),
             positives_in_pool=self.positives_in_pool,
-            anchor_inputs=self.anchor_inputs,
-            pool_inputs=self.pool_inputs,
-            verdicts=lambda rows: marks[rows],
+            last_layer=self.last_layer,
+            excluded_mask=lambda rows: marks[rows],
         )
 
 
@@ -98,7 +96,7 @@ each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @each_weighting
 @each_case
 @pytest.mark.parametrize("loss", [info_nce, decoupled, log_sums])
-def test_verdicts_are_excluded_columns(loss: Callable[..., Any], case: Case, weighting: Weighting) -> None:
+def test_masks_are_excluded_columns(loss: Callable[..., Any], case: Case, weighting: Weighting) -> None:
     got, want = outcome(Judged(*case), weighting, loss), outcome(case, weighting, loss)
     for one, other in zip([*got.values, *got.gradients], [*want.values, *want.gradients], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
@@ -106,21 +104,21 @@ def test_verdicts_are_excluded_columns(loss: Callable[..., Any], case: Case, wei
 
 @each_weighting
 @each_case
-def test_reference_takes_verdicts(case: Case, weighting: Weighting) -> None:
+def test_reference_takes_masks(case: Case, weighting: Weighting) -> None:
     negative = case.is_negative()
     got = dense_log_weights(Judged(*case).contrast(), weighting)[negative]
     torch.testing.assert_close(got, dense_log_weights(case.contrast(), weighting)[negative], rtol=1e-11, atol=1e-11)
     assert torch.equal(Judged(*case).contrast().count, case.contrast().count)
 
 
-def test_verdicts_against_the_loop() -> None:
+def test_masks_against_the_loop() -> None:
     case, method = rectangular(5, 9, offset=1), UnDiMix(distance="euclidean")
     weights = references.log_weights(case, method).exp().nan_to_num()
     want = references.info_nce(case, weights)
     torch.testing.assert_close(info_nce(Judged(*case).contrast(), method), want, rtol=1e-11, atol=1e-11)
 
 
-def test_verdicts_in_float32_exclude_most() -> None:
+def test_masks_in_float32_exclude_most() -> None:
     """A sum over few negatives out of many is not what is left of the sum over all."""
     case = rectangular(20, 400, offset=0, width=16)
     few = [sorted({*row, *range(30, 400)}) for row in case.excluded]
@@ -143,10 +141,10 @@ def test_verdicts_in_float32_exclude_most() -> None:
 )
 def test_marks_are_checked(marks: Any, came: str) -> None:
     z = random_rows(6, 4, seed=0)
-    contrast = Contrast(z, z, z, None, 0.5, verdicts=lambda rows: marks)
+    contrast = Contrast.of(z, z, z, None, 0.5, excluded_mask=lambda rows: marks)
     with (
         blocks(kept=True, rows=6),
-        pytest.raises(ValueError, match=rf"verdicts: expected bool \[6, 6\] .*, got {came}"),
+        pytest.raises(ValueError, match=rf"excluded_mask: expected bool \[6, 6\] .*, got {came}"),
     ):
         info_nce(contrast, UnDiMix())
 
@@ -157,8 +155,8 @@ def test_marks_are_checked(marks: Any, came: str) -> None:
 def several(case: Case, positives: list[list[int]], **further: Any) -> Contrast:
     width = max(map(len, positives))
     columns = torch.tensor([row + [-1] * (width - len(row)) for row in positives])
-    return Contrast(
-        case.anchors, columns, case.pool, case.padded(), case.temperature, torch.tensor(case.itself), **further
+    return Contrast.of(
+        case.anchors, columns, case.pool, case.padded(), case.temperature, torch.tensor(case.own_columns), **further
     )
 
 
@@ -189,11 +187,11 @@ ANCHOR_WEIGHTS = [1.0, 0.5, 2.0, 0.0, 0.25, 3.0]
 @pytest.mark.parametrize("denominator", [True, False], ids=["info_nce", "decoupled"])
 def test_several_positives_or_none(denominator: bool, weighting: Weighting) -> None:
     case = rectangular(6, 10, offset=2, temperature=0.3)
-    case = case._replace(itself=[-1] * 6, excluded=[[6], [], [], [0], [], [1]])
+    case = case._replace(own_columns=[-1] * 6, excluded=[[6], [], [], [0], [], [1]])
     anchors, pool = (rows.clone().requires_grad_() for rows in (case.anchors, case.pool))
     case = case._replace(anchors=anchors, pool=pool)
     without = case._replace(excluded=[a + b for a, b in zip(case.excluded, POSITIVES, strict=True)])
-    inputs = {"anchor_inputs": case.anchor_inputs, "pool_inputs": case.pool_inputs}
+    inputs = {"last_layer": case.last_layer}
     weights = torch.tensor(ANCHOR_WEIGHTS, dtype=torch.float64)
     contrast = several(case, POSITIVES, anchor_weights=weights, **inputs)
     assert contrast.positives_in_pool
@@ -211,7 +209,7 @@ def test_several_positives_or_none(denominator: bool, weighting: Weighting) -> N
 
 
 def test_debiasing_takes_the_mean_of_the_positives() -> None:
-    case = rectangular(3, 8, offset=0, temperature=0.5)._replace(itself=[-1] * 3, excluded=[[]] * 3)
+    case = rectangular(3, 8, offset=0, temperature=0.5)._replace(own_columns=[-1] * 3, excluded=[[]] * 3)
     positives, method = [[1, 2], [3, 4, 5], [0]], HCL(beta=0.0, tau_plus=0.05)
     got = log_sums(several(case, positives), method).negatives
     for i, mine in enumerate(positives):
@@ -224,24 +222,22 @@ def test_debiasing_takes_the_mean_of_the_positives() -> None:
 @each_weighting
 def test_one_positive_by_column_is_one_by_row(weighting: Weighting) -> None:
     case = ranking(5)
-    by_row = Contrast(
+    by_row = Contrast.of(
         case.anchors,
         case.positives,
         case.pool,
         case.padded(),
         0.5,
         positives_in_pool=True,
-        anchor_inputs=case.anchor_inputs,
-        pool_inputs=case.pool_inputs,
+        last_layer=case.last_layer,
     )
-    by_column = Contrast(
+    by_column = Contrast.of(
         case.anchors,
         torch.arange(5)[:, None],
         case.pool,
         case.padded(),
         0.5,
-        anchor_inputs=case.anchor_inputs,
-        pool_inputs=case.pool_inputs,
+        last_layer=case.last_layer,
     )
     for loss in (info_nce, decoupled):
         torch.testing.assert_close(loss(by_column, weighting), loss(by_row, weighting), rtol=1e-12, atol=1e-12)
@@ -259,8 +255,8 @@ def test_anchor_weights(loss: Callable[..., Tensor], case: Case, weighting: Weig
     def contrast(**further: Any) -> Contrast:
         pool = rows[0] if case.anchors is case.pool else case.pool
         made = case._replace(anchors=rows[0], positives=rows[1], pool=pool).contrast()
-        own = None if case.anchors is case.pool else torch.tensor(case.itself)
-        return Contrast(
+        own = None if case.anchors is case.pool else torch.tensor(case.own_columns)
+        return Contrast.of(
             made.anchors,
             made.positives,
             made.pool,
@@ -268,8 +264,7 @@ def test_anchor_weights(loss: Callable[..., Tensor], case: Case, weighting: Weig
             case.temperature,
             own,
             case.positives_in_pool,
-            case.anchor_inputs,
-            case.pool_inputs,
+            last_layer=case.last_layer,
             **further,
         )
 
@@ -298,14 +293,16 @@ def test_anchor_weights(loss: Callable[..., Tensor], case: Case, weighting: Weig
 def test_anchor_weights_are_checked(weights: Any, message: str) -> None:
     z = random_rows(6, 4, seed=0)
     with pytest.raises(ValueError, match=message):
-        Contrast(z, z, z, None, 0.5, anchor_weights=weights)
+        Contrast.of(z, z, z, None, 0.5, anchor_weights=weights)
 
 
 @each_weighting
 def test_many_excluded_and_positive_columns(monkeypatch: pytest.MonkeyPatch, weighting: Weighting) -> None:
     """So many that marks on the whole pool stand for them: the same numbers."""
-    case = rectangular(6, 10, offset=2, temperature=0.3)._replace(itself=[-1] * 6, excluded=[[6], [], [], [0], [], [1]])
-    inputs = {"anchor_inputs": case.anchor_inputs, "pool_inputs": case.pool_inputs}
+    case = rectangular(6, 10, offset=2, temperature=0.3)._replace(
+        own_columns=[-1] * 6, excluded=[[6], [], [], [0], [], [1]]
+    )
+    inputs = {"last_layer": case.last_layer}
 
     def outcomes() -> list[Tensor]:
         anchors, pool = (rows.clone().requires_grad_() for rows in (case.anchors, case.pool))
@@ -314,8 +311,7 @@ def test_many_excluded_and_positive_columns(monkeypatch: pytest.MonkeyPatch, wei
         return [*values, *torch.autograd.grad(values[0] + 2 * values[1], [anchors, pool])]
 
     listed = outcomes()
-    monkeypatch.setattr(contrast_module, "WIDE", 1)
-    monkeypatch.setattr(tiled, "WIDE", 1)
+    monkeypatch.setattr(block_sizes, "WIDE", 1)
     for one, other in zip(outcomes(), listed, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
@@ -324,20 +320,20 @@ def test_a_positive_of_many_columns_is_summed_by_logits() -> None:
     """Where its rows would be more than the logits: a graph of many nodes."""
     case = random_rows(2, 8, seed=0), random_rows(30, 8, seed=1)
     positives = torch.arange(30).view(2, 15)
-    loss = info_nce(Contrast(case[0], positives, case[1], None, 0.3), Uniform())
+    loss = info_nce(Contrast.of(case[0], positives, case[1], None, 0.3), Uniform())
     similar = case[0] @ case[1].T / 0.3
     want = (similar.logsumexp(dim=1) - similar.gather(1, positives).mean(dim=1)).mean()
     torch.testing.assert_close(loss, want, rtol=1e-12, atol=1e-12)
-    nothing = info_nce(Contrast(case[0], positives[:, :0], case[1], None, 0.3), UnDiMix())
+    nothing = info_nce(Contrast.of(case[0], positives[:, :0], case[1], None, 0.3), UnDiMix())
     assert nothing == 0
 
 
 def test_positive_columns_are_checked() -> None:
     z = random_rows(6, 4, seed=0)
     with pytest.raises(ValueError, match=r"positives: expected columns from -1 \(none\) to 5, got 0 to 6"):
-        Contrast(z, torch.tensor([[6], [0], [0], [0], [0], [0]]), z, None, 0.5)
+        Contrast.of(z, torch.tensor([[6], [0], [0], [0], [0], [0]]), z, None, 0.5)
     with pytest.raises(ValueError, match=r"positives: expected shape \[6, k\], got \[6\]"):
-        Contrast(z, torch.arange(6), z, None, 0.5)
+        Contrast.of(z, torch.arange(6), z, None, 0.5)
 
 
 # --- a temperature that is learned
@@ -413,7 +409,7 @@ def test_any_temperature_by_tensor_is_the_one_by_number(temperature: float, n: i
 def test_temperature_tensors_are_checked(temperature: Tensor, message: str) -> None:
     z = random_rows(6, 4, seed=0)
     with pytest.raises(ValueError, match=message):
-        Contrast(z, z, z, None, temperature)
+        Contrast.of(z, z, z, None, temperature)
 
 
 # --- gradients at the weight of a last layer whose outputs are normalised
@@ -431,10 +427,10 @@ def through_the_layer(case: Case, layer: nn.Linear) -> Tensor:
 
     n, m = len(case.anchors), len(case.pool)
     of_anchors = [
-        gradient(case.anchor_inputs[i], case.pool[[j for j in range(m) if j != case.itself[i]]]) for i in range(n)
+        gradient(case.anchor_inputs[i], case.pool[[j for j in range(m) if j != case.own_columns[i]]]) for i in range(n)
     ]
     of_pool = [
-        gradient(case.pool_inputs[j], case.anchors[[i for i in range(n) if case.itself[i] != j]]) for j in range(m)
+        gradient(case.pool_inputs[j], case.anchors[[i for i in range(n) if case.own_columns[i] != j]]) for j in range(m)
     ]
     return torch.stack(of_anchors) @ torch.stack(of_pool).T
 
@@ -449,7 +445,7 @@ def test_gradients_through_a_normalisation(name: str, mixing: str) -> None:
     raw = layer(inputs).detach()
     pool = normalize(raw, dim=1)
     own = case.anchors is case.pool
-    places = list(range(len(case.pool))) if own else [max(i, 0) for i in case.itself]
+    places = list(range(len(case.pool))) if own else [max(i, 0) for i in case.own_columns]
     if name == "ranking":  # queries of their own
         of_anchors = random_rows(len(case.anchors), 3, seed=8, unit=False)
         anchors = layer(of_anchors).detach()
@@ -468,10 +464,10 @@ def test_gradients_through_a_normalisation(name: str, mixing: str) -> None:
         standardised = (chosen - chosen.mean()) / chosen.std(correction=0)
         want[i, negatives] = standardised - standardised.logsumexp(dim=0) + math.log(len(negatives))
 
-    contrast = Contrast(
+    contrast = Contrast.of(
         case.anchors, case.positives, case.pool, case.padded(), case.temperature,
-        None if own else torch.tensor(case.itself), True,
-        of_anchors / lengths[0], inputs / lengths[1], normalized=True,
+        None if own else torch.tensor(case.own_columns), True,
+        last_layer=LastLayerInputs(of_anchors / lengths[0], inputs / lengths[1], normalized=True),
     )  # fmt: skip
     negative = case.is_negative()
     for got in (dense_log_weights(contrast, method), tiled_log_weights(contrast, method)):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tests.cases import bank, in_batch, random_rows
+from tests.contrasts import bank, in_batch, random_rows
 from tests.test_false_negatives import (
     FORMS,
     SEVERAL,
@@ -22,7 +22,8 @@ from tests.test_false_negatives import (
     plain_log_sums,
 )
 from tests.test_tiled import blocks, total
-from undimix_plugins import HCL, Debiased, Uniform, decoupled, importance_weights, info_nce, log_sums, two_views
+from undimix_plugins import HCL, Debiased, Uniform, decoupled, importance_weights, info_nce, two_views
+from undimix_plugins.toolkit import log_sums
 
 PRIORS = (0.0, 0.02, 0.1, 0.5, 0.99)
 each_prior = pytest.mark.parametrize("tau_plus", PRIORS)

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+import undimix_plugins
+from undimix_plugins import toolkit
+
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("*.md"))}
@@ -39,7 +42,15 @@ def test_reference_has_every_public_name_once(page: str) -> None:
     text = (DOCS / "api" / f"{page}.md").read_text(encoding="utf-8")
     module = importlib.import_module(REFERENCE[page])
     assert f".. currentmodule:: {module.__name__}\n" in text
-    assert sorted(re.findall(r"\.\. auto\w+:: (\w+)", text)) == sorted(module.__all__)
+    public = [name for name in module.__all__ if not name.startswith("__")]
+    assert sorted(re.findall(r"\.\. auto\w+:: (\w+)", text)) == sorted(public)
+
+
+def test_reference_has_what_an_adapter_imports_once() -> None:
+    """What a training script imports, too, is on that page."""
+    text = (DOCS / "api" / "toolkit.md").read_text(encoding="utf-8")
+    own = set(toolkit.__all__) - set(undimix_plugins.__all__)
+    assert sorted(re.findall(r"\.\. auto\w+:: (\w+)", text)) == sorted(own)
 
 
 @pytest.mark.parametrize("page", [page for page in REFERENCE if page != "core"])

@@ -17,15 +17,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests import references
-from tests.cases import Case, bank, in_batch, random_rows, rectangular
+from tests.contrasts import Case, bank, in_batch, random_rows, rectangular
 from undimix_plugins import (
     BCL,
     HCL,
     Contrast,
     Debiased,
-    Everyone,
-    Explained,
-    Explanation,
     FalseNegativeElimination,
     Ring,
     UnDiMix,
@@ -33,11 +30,11 @@ from undimix_plugins import (
     Weighting,
     compose,
     explain,
-    gather_constants,
-    gather_parts,
     importance_weights,
     two_views,
 )
+from undimix_plugins.monitoring.explain import Explained, Explanation
+from undimix_plugins.toolkit import GatheredPool, gather_constants, gather_parts
 
 mpl.use("Agg")
 
@@ -274,21 +271,25 @@ def of_process(rank: int) -> dict[str, Contrast]:
     first, second = all_views()
     queries, documents = first[own], torch.cat([first, second])
     gathered = partial(gather_constants, queries)
-    of_all = {"itself": None, "own": torch.cat([own, own + len(first)]), "gather": partial(gather_parts, parts=2)}
+    of_all = {
+        "own_columns": None,
+        "own_rows": torch.cat([own, own + len(first)]),
+        "gather": partial(gather_parts, parts=2),
+    }
     contrasts = {
         "views": two_views(first[own], second[own], 0.2, gathered=(first, second), offset=int(own[0])),
-        "queries": Everyone(first, **of_all),
-        "same-branch": Everyone(gathered, **{**of_all, "itself": torch.arange(len(first))}),
-        "bank": Everyone(gathered, **of_all),
+        "queries": GatheredPool(first, **of_all),
+        "same-branch": GatheredPool(gathered, **{**of_all, "own_columns": torch.arange(len(first))}),
+        "bank": GatheredPool(gathered, **of_all),
     }
     return {
         name: given
         if isinstance(given, Contrast)
-        else Contrast(
+        else Contrast.of(
             *(queries, second[own], documents, own[:, None] + len(first), 0.2),
-            itself=own if given.itself is not None else None,
+            own_columns=own if given.own_columns is not None else None,
             positives_in_pool=True,
-            everyone=given,
+            gathered=given,
         )
         for name, given in contrasts.items()
     }

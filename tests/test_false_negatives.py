@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tests.cases import Case, bank, in_batch, random_rows, rectangular
+from tests.contrasts import Case, bank, in_batch, random_rows, rectangular
 from tests.test_tiled import blocks, leaves, ring, total
 from undimix_plugins import (
     Contrast,
@@ -26,12 +26,11 @@ from undimix_plugins import (
     importance_weights,
     in_batch_negatives,
     info_nce,
-    log_sums,
     support_set,
     two_views,
-    weighted_log_sum,
 )
-from undimix_plugins import contrast as contrast_module
+from undimix_plugins import blocks as block_sizes
+from undimix_plugins.toolkit import log_sums, weighted_log_sum
 from undimix_plugins.weightings.false_negatives import SUPPORT, FalseNegatives
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -85,9 +84,9 @@ def of_several(width: int = 3, temperature: float | Tensor = 0.3, *, one_batch: 
     n = len(anchors)
     columns = torch.tensor([row + [-1] * (3 - len(row)) for row in listed])
     excluded = torch.full((n, 1), 2)
-    contrast = Contrast(anchors, columns, inputs[0], excluded, temperature)
-    itself = list(range(n)) if one_batch else [-1] * n
-    case = Case(anchors, anchors, inputs[0], temperature, itself, [[2, *row] for row in listed], True)  # type: ignore[arg-type]
+    contrast = Contrast.of(anchors, columns, inputs[0], excluded, temperature)
+    own_columns = list(range(n)) if one_batch else [-1] * n
+    case = Case(anchors, anchors, inputs[0], temperature, own_columns, [[2, *row] for row in listed], True)  # type: ignore[arg-type]
     return Form(inputs, contrast, case, listed)
 
 
@@ -305,7 +304,7 @@ def test_gradcheck(form: str, kind: type[FalseNegatives]) -> None:
     def of_rows(anchors: Tensor, positives: Tensor, pool: Tensor) -> Tensor:
         of_anchors = positives if listed is None else listed
         return info_nce(
-            Contrast(anchors, of_anchors, pool, excluded, t, positives_in_pool=listed is not None), weighting
+            Contrast.of(anchors, of_anchors, pool, excluded, t, positives_in_pool=listed is not None), weighting
         )
 
     inputs = (anchors, positives, pool) if listed is None else (anchors, positives.detach(), pool)
@@ -419,7 +418,7 @@ def test_log_sums_have_no_place_for_attraction() -> None:
 
 def plain(contrast: Contrast, weighting: Weighting) -> tuple[Tensor, Tensor, Tensor]:
     """Log-sums of positives and negatives, and the positives' mean, by the plain path."""
-    contrast, weigher = weighting.compared(contrast), weighting.weigher()
+    contrast, weigher = weighting.choose(contrast), weighting._weigher()
     n = len(contrast.anchors)
     negatives = weighted_log_sum(contrast, weigher, weigher.prepare(contrast), slice(0, n))
     logits = contrast.anchors @ contrast.pool.T / contrast.held_temperature
@@ -477,7 +476,7 @@ def test_an_anchor_without_positives_is_given_those_found() -> None:
     assert of.listed is not None
     assert not of.listed[2]
     assert found[2]
-    compared = FalseNegativeAttraction(2, -1.0).compared(of.contrast)
+    compared = FalseNegativeAttraction(2, -1.0).choose(of.contrast)
     assert as_lists(compared.positive_columns)[2] == sorted(found[2])
     assert not compared.has_own_positive
 
@@ -511,19 +510,19 @@ def test_what_is_compared(form: str) -> None:
     torch.testing.assert_close(more.positive_logits(), want_means.to(logits), rtol=1e-6, atol=1e-6)
 
 
-def test_verdicts_add_up() -> None:
+def test_masks_add_up() -> None:
     of = of_case(bank(4, 9))
     marks = torch.rand(3, 4, 9, generator=torch.Generator().manual_seed(0)) > 0.7
     contrast = of.contrast
     for mark in marks:
-        contrast = contrast.without(verdicts=lambda rows, mark=mark: mark[rows])
+        contrast = contrast.without(mask=lambda rows, mark=mark: mark[rows])
     assert torch.equal(contrast.is_negative(slice(0, 4)), ~marks.any(dim=0))
     assert torch.equal(contrast.is_negative(slice(1, 3)), ~marks.any(dim=0)[1:3])
     further = contrast.without(torch.tensor([[0], [-1], [8], [-1]]))
     want = ~marks.any(dim=0)
     want[0, 0] = want[2, 8] = False
     assert torch.equal(further.is_negative(slice(0, 4)), want)
-    assert of.contrast.verdicts is None
+    assert of.contrast.excluded_mask is None
 
 
 @pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64])
@@ -581,8 +580,8 @@ def test_gathered_pool() -> None:
 
 def test_more_than_is_kept_or_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Marks that are too many to be kept, and columns beyond those that are listed."""
-    monkeypatch.setattr(contrast_module, "WIDE", 1)
-    monkeypatch.setattr(contrast_module, "MARKED_AT_ONCE", 1)
+    monkeypatch.setattr(block_sizes, "WIDE", 1)
+    monkeypatch.setattr(block_sizes, "PAIRS_AT_ONCE", 1)
     of = of_two_views(7)
     found = slow_found(of, 3, 0.1)
     assert_same(info_nce(of.contrast, FalseNegativeAttraction(3, 0.1)), by_equation(of, attracted=found), of.inputs)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tests import references
-from tests.cases import Case, bank, in_batch, random_rows, rectangular
+from tests.contrasts import Case, bank, in_batch, random_rows, rectangular
 from undimix_plugins import HCL, Uniform, importance_weights, info_nce, two_views
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}

@@ -11,21 +11,20 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tests import references
-from tests.cases import Case, bank, in_batch, random_rows, rectangular
+from tests.contrasts import Case, bank, in_batch, random_rows, rectangular
 from undimix_plugins import (
     HCL,
     Contrast,
     UnDiMix,
     Uniform,
     Weighting,
-    as_full_precision,
     effective_number,
     importance_weights,
     info_nce,
-    log_sums,
-    mean_one,
     two_views,
 )
+from undimix_plugins.toolkit import as_full_precision, log_sums
+from undimix_plugins.weightings.weighting import mean_one
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from tests import references
-from tests.cases import Case, random_rows
+from tests.contrasts import Case, random_rows
 from undimix_plugins import HCL, UnDiMix, Uniform, Weighting, in_batch_negatives, info_nce, two_views
-from undimix_plugins.mixing import IMix, Mixed, UnMix, _span
+from undimix_plugins.methods.mixing import IMix, Mixed, UnMix, _span
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 

@@ -14,8 +14,8 @@ from sklearn.svm import SVC
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tests.cases import random_rows
-from undimix_plugins.mmcl import MMCL
+from tests.contrasts import random_rows
+from undimix_plugins.methods.mmcl import MMCL
 
 EXACT = {"rtol": 0, "atol": 1e-10}
 PRECISE = {"num_iters": 100_000, "stop_condition": 1e-13}

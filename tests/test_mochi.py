@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tests.cases import Case, bank, in_batch, make_every_look_cost, random_rows, rectangular
+from tests.contrasts import Case, bank, in_batch, make_every_look_cost, random_rows, rectangular
 from tests.test_tiled import (
     CASES,
     Apart,
@@ -42,10 +42,11 @@ from undimix_plugins import (
     decoupled,
     importance_weights,
     info_nce,
-    log_sums,
-    tiled,
     two_views,
 )
+from undimix_plugins import blocks as block_sizes
+from undimix_plugins.fast.memory import Workspace
+from undimix_plugins.toolkit import log_sums
 from undimix_plugins.weightings.weighting import Softened
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -79,7 +80,7 @@ def drawn(case: Case, method: MoCHi) -> Tensor:
     contrast = case.contrast()
     torch.manual_seed(0)
     row_bytes = (len(case.pool) + case.pool.shape[1] * (method.s + method.s_prime)) * case.pool.element_size()
-    parts = tiled.blocks(len(case.anchors), row_bytes, kept=False)
+    parts = block_sizes.blocks(len(case.anchors), row_bytes, kept=False)
     return torch.cat([method.synthesised(contrast, rows) for rows in parts])
 
 
@@ -138,7 +139,7 @@ def shares_of(row: Tensor, one: Tensor, other: Tensor) -> tuple[float, float] | 
 
 def part(**options: bool) -> Case:
     """A part of a pool, of which each anchor is told that it is its row."""
-    return rectangular(5, 9, 2, 7, **options)._replace(itself=list(range(2, 7)))
+    return rectangular(5, 9, 2, 7, **options)._replace(own_columns=list(range(2, 7)))
 
 
 @pytest.mark.parametrize("number", [1, 2, 4, 99])
@@ -218,7 +219,7 @@ def test_never_what_is_no_negative(case: Case, number: int, seed: int) -> None:
         marked[case.negatives(i), -1] = 0
         own = case._replace(anchors=anchors.detach().clone(), pool=marked)
         if case.anchors is case.pool:
-            own = own._replace(itself=list(range(n)))
+            own = own._replace(own_columns=list(range(n)))
         torch.manual_seed(seed)
         rows = MoCHi(number, 6, 0).synthesised(own.contrast(), slice(i, i + 1))
         if case.negatives(i):
@@ -241,7 +242,7 @@ def test_slow_reference(case: Case, method: MoCHi) -> None:
 def test_slow_reference_by_block(case: Case, rows: int, kept: bool) -> None:
     method = MoCHi(4, 3, 2)
     with blocks(kept=kept, rows=rows):
-        assert len(tiled.blocks(7, 8, kept=False)) == math.ceil(7 / rows)
+        assert len(block_sizes.blocks(7, 8, kept=False)) == math.ceil(7 / rows)
         assert_equal(outcome(case, method, seeded(info_nce)), slow(case, method))
 
 
@@ -424,7 +425,7 @@ def test_memory_is_linear(method: MoCHi) -> None:
     """What is made for all anchors at once is neither their synthetic rows nor their logits."""
     case = pairs(700)
     with sizes(KEPT_BYTES=0, LEAST_ROWS=16, LONE_BLOCK_BYTES=1):
-        tiled.Workspace.spare.clear()
+        Workspace.spare.clear()
         with Largest() as largest:
             outcome(case, method, info_nce)
     assert largest.size < 1400 * 1400 / 8

@@ -21,7 +21,7 @@ def test_loss_is_nan(weighting: str, where: str, value: float) -> None:
 
     @torch.compile(backend="eager", fullgraph=True)
     def loss(anchors: Tensor, positives: Tensor, pool: Tensor) -> Tensor:
-        return info_nce(Contrast(anchors, positives, pool, None, 0.5), WEIGHTINGS[weighting])
+        return info_nce(Contrast.of(anchors, positives, pool, None, 0.5), WEIGHTINGS[weighting])
 
     assert loss(**rows).isfinite()
     rows[where][1, 2] = value

@@ -15,10 +15,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests import stranger
-from tests.cases import random_rows
-from undimix_plugins import HCL, Debiased, UnDiMix, Uniform, WeightedLoss, compose, info_nce, two_views, undimix
-from undimix_plugins.schedule import set_hardness
+from tests import unknown_toolkit
+from tests.contrasts import random_rows
+from undimix_plugins import HCL, Debiased, UnDiMix, Uniform, compose, info_nce, two_views, undimix
+from undimix_plugins.monitoring.warmup import set_hardness
+from undimix_plugins.toolkit import WeightedLoss
 
 GROUP = "undimix_plugins.adapters"
 
@@ -27,10 +28,10 @@ GROUP = "undimix_plugins.adapters"
 def toolkit(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The stranger's toolkit, installed for one test."""
     folder = tmp_path_factory.mktemp("site-packages")
-    stranger.install(folder)
+    unknown_toolkit.install(folder)
     monkeypatch.syspath_prepend(folder)
     yield importlib.import_module("strange_toolkit")
-    for name in stranger.MODULES:
+    for name in unknown_toolkit.MODULES:
         sys.modules.pop(name, None)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tests import references
-from tests.cases import Case, bank, in_batch, random_rows, rectangular
+from tests.contrasts import Case, bank, in_batch, random_rows, rectangular
 from tests.test_tiled import CASES, Outcome, all_excluded, assert_same, blocks, leaves, outcome, to
 from undimix_plugins import (
     Contrast,
@@ -24,14 +24,12 @@ from undimix_plugins import (
     decoupled,
     importance_weights,
     info_nce,
-    log_sums,
     negative_statistics,
-    same_label,
     two_views,
     unit_rows,
     watch,
-    weighted_log_sum,
 )
+from undimix_plugins.toolkit import log_sums, same_label, weighted_log_sum
 from undimix_plugins.weightings import progcl
 from undimix_plugins.weightings.progcl import Mixture, fitted
 from undimix_plugins.weightings.weighting import Softened
@@ -206,11 +204,11 @@ def test_only_negatives_are_fitted_to() -> None:
     """Rows that are excluded, by column or by verdict, do not matter."""
     case = rectangular(5, 9, offset=2)
     labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2])
-    verdicts = same_label(labels[2:7], labels)
-    contrast = case.contrast().without(verdicts=verdicts)
+    excluded_mask = same_label(labels[2:7], labels)
+    contrast = case.contrast().without(mask=excluded_mask)
     weighting = ProGCL()
     weighting.fit(contrast)
-    excluded = [[*case.excluded[i], *verdicts(slice(i, i + 1))[0].nonzero()[:, 0].tolist()] for i in range(5)]
+    excluded = [[*case.excluded[i], *excluded_mask(slice(i, i + 1))[0].nonzero()[:, 0].tolist()] for i in range(5)]
     want = of_this_batch(case._replace(excluded=excluded))
     for one, other in zip(weighting.mixture or (), want.mixture or (), strict=True):
         torch.testing.assert_close(one, other, **EXACT)
@@ -226,7 +224,9 @@ def test_only_negatives_are_fitted_to() -> None:
     ids=["equal", "none"],
 )
 def test_refuses_to_fit_to_nothing(case: Case, number: int) -> None:
-    case = case._replace(positives=case.positives[: len(case.anchors)], itself=case.itself[: len(case.anchors)])
+    case = case._replace(
+        positives=case.positives[: len(case.anchors)], own_columns=case.own_columns[: len(case.anchors)]
+    )
     case = case._replace(excluded=case.excluded[: len(case.anchors)], anchor_inputs=None, pool_inputs=None)
     weighting = ProGCL(start=1)
     message = rf"^contrast: expected negatives of different similarities to fit, got {number}$"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tests.cases import bank, in_batch, random_rows
+from tests.contrasts import bank, in_batch, random_rows
 from tests.test_false_negatives import (
     FORMS,
     SEVERAL,
@@ -36,11 +36,10 @@ from undimix_plugins import (
     importance_weights,
     in_batch_negatives,
     info_nce,
-    log_sums,
-    same_label,
     two_views,
 )
-from undimix_plugins import contrast as contrast_module
+from undimix_plugins import blocks as block_sizes
+from undimix_plugins.toolkit import log_sums, same_label
 
 RINGS = [(0, 100), (90, 99), (50, 90), (20, 80), (0, 50), (33.3, 66.6), (99.9, 100), (0, 0.1)]
 each_ring = pytest.mark.parametrize("ring", RINGS, ids=str)
@@ -120,7 +119,9 @@ def test_percentiles_with_ties(tenths: tuple[int, int], similarities: list[int])
     """Whole numbers of few values, so that many are equal; all of these are kept, or none."""
     lower, upper = (tenth / 10 for tenth in sorted(tenths))
     pool = torch.tensor(similarities, dtype=torch.float64)[:, None]
-    contrast = Contrast(torch.ones(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64), pool, None, 0.5)
+    contrast = Contrast.of(
+        torch.ones(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64), pool, None, 0.5
+    )
     kept = importance_weights(contrast, Ring(lower, upper))[0].nonzero()[:, 0].tolist()
     assert kept == sorted(slow_ring([float(s) for s in similarities], lower, upper))
 
@@ -130,7 +131,7 @@ def test_percentiles_with_ties(tenths: tuple[int, int], similarities: list[int])
 def test_how_many_are_kept(tenths: tuple[int, int], negatives: int) -> None:
     lower, upper = sorted(tenths)
     pool = random_rows(negatives, 2, seed=0)
-    kept = Ring(lower / 10, upper / 10).compared(Contrast(pool[:1].clone(), pool[:1], pool, None, 0.5)).count
+    kept = Ring(lower / 10, upper / 10).choose(Contrast.of(pool[:1].clone(), pool[:1], pool, None, 0.5)).count
     want = negatives * (1000 - lower) // 1000 - negatives * (1000 - upper) // 1000
     assert kept.tolist() == [max(1, want)]
 
@@ -139,32 +140,32 @@ def test_how_many_are_kept(tenths: tuple[int, int], negatives: int) -> None:
 @pytest.mark.parametrize("negatives", [1, 2, 3, 5])
 def test_at_least_one_is_kept(negatives: int, ring: tuple[float, float]) -> None:
     pool = random_rows(negatives, 3, seed=0)
-    kept = importance_weights(Contrast(pool.clone(), pool, pool, None, 0.5), Ring(*ring))
+    kept = importance_weights(Contrast.of(pool.clone(), pool, pool, None, 0.5), Ring(*ring))
     assert (kept.sum(dim=1) == 1).all()
 
 
 def test_of_two_it_keeps_the_nearer_or_the_farther() -> None:
     pool = torch.tensor([[0.2], [0.9]])
-    contrast = Contrast(torch.ones(1, 1), torch.ones(1, 1), pool, None, 0.5)
+    contrast = Contrast.of(torch.ones(1, 1), torch.ones(1, 1), pool, None, 0.5)
     assert importance_weights(contrast, Ring(90, 99)).tolist() == [[0, 1]]
     assert importance_weights(contrast, Ring(50, 100)).tolist() == [[0, 1]]
     assert importance_weights(contrast, Ring(0, 50)).tolist() == [[1, 0]]
 
 
 def test_each_anchor_has_its_own_number() -> None:
-    """Percentiles are of an anchor's own negatives: excluded columns and verdicts are none."""
+    """Percentiles are of an anchor's own negatives: excluded columns and masks are none."""
     of = of_case(bank(3, 20)._replace(excluded=[list(range(10)), [], list(range(5, 20))]))
-    assert Ring(20, 80).compared(of.contrast).count.tolist() == [6, 12, 3]
+    assert Ring(20, 80).choose(of.contrast).count.tolist() == [6, 12, 3]
     labels = torch.tensor([0, 1, 2]), torch.arange(20) % 4
-    judged = Contrast(*of.case[:3], None, 0.5, verdicts=same_label(*labels))
-    assert Ring(20, 80).compared(judged).count.tolist() == [9, 9, 9]
+    judged = Contrast.of(*of.case[:3], None, 0.5, excluded_mask=same_label(*labels))
+    assert Ring(20, 80).choose(judged).count.tolist() == [9, 9, 9]
     assert not (importance_weights(judged, Ring(20, 80)) * (labels[0][:, None] == labels[1])).any()
 
 
 def test_an_anchor_without_negatives_adds_nothing() -> None:
     for contrast in (of_case(in_batch(1)).contrast, in_batch_negatives(torch.randn(1, 3), torch.randn(1, 3), 0.1)):
         assert info_nce(contrast, Ring()) == 0
-        assert (Ring().compared(contrast).count == 0).all()
+        assert (Ring().choose(contrast).count == 0).all()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.9, 1.0])
@@ -202,8 +203,8 @@ def test_marks_that_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the marks of the whole contrast are too many, each block's are worked out when it asks."""
     of = of_two_views(9)
     want = by_equation(of, left_out=outside(of, 20, 80))
-    monkeypatch.setattr(contrast_module, "MARKED_AT_ONCE", 40)
-    assert Ring(20, 80).compared(of.contrast).count.tolist() == [9] * 18
+    monkeypatch.setattr(block_sizes, "PAIRS_AT_ONCE", 40)
+    assert Ring(20, 80).choose(of.contrast).count.tolist() == [9] * 18
     assert_same(info_nce(of.contrast, Ring(20, 80)), want, of.inputs)
 
 

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 import pytest
 from torch import Tensor
 
-from tests.cases import random_rows
+from tests.contrasts import random_rows
 from undimix_lightly import NonSemanticNegatives, non_semantic_columns
 from undimix_plugins import (
     HCL,

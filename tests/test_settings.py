@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cases import random_rows
+from tests.contrasts import random_rows
 from undimix_plugins import (
     BCL,
     HCL,

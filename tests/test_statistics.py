@@ -13,12 +13,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tests import references
-from tests.cases import Case, bank, in_batch, random_rows, rectangular
+from tests.contrasts import Case, bank, in_batch, random_rows, rectangular
 from undimix_plugins import (
     BCL,
     HCL,
     Contrast,
-    Everyone,
     Ring,
     UnDiMix,
     Uniform,
@@ -26,15 +25,14 @@ from undimix_plugins import (
     compose,
     decoupled,
     info_nce,
-    log_sums,
-    mean_loss,
     negative_statistics,
-    statistics,
     two_views,
     watch,
 )
 from undimix_plugins.loss import OBSERVERS
-from undimix_plugins.statistics import mean_statistics
+from undimix_plugins.monitoring import statistics
+from undimix_plugins.monitoring.statistics import mean_statistics
+from undimix_plugins.toolkit import GatheredPool, log_sums, mean_loss
 
 CASES = {
     "in-batch-6": in_batch(3),
@@ -82,7 +80,7 @@ def expected(case: Case, weighting: Weighting, anchors: int, labels: list[int] |
         )
     )
     for i in range(min(anchors, len(case.anchors))):
-        candidates = [case.pool[j] for j in range(len(case.pool)) if j != case.itself[i]]
+        candidates = [case.pool[j] for j in range(len(case.pool)) if j != case.own_columns[i]]
         candidates += [] if case.positives_in_pool else [case.positives[i]]
         gradient = references.last_layer_gradient(case.anchors[i], torch.stack(candidates), case.temperature)
         found.setdefault("gradient_norm", []).append(math.hypot(*gradient.tolist()))
@@ -150,7 +148,7 @@ def test_by_default_so_few_that_it_is_cheap(monkeypatch: pytest.MonkeyPatch) -> 
     rows = random_rows(300, 4, seed=0)
     for pairs, most in ((2**20, 128), (3000, 11), (7, 1)):
         monkeypatch.setattr(statistics, "MOST_PAIRS", pairs)
-        contrast = Contrast(rows, rows.flip(0), rows.clone(), None, 0.5)
+        contrast = Contrast.of(rows, rows.flip(0), rows.clone(), None, 0.5)
         whole = negative_statistics(contrast, Uniform(), most_anchors=most)
         assert negative_statistics(contrast, Uniform()) == whole
 
@@ -161,9 +159,9 @@ def test_labels_of_whole_columns_of_the_batch() -> None:
     queries, docs, hard = random_rows(12, 5, seed=0).split(4)
     own = torch.arange(4)[:, None]
     contrasts = {
-        "two columns": Contrast(queries, docs, torch.cat([docs, hard]), own, 0.5, positives_in_pool=True),
+        "two columns": Contrast.of(queries, docs, torch.cat([docs, hard]), own, 0.5, positives_in_pool=True),
         "views": two_views(queries, docs, 0.5),
-        "queries": Contrast(queries, docs, queries, None, 0.5, itself=own[:, 0]),
+        "queries": Contrast.of(queries, docs, queries, None, 0.5, own_columns=own[:, 0]),
     }
     false = {
         # An own hard negative is taken for one of the class, beside the other's two documents.
@@ -182,7 +180,7 @@ def test_labels_of_whole_columns_of_the_batch() -> None:
 
 def test_labels_that_are_not_of_the_pool() -> None:
     memory = bank(4, 12).contrast()
-    no_itself = Contrast(memory.anchors, memory.positives, memory.pool, None, 0.5)
+    no_itself = Contrast.of(memory.anchors, memory.positives, memory.pool, None, 0.5)
     for contrast in (memory, no_itself):
         with pytest.raises(ValueError, match=r"^labels: expected none, .*, got some with a memory bank"):
             negative_statistics(contrast, UnDiMix(), labels=torch.arange(4))
@@ -192,15 +190,15 @@ def test_a_pool_of_all_processes() -> None:
     """The tasks of its rows come from everyone; whose samples they are is not known."""
     case = rectangular(4, 9, offset=3)
     alone = case.contrast()
-    everyone = Everyone(lambda: case.anchors, torch.tensor(case.itself), torch.arange(9), lambda rows: rows)
-    contrast = replace(alone, everyone=everyone)
+    gathered = GatheredPool(lambda: case.anchors, torch.tensor(case.own_columns), torch.arange(9), lambda rows: rows)
+    contrast = replace(alone, gathered=gathered)
     for weighting in WEIGHTINGS.values():
         got = negative_statistics(contrast, weighting)
         assert same(got, negative_statistics(alone, weighting))
         with pytest.raises(ValueError, match=r"^labels: .*, got some with the batches of all processes$"):
             negative_statistics(contrast, weighting, labels=torch.arange(4))
-    halved = replace(everyone, anchors=lambda: case.anchors[:2], itself=torch.tensor(case.itself[:2]))
-    assert not same(negative_statistics(replace(alone, everyone=halved), UnDiMix()), got)
+    halved = replace(gathered, anchors=lambda: case.anchors[:2], own_columns=torch.tensor(case.own_columns[:2]))
+    assert not same(negative_statistics(replace(alone, gathered=halved), UnDiMix()), got)
 
 
 BAD = {
@@ -401,6 +399,6 @@ def test_the_hardness_in_force(weighting: Weighting, hardness: float | None) -> 
 def test_labels_are_refused_where_rows_are_parts_of_samples() -> None:
     """Several positives: regions of images, nodes of graphs, of which row j is not sample j % b."""
     rows = torch.randn(8, 4)
-    contrast = Contrast(rows[:4], torch.tensor([[0, 1], [2, 3], [4, 5], [6, 7]]), rows, None, 0.5)
+    contrast = Contrast.of(rows[:4], torch.tensor([[0, 1], [2, 3], [4, 5], [6, 7]]), rows, None, 0.5)
     with pytest.raises(ValueError, match=r"^labels: .*, got some with several positives"):
         negative_statistics(contrast, UnDiMix(), labels=torch.arange(4) % 2)

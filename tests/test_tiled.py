@@ -17,23 +17,19 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.cases import Case, bank, in_batch, make_every_look_cost, random_rows, rectangular
-from undimix_plugins import (
-    HCL,
-    Contrast,
-    UnDiMix,
-    Uniform,
-    Weighting,
-    decoupled,
-    info_nce,
-    log_sums,
-    tiled,
-    weighted_log_sum,
-)
+from tests.contrasts import Case, bank, in_batch, make_every_look_cost, random_rows, rectangular
+from undimix_plugins import HCL, Contrast, UnDiMix, Uniform, Weighting, decoupled, info_nce
+from undimix_plugins import blocks as block_sizes
+from undimix_plugins.fast.logits import LOG2E
+from undimix_plugins.fast.memory import Workspace
+from undimix_plugins.fast.numerators import Numerators, workspace
+from undimix_plugins.fast.scores import Block, Influence
+from undimix_plugins.plan import planned
+from undimix_plugins.toolkit import log_sums, weighted_log_sum
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 SIZES_AS_THEY_ARE = {
-    name: getattr(tiled, name) for name in ("KEPT_BYTES", "BLOCK_BYTES", "LONE_BLOCK_BYTES", "LEAST_ROWS", "TILE")
+    name: getattr(block_sizes, name) for name in ("KEPT_BYTES", "BLOCK_BYTES", "LONE_BLOCK_BYTES", "LEAST_ROWS", "TILE")
 }
 
 
@@ -42,7 +38,7 @@ def sizes(**values: int) -> Iterator[None]:
     """Constants of the fast path at these values."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in values.items():
-            patch.setattr(tiled, name, value)
+            patch.setattr(block_sizes, name, value)
         yield
 
 
@@ -65,16 +61,20 @@ def tiled_log_weights(contrast: Contrast, weighting: Weighting) -> Tensor:
     """The log-weights [n, m] that the fast path works with: its scores less the logits."""
     n, m = len(contrast.anchors), len(contrast.pool)
     parts = []
-    with torch.no_grad(), tiled.Numerators.workspace(contrast) as memory:
-        out = contrast.pool.new_empty(n, m) if tiled.fits(contrast) else None
-        work = tiled.Numerators(contrast, weighting, tiled.prepare(contrast, weighting), out, memory)
-        for rows in work.logits.blocks:
+    with torch.no_grad(), workspace(contrast) as memory:
+        out = contrast.pool.new_empty(n, m) if block_sizes.fits(contrast.anchors, contrast.pool) else None
+        work = Numerators(planned(contrast, weighting), out, memory)
+        for rows in work.rows:
             count = rows.stop - rows.start
             logits = work.logits.block(rows, contrast.pool.new_empty(count, m)).clone()
-            scores = work.scorer(rows, logits.clone(), torch.empty_like(logits)) - logits
-            if isinstance(work.scorer, tiled.UnDiMixScores):
-                scores -= work.scorer.log_mean(rows)
-            parts.append(scores / tiled.LOG2E)
+            own, empty = logits.clone(), torch.empty_like(logits)
+            if work.mix is None:
+                scores = work.scores(rows, own, empty) - logits
+            else:
+                scratch = [part[:count] for part in work.scratch]
+                mixed = work.mix.block(Block(rows, own, work.excluded.block(rows), empty, scratch))
+                scores = mixed.scores - logits - (0 if mixed.log_mean is None else mixed.log_mean)
+            parts.append(scores / LOG2E)
     return torch.cat(parts)
 
 
@@ -154,16 +154,15 @@ class Tight(Case):
     """As the adapters make it: excluded columns without padding."""
 
     def contrast(self) -> Contrast:
-        return Contrast(
+        return Contrast.of(
             self.anchors,
             self.positives,
             self.pool,
             torch.tensor(self.excluded),
             self.temperature,
-            itself=None if self.anchors is self.pool else torch.tensor(self.itself),
+            own_columns=None if self.anchors is self.pool else torch.tensor(self.own_columns),
             positives_in_pool=self.positives_in_pool,
-            anchor_inputs=self.anchor_inputs,
-            pool_inputs=self.pool_inputs,
+            last_layer=self.last_layer,
         )
 
 
@@ -171,18 +170,16 @@ class Apart(Case):
     """The anchors are the pool, and their own columns are named: the positives are of another kind."""
 
     def contrast(self) -> Contrast:
-        itself = torch.tensor(self.itself)
         rows = self.anchors, self.positives, self.pool
-        inputs = {"anchor_inputs": self.anchor_inputs, "pool_inputs": self.pool_inputs}
-        return Contrast(*rows, None, self.temperature, itself=itself, positives_in_pool=False, **inputs)
+        own = torch.tensor(self.own_columns)
+        return Contrast.of(*rows, None, self.temperature, own, positives_in_pool=False, last_layer=self.last_layer)
 
 
 class Bare(Case):
     """As a memory bank comes: nothing of it is said to be excluded, or an anchor itself."""
 
     def contrast(self) -> Contrast:
-        inputs = {"anchor_inputs": self.anchor_inputs, "pool_inputs": self.pool_inputs}
-        return Contrast(self.anchors, self.positives, self.pool, None, self.temperature, **inputs)
+        return Contrast.of(self.anchors, self.positives, self.pool, None, self.temperature, last_layer=self.last_layer)
 
 
 def pairs(count: int, width: int = 5, **options: Any) -> Case:
@@ -193,8 +190,8 @@ def ring(n: int, width: int = 5, **options: Any) -> Case:
     """One batch with itself of any size, an anchor's positive being the next row."""
     case = in_batch(n, width, **options)
     views, inputs, following = case.pool[:n].clone(), random_rows(n, 3, seed=1), [(i + 1) % n for i in range(n)]
-    excluded, itself = [[j] for j in following], list(range(n))
-    return Case(views, views[following], views, case.temperature, itself, excluded, True, inputs, inputs.clone())
+    excluded, own_columns = [[j] for j in following], list(range(n))
+    return Case(views, views[following], views, case.temperature, own_columns, excluded, True, inputs, inputs.clone())
 
 
 def gathered(mine: int, all_of_them: int, width: int = 5, **options: Any) -> Case:
@@ -310,7 +307,7 @@ CASES = {
     "pairs-6-wide": pairs(3, 40),
     "padded-14": in_batch(7, 3, temperature=0.2),
     "apart-8": Apart(*in_batch(4)),
-    "apart-8-without-some": Apart(*in_batch(4))._replace(itself=[0, -1, 2, 3, -1, 5, 6, 7]),
+    "apart-8-without-some": Apart(*in_batch(4))._replace(own_columns=[0, -1, 2, 3, -1, 5, 6, 7]),
     "bank-3x8": bank(3, 8, temperature=0.1),
     "bank-9x4-raw": bank(9, 4, unit=False),
     "bank-1x1": bank(1, 1),
@@ -346,7 +343,7 @@ def test_log_weights(case: Case, weighting: Weighting) -> None:
 
 
 def test_what_fits(small: dict[str, Any]) -> None:
-    assert tiled.fits(pairs(4).contrast()) == small["kept"]
+    assert block_sizes.fits(*[pairs(4).contrast().pool] * 2) == small["kept"]
 
 
 SIZES = (1, 2, 6, 7, 8, 13, 14, 15, 23)
@@ -567,8 +564,8 @@ def test_a_gradient_far_above_the_negatives(weighting: Weighting, monkeypatch: p
     pool[11] = axes[2] + axes[7]
     case = to(of_pool(pairs(6, 8, temperature=0.01), normalize(pool, dim=1)), torch.float32)
     rows = []
-    far = tiled.UnDiMixScores._write_far
-    monkeypatch.setattr(tiled.UnDiMixScores, "_write_far", lambda self, *of: (rows.append(of), far(self, *of)))
+    far = Influence._write_far
+    monkeypatch.setattr(Influence, "_write_far", lambda self, *of: (rows.append(of), far(self, *of))[1])
     assert_equals_dense(case, weighting, info_nce)
     assert bool(rows) == (getattr(weighting, "influence", 0) != 0)
 
@@ -674,13 +671,13 @@ def batches(draw: st.DrawFn) -> Case:
     m = n if of_itself else m
     anchors, positives, pool = random_rows(2 * n + m, width, seed, unit=unit).split([n, n, m])
     pool = pool[draw(st.lists(st.integers(0, m - 1), min_size=m, max_size=m))] if draw(st.booleans()) else pool.clone()
-    itself = list(range(n)) if of_itself else draw(st.lists(st.integers(-1, m - 1), min_size=n, max_size=n))
+    own_columns = list(range(n)) if of_itself else draw(st.lists(st.integers(-1, m - 1), min_size=n, max_size=n))
     excluded = draw(st.lists(st.lists(st.integers(0, m - 1), max_size=3, unique=True), min_size=n, max_size=n))
     temperature, in_pool = draw(st.sampled_from([0.05, 0.2, 1.0])), draw(st.booleans()) or of_itself
     inputs = random_rows(n + m, 3, seed + 100)
     anchor_inputs, pool_inputs = (inputs[n:], inputs[n:]) if of_itself else (inputs[:n], inputs[n:])
     rows = (pool if of_itself else anchors), positives, pool
-    return Case(*rows, temperature, itself, excluded, in_pool, anchor_inputs, pool_inputs)
+    return Case(*rows, temperature, own_columns, excluded, in_pool, anchor_inputs, pool_inputs)
 
 
 @given(case=batches(), rows=st.integers(1, 4), tile=st.integers(1, 5), kept=st.booleans(), weighting=st.data())
@@ -709,8 +706,8 @@ class Largest(TorchDispatchMode):
 def test_memory_is_linear(loss: Loss, weighting: Weighting, monkeypatch: pytest.MonkeyPatch) -> None:
     """What does not fit is never held whole, neither forward nor backward."""
     for name, value in {"KEPT_BYTES": 0, "LEAST_ROWS": 16, "LONE_BLOCK_BYTES": 1}.items():
-        monkeypatch.setattr(tiled, name, value)
-    tiled.Workspace.spare.clear()
+        monkeypatch.setattr(block_sizes, name, value)
+    Workspace.spare.clear()
     with Largest() as largest:
         outcome(pairs(400), weighting, loss)
     assert largest.size < 800 * 800 / 8

@@ -13,16 +13,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tests import references
-from tests.cases import Case, bank, in_batch, random_rows, rectangular
-from undimix_plugins import (
-    Contrast,
-    UnDiMix,
-    Uniform,
-    effective_number,
-    importance_weights,
-    info_nce,
-    two_views,
-)
+from tests.contrasts import Case, bank, in_batch, random_rows, rectangular
+from undimix_plugins import Contrast, UnDiMix, Uniform, effective_number, importance_weights, info_nce, two_views
+from undimix_plugins.toolkit import LastLayerInputs
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -91,7 +84,7 @@ def test_blocks_of_anchors(case: Case, mixing: str) -> None:
 
 def test_detached() -> None:
     views = random_rows(6, 4, seed=0).requires_grad_()
-    contrast = Contrast(views, views, views, None, 0.5, anchor_inputs=views, pool_inputs=views)
+    contrast = Contrast.of(views, views, views, None, 0.5, last_layer=LastLayerInputs(views, views))
     constant = [
         UnDiMix(gradient="weight", detached=True),
         UnDiMix(mixing="linear", distance="euclidean"),
@@ -162,7 +155,7 @@ class TestFewNegatives:
                 rows = rows @ rotation(width, seed=1).to(dtype)
             views = normalize(rows, dim=1).requires_grad_()
             batch = two_views(views[:pairs], views[pairs:], temperature)
-            memory = Contrast(views[:pairs], views[pairs:], views.detach(), None, temperature)
+            memory = Contrast.of(views[:pairs], views[pairs:], views.detach(), None, temperature)
             for contrast in (batch, memory):
                 weights = importance_weights(contrast, method)
                 assert torch.equal(weights[contrast.is_negative(slice(None))].unique(), torch.ones(1, dtype=dtype))
@@ -247,7 +240,7 @@ def test_permuting_the_pool(case: Case, method: UnDiMix, seed: int) -> None:
     permuted = case._replace(
         anchors=case.anchors.clone(),
         pool=case.pool[order],
-        itself=[place[j] for j in case.itself],
+        own_columns=[place[j] for j in case.own_columns],
         excluded=[[place[j] for j in row] for row in case.excluded],
         pool_inputs=case.pool_inputs[order],
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shutil
 
-from undimix_plugins.methods import markdown, table
+from undimix_plugins.methods.catalogue import markdown, table
 
 
 def main() -> None:

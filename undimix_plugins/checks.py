@@ -150,9 +150,9 @@ def check_columns(name: str, columns: Tensor, *, shape: tuple[int | None, ...], 
             is neither -1 nor one of the pool's.
 
     Examples:
-        >>> columns = check_columns("itself", torch.tensor([0, 7]), shape=(2,), pool=torch.zeros(3, 4))
+        >>> columns = check_columns("own_columns", torch.tensor([0, 7]), shape=(2,), pool=torch.zeros(3, 4))
         Traceback (most recent call last):
-        ValueError: itself: expected columns from -1 (none) to 2, got 0 to 7
+        ValueError: own_columns: expected columns from -1 (none) to 2, got 0 to 7
     """
     if not isinstance(columns, Tensor):
         raise ValueError(f"{name}: expected a tensor of integers, got {type(columns).__name__}")
@@ -206,6 +206,64 @@ def check_inputs(anchors: Tensor, pool: Tensor, anchor_inputs: Tensor | None, po
         raise ValueError(f"anchor_inputs: expected device {anchors.device}, as anchors has, got {anchor_inputs.device}")
     check_same_length(anchors=anchors, anchor_inputs=anchor_inputs)
     check_same_length(pool=pool, pool_inputs=pool_inputs)
+
+
+def check_that_logits_fit(
+    rows: Mapping[str, Tensor], lengths: Mapping[str, float], temperature: float | Tensor
+) -> None:
+    """A ValueError for rows and a temperature whose logits could overflow; from bounds, if these are low enough."""
+    held = temperature.detach() if isinstance(temperature, Tensor) else temperature
+    bound = largest_product(torch.promote_types(rows["pool"].dtype, torch.float32))
+    others = [name for name in lengths if name != "anchors"]
+    if lengths["anchors"] * max(lengths[name] for name in others) <= bound * float(held):
+        return
+    of = {name: rows[name].detach().norm(dim=1, dtype=torch.float64).max().item() for name in lengths}
+    other = max(others, key=of.__getitem__)
+    if of["anchors"] * of[other] > bound * float(held):
+        raise ValueError(
+            f"temperature: expected similarities over it up to {bound:.0e}, got {temperature!r} with anchors of "
+            f"length {of['anchors']:.2g} and {other} of length {of[other]:.2g}"
+        )
+
+
+def check_scalar_temperature(temperature: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    """Returns a temperature as a float or, of a tensor, as a scalar in a dtype's full precision.
+
+    Args:
+        temperature: A number, or a tensor of one.
+        dtype: Of the embeddings.
+
+    Raises:
+        ValueError: For another number of them, for what is no number, or (on the CPU) not finite or not above 0.
+    """
+    if not isinstance(temperature, Tensor):
+        return check_number("temperature", temperature, above=0)
+    if temperature.numel() != 1 or temperature.dtype not in FLOATS or temperature.layout != torch.strided:
+        layout = "" if temperature.layout == torch.strided else f", {temperature.layout}"
+        came = f"{temperature.dtype} {list(temperature.shape)}{layout}"
+        raise ValueError(f"temperature: expected one floating-point number, got {came}")
+    if temperature.device.type == "meta" and not torch.compiler.is_compiling():
+        raise ValueError("temperature: expected a number on a device that holds values, got meta")
+    if values_are_free(temperature):
+        check_number("temperature", float(temperature.detach()), above=0)
+    return temperature.reshape(()).to(torch.promote_types(dtype, torch.float32))
+
+
+def check_anchor_weights(weights: Tensor, anchors: Tensor) -> Tensor:
+    """Weights [n] in the anchors' dtype; a ValueError for another shape, or (on the CPU) below 0 or not finite."""
+    if not isinstance(weights, Tensor) or weights.shape != anchors.shape[:1]:
+        came = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+        raise ValueError(f"anchor_weights: expected a tensor of shape [{len(anchors)}], got {came}")
+    if weights.is_complex() or weights.layout != torch.strided:
+        raise ValueError(f"anchor_weights: expected real numbers, got {weights.dtype}, {weights.layout}")
+    if weights.device != anchors.device:
+        raise ValueError(f"anchor_weights: expected device {anchors.device}, as anchors has, got {weights.device}")
+    if values_are_free(weights) and not bool(((weights >= 0) & (weights <= 1e30)).all()):
+        raise ValueError(
+            f"anchor_weights: expected finite numbers of at least 0 and at most 1e+30, got {weights.min():g} to "
+            f"{weights.max():g}"
+        )
+    return weights.detach().to(anchors.dtype)
 
 
 def check_number(

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from undimix_plugins.blocks import rows_at_once
 from undimix_plugins.checks import (
     check_choice,
     check_columns,
@@ -20,14 +21,11 @@ from undimix_plugins.checks import (
     check_same_length,
     values_are_free,
 )
-from undimix_plugins.contrast import Everyone, full_precision, is_not_among
+from undimix_plugins.columns import is_not_among
+from undimix_plugins.contrast import GatheredPool
+from undimix_plugins.rows import full_precision
 
-PAIRS_AT_ONCE = 2**22  # of rows whose logits or distances are held
-
-
-def rows_at_once(width: int) -> int:
-    """So many rows that their pairs with `width` others are about as many as are held at once."""
-    return max(16, PAIRS_AT_ONCE // width)
+LEAST_ROWS = 16  # of a block of tasks or distances
 
 
 def anchor_similarity(anchors: Tensor, pool: Tensor) -> Tensor:
@@ -58,7 +56,7 @@ def influence(
     pool: Tensor,
     *,
     temperature: float,
-    itself: Tensor | None = None,
+    own_columns: Tensor | None = None,
     positives: Tensor | None = None,
     anchor_inputs: Tensor | None = None,
     pool_inputs: Tensor | None = None,
@@ -82,7 +80,7 @@ def influence(
         anchors: Embeddings [n, d], floating point.
         pool: The candidates [m, d], same dtype.
         temperature: A finite number above 0.
-        itself: The anchors' own columns in the pool [n], integers, -1 where there is none. None for no anchor at
+        own_columns: The anchors' own columns in the pool [n], integers, -1 where there is none. None for no anchor at
             all, except where `anchors` and `pool` are the same tensor object: then anchor i is row i.
         positives: The anchors' positives [n, d] where these are no rows of the pool (a memory bank), else None.
         anchor_inputs: The last layer's inputs [n, h] behind `anchors`; None for the gradient at the embedding.
@@ -108,11 +106,11 @@ def influence(
     if positives is not None:
         check_embeddings(anchors=anchors, positives=positives)
         check_same_length(anchors=anchors, positives=positives)
-    if itself is not None:
-        itself = check_columns("itself", itself, shape=(len(anchors),), pool=pool)
+    if own_columns is not None:
+        own_columns = check_columns("own_columns", own_columns, shape=(len(anchors),), pool=pool)
     check_inputs(anchors, pool, anchor_inputs, pool_inputs)
     with full_precision(pool):
-        of_anchors, of_pool = task_gradients(anchors, pool, temperature, itself, positives)
+        of_anchors, of_pool = task_gradients(anchors, pool, temperature, own_columns, positives)
         inner = of_anchors.at_scale(temperature) @ of_pool.at_scale(temperature).T
         if anchor_inputs is None or pool_inputs is None:
             return inner
@@ -149,20 +147,20 @@ def task_gradients(
     anchors: Tensor,
     pool: Tensor,
     temperature: float | Tensor,
-    itself: Tensor | None,
+    own_columns: Tensor | None,
     positives: Tensor | None,
-    everyone: Everyone | None = None,
+    gathered: GatheredPool | None = None,
 ) -> tuple[TaskGradients, TaskGradients]:
     """The gradients of the anchors' tasks and of the pool's; arguments as `influence` and `Contrast` have them."""
-    self_contrast = itself is None and anchors is pool
+    self_contrast = own_columns is None and anchors is pool
     columns = torch.arange(len(pool), device=pool.device)
     if self_contrast:
-        itself = columns
+        own_columns = columns
 
     def of_anchors(rows: slice) -> TaskGradients:
         logits = anchors[rows] @ pool.T / temperature
-        if itself is not None:
-            logits = logits.masked_fill(columns == itself[rows, None], -torch.inf)
+        if own_columns is not None:
+            logits = logits.masked_fill(columns == own_columns[rows, None], -torch.inf)
         own = None if positives is None else positives[rows]
         return _gradients(logits, pool, own, anchors[rows], temperature)
 
@@ -170,31 +168,31 @@ def task_gradients(
     # A row's task is the same on either side of one batch with itself.
     if self_contrast and positives is None:
         return first, first
-    of_whom, own_columns, all_anchors = itself, columns, anchors
-    if everyone is not None:
-        of_whom, own_columns = everyone.itself, everyone.own
-        all_anchors = everyone.anchors if isinstance(everyone.anchors, Tensor) else everyone.anchors()
-    candidates = pool if everyone is None else pool[everyone.own]
+    of_all_anchors, own_rows, all_anchors = own_columns, columns, anchors
+    if gathered is not None:
+        of_all_anchors, own_rows = gathered.own_columns, gathered.own_rows
+        all_anchors = gathered.anchors if isinstance(gathered.anchors, Tensor) else gathered.anchors()
+    candidates = pool if gathered is None else pool[gathered.own_rows]
 
     def of_pool(rows: slice) -> TaskGradients:
         logits = candidates[rows] @ all_anchors.T / temperature
-        if of_whom is not None:
-            logits = logits.masked_fill(own_columns[rows, None] == of_whom, -torch.inf)
+        if of_all_anchors is not None:
+            logits = logits.masked_fill(own_rows[rows, None] == of_all_anchors, -torch.inf)
         return _gradients(logits, all_anchors, None, candidates[rows], temperature)
 
     # Where a process's candidates are its anchors, their tasks are these.
-    own_views = everyone is not None and everyone.own is itself and positives is None
+    own_views = gathered is not None and gathered.own_rows is own_columns and positives is None
     second = first if own_views else _by_block(of_pool, len(candidates), len(all_anchors))
-    if everyone is None:
+    if gathered is None:
         return first, second
     # In one piece: a collective for each would cost as many waits.
     width = second.direction.shape[1]
-    together = everyone.gather(torch.cat([second.direction, second.log_scale[:, None], second.terms[:, None]], dim=1))
+    together = gathered.gather(torch.cat([second.direction, second.log_scale[:, None], second.terms[:, None]], dim=1))
     return first, TaskGradients(together[:, :width], together[:, width], together[:, width + 1])
 
 
 def _by_block(of_rows: Callable[[slice], TaskGradients], count: int, width: int) -> TaskGradients:
-    step = rows_at_once(width)
+    step = rows_at_once(width, LEAST_ROWS)
     blocks = [of_rows(slice(start, start + step)) for start in range(0, count, step)]
     return TaskGradients(*(torch.cat(part) for part in zip(*blocks, strict=True)))
 
@@ -338,7 +336,7 @@ def mean_distances(pool: Tensor, negative: Tensor, distance: str) -> Tensor:
         own = unit.square().sum(dim=1)
         mean_distance = (others - total @ mean[:, None]) / others - (total @ (unit - mean).T - own) / others
     else:
-        step = rows_at_once(len(pool))
+        step = rows_at_once(len(pool), LEAST_ROWS)
         blocks = zip(torch.split(pool, step), torch.split(among, step, dim=1), strict=True)
         mean_distance = torch.zeros_like(among)
         for rows, weight in blocks:

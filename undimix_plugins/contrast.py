@@ -2,103 +2,102 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from undimix_plugins.blocks import rows_at_once
 from undimix_plugins.checks import (
-    FLOATS,
+    check_anchor_weights,
     check_columns,
     check_embeddings,
     check_finite,
     check_inputs,
     check_kinds,
     check_lengths,
-    check_number,
     check_same_length,
-    largest_product,
-    values_are_free,
+    check_scalar_temperature,
+    check_that_logits_fit,
 )
+from undimix_plugins.columns import distinct, is_not_among, sum_of_rows
 from undimix_plugins.distributed import gather_parts, processes
+from undimix_plugins.rows import as_full_precision, full_precision
 
-# From a block of r anchors to marks on the pool, bool [r, m].
-Verdicts = Callable[[slice], Tensor]
-
-WIDE = 64  # columns that are listed for an anchor, beyond which marks on the whole pool are cheaper
-MARKED_AT_ONCE = 2**22  # pairs of anchors and candidates whose marks are counted
+#: From a block of r anchors to the columns of the pool that are no negatives of theirs, bool [r, m].
+ExcludedMask = Callable[[slice], Tensor]
 
 
-@dataclass(frozen=True)
-class Everyone:
+@dataclass(frozen=True, eq=False)
+class GatheredPool:
     """What makes a contrast with a pool gathered from all processes the same as on one process.
 
-    A candidate's pseudo-labelling task is which anchor it is aligned with: all processes' anchors. Each process works
-    out the tasks of its own candidates, and the results are gathered.
+    A candidate's pseudo-labelling task is which anchor it is aligned with, among all processes' anchors. Each process
+    works out the tasks of its own candidates, and the results are gathered.
 
     Attributes:
         anchors: All processes' anchors [N, d], constants; or a function that gathers them, which all processes call.
-        itself: Those anchors' own columns in the pool [N], -1 where there is none; None for no anchor at all.
-        own: This process's own rows of the pool [p]; the contrast's `itself` where these are its anchors.
+        own_columns: Those anchors' own columns in the pool [N], -1 where there is none; None for no anchor at all.
+        own_rows: This process's own rows of the pool [p]; the contrast's `own_columns` where these are its anchors.
         gather: From numbers for this process's rows [p, k] to those for the whole pool [m, k], without gradient.
     """
 
     anchors: Tensor | Callable[[], Tensor]
-    itself: Tensor | None
-    own: Tensor
+    own_columns: Tensor | None
+    own_rows: Tensor
     gather: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
+class LastLayerInputs:
+    """The inputs of the last layer, whose outputs are compared; `UnDiMix(gradient="weight")` needs them.
+
+    Attributes:
+        anchor_inputs: Inputs behind the anchors [n, h].
+        pool_inputs: Inputs behind the pool [m, h].
+        normalized: Whether anchors and pool are the layer's outputs brought to length 1, and its inputs divided by
+            those outputs' lengths: gradients at its weight then go through the normalisation, too.
+    """
+
+    anchor_inputs: Tensor
+    pool_inputs: Tensor
+    normalized: bool = False
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Contrast:
     """Anchors, a positive for each, and the pool that their negatives come from.
 
-    The similarity of two rows is their inner product *as they stand here*: an adapter whose host compares by cosine
-    passes rows of length 1. Rows in half precision are converted to float32 (gradients flow back through that).
+    `Contrast.of` makes one: it checks what it is given, and a Contrast never changes afterwards.
+
+    The similarity of two rows is their inner product *as they stand here*: pass rows of length 1 for cosines. Rows in
+    half precision are converted to float32 (gradients flow back through that).
 
     Attributes:
-        anchors: Embeddings [n, d], floating point.
-        positives: Each anchor's positive [n, d]; or, where the pool holds them, their columns [n, p], integers padded
-            with -1: several, one or none. They are no negatives then, all stand in the denominator, and what is read
-            here is their mean [n, d].
+        anchors: Embeddings [n, d], floating point, of full precision like all the rest.
+        positives: Each anchor's positive [n, d]; of several in the pool their mean, 0 for none.
         pool: The candidates [m, d]: the batch's views, a memory bank, all documents.
-        excluded: Columns of the pool that are no negatives for an anchor [n, k], integers, padded with -1: itself,
-            its positive, duplicates, known false negatives. None excludes nothing. A column may stand twice.
-        temperature: What similarities are divided by, a finite number above 0, or a tensor of one (a parameter that is
-            learned, a number that another device holds), which gets its gradient.
-        itself: The anchors' own columns in the pool [n], -1 where there is none; None for no anchor at all, except
-            where `anchors` and `pool` are the same tensor object: then anchor i is row i. An anchor is never its own
-            negative, so these need not stand in `excluded`.
-        positives_in_pool: Whether the pool holds the positives too (those then belong in `excluded`). Defaults to
-            whether `anchors` and `pool` are the same tensor object. A memory bank holds none.
-        anchor_inputs: Inputs of the last layer [n, h], whose outputs the anchors are; `gradient="weight"` needs them.
-        pool_inputs: Likewise for the pool [m, h].
-        normalized: Whether anchors and pool are the last layer's outputs brought to length 1, and its inputs divided by
-            those outputs' lengths: gradients at its weight then go through that too.
-        verdicts: Further columns that are no negatives, too many or too scattered to be listed (a guide model's, rows
-            of the same class, duplicates): a function from a block of r anchors to marks, bool [r, m]. It is asked
-            for a block several times, and has to say the same. None marks nothing.
-        everyone: Where the pool is gathered from several processes, what it needs of them; None for this process's
-            own contrast.
-        anchor_weights: How much each anchor's loss counts in the mean over all [n], constants
-            of at least 0; None for 1 each.
-        positive_columns: The positives' columns [n, p], where `positives` gave those, or `with_positives`; else None.
+        excluded: Columns of the pool that are no negatives for an anchor [n, k], int64, padded with -1, an anchor's own
+            among them; each column stands there once.
+        temperature: What similarities are divided by, a float or a scalar tensor (whose gradient is in the rows).
+        own_columns: The anchors' own columns in the pool [n], -1 where there is none; None for no anchor at all, or
+            where `anchors` and `pool` are the same tensor object: then anchor i is row i.
+        positives_in_pool: Whether the pool holds the positives, too. A memory bank holds none.
+        last_layer: The last layer's inputs; None where they are not known.
+        excluded_mask: Further columns that are no negatives: a function from a block of r anchors to a mask, bool
+            [r, m]; None for none.
+        gathered: What a pool gathered from several processes needs of them; None for this process's own contrast.
+        anchor_weights: How much each anchor's loss counts in the mean over all [n]; None for 1 each.
+        positive_columns: The positives' columns [n, p], padded with -1, where there may be several in the pool.
         has_own_positive: Whether `positives` is a positive itself, beside those of the columns.
-
-    Raises:
-        ValueError: For tensors that are no matrices, that are empty, or whose widths, lengths, dtypes or devices
-            differ; a temperature that is no finite number above 0. On the CPU also for non-finite rows and columns
-            out of range; on other devices, where looking would cost a synchronisation, a non-finite row makes the
-            loss NaN.
 
     Examples:
         >>> z = torch.nn.functional.normalize(torch.randn(6, 16), dim=1)
         >>> positive_of = torch.tensor([3, 4, 5, 0, 1, 2])
-        >>> contrast = Contrast(z, z[positive_of], z, positive_of[:, None], temperature=0.5)
+        >>> contrast = Contrast.of(z, z[positive_of], z, positive_of[:, None], temperature=0.5)
         >>> contrast.count.tolist()
         [4.0, 4.0, 4.0, 4.0, 4.0, 4.0]
     """
@@ -106,108 +105,128 @@ class Contrast:
     anchors: Tensor
     positives: Tensor
     pool: Tensor
-    excluded: Tensor | None
+    excluded: Tensor
     temperature: float | Tensor
-    itself: Tensor | None = None
-    positives_in_pool: bool | None = None
-    anchor_inputs: Tensor | None = None
-    pool_inputs: Tensor | None = None
-    normalized: bool = False
-    verdicts: Verdicts | None = None
-    everyone: Everyone | None = None
-    anchor_weights: Tensor | None = None
-    positive_columns: Tensor | None = field(init=False, default=None)
-    has_own_positive: bool = field(init=False, default=True)
+    own_columns: Tensor | None
+    positives_in_pool: bool
+    last_layer: LastLayerInputs | None
+    excluded_mask: ExcludedMask | None
+    gathered: GatheredPool | None
+    anchor_weights: Tensor | None
+    positive_columns: Tensor | None
+    has_own_positive: bool
 
-    def __post_init__(self) -> None:
-        by_column = isinstance(self.positives, Tensor) and not self.positives.is_floating_point()
-        rows = {"anchors": self.anchors, "positives": self.positives, "pool": self.pool}
-        rows = {name: of for name, of in rows.items() if name != "positives" or not by_column}
+    @staticmethod
+    def of(
+        anchors: Tensor,
+        positives: Tensor,
+        pool: Tensor,
+        excluded: Tensor | None,
+        temperature: float | Tensor,
+        own_columns: Tensor | None = None,
+        positives_in_pool: bool | None = None,
+        *,
+        last_layer: LastLayerInputs | None = None,
+        excluded_mask: ExcludedMask | None = None,
+        gathered: GatheredPool | None = None,
+        anchor_weights: Tensor | None = None,
+    ) -> Contrast:
+        """Makes a contrast of rows that are compared as they are, after a look at all of them.
+
+        Args:
+            anchors: Embeddings [n, d], floating point.
+            positives: Each anchor's positive [n, d]; or, where the pool holds them, their columns [n, p], integers
+                padded with -1: several, one or none. Then they are no negatives, and all stand in the denominator.
+            pool: The candidates [m, d], same dtype. Pass the anchors' own tensor object for one batch of views.
+            excluded: Columns of the pool that are no negatives for an anchor [n, k], integers, padded with -1: its
+                positive, duplicates, known false negatives. None excludes nothing. A column may stand twice.
+            temperature: What similarities are divided by, a finite number above 0, or a tensor of one (a parameter
+                that is learned, a number that another device holds), which gets its gradient.
+            own_columns: The anchors' own columns in the pool [n], -1 where there is none; None for no anchor at all,
+                except where `anchors` and `pool` are the same tensor object: then anchor i is row i. An anchor is never
+                its own negative, so these need not stand in `excluded`.
+            positives_in_pool: Whether the pool holds the positives too (those then belong in `excluded`). Defaults to
+                whether `anchors` and `pool` are the same tensor object.
+            last_layer: The inputs of the layer whose outputs anchors and pool are.
+            excluded_mask: Further columns that are no negatives, too many or too scattered to be listed (rows of the
+                same class, what a guide model finds, duplicates): a function from a block of r anchors to a mask, bool
+                [r, m]. It is called for a block several times, and has to return the same. `same_label` makes one.
+            gathered: What a pool gathered from several processes needs of them.
+            anchor_weights: How much each anchor's loss counts in the mean over all [n], constants of at least 0.
+
+        Returns:
+            The contrast.
+
+        Raises:
+            ValueError: For tensors that are no matrices, that are empty, or whose widths, lengths, dtypes or devices
+                differ; a temperature that is no finite number above 0. On the CPU also for non-finite rows and columns
+                out of range. On other devices, where looking would cost a synchronisation, a non-finite row makes the
+                loss NaN.
+
+        Examples:
+            >>> queries, keys, bank = (torch.nn.functional.normalize(torch.randn(n, 16), dim=1) for n in (4, 4, 64))
+            >>> Contrast.of(queries, keys, bank, None, temperature=0.2).count.tolist()
+            [64.0, 64.0, 64.0, 64.0]
+        """
+        listed = isinstance(positives, Tensor) and not positives.is_floating_point()
+        rows = {"anchors": anchors, "positives": positives, "pool": pool}
+        if listed:
+            del rows["positives"]
         lengths = check_finite(**rows)
-        check_inputs(self.anchors, self.pool, self.anchor_inputs, self.pool_inputs)
-        one_batch = self.anchors is self.pool
-        n, device = len(self.anchors), self.anchors.device
-        if isinstance(self.temperature, Tensor):
-            self._set("temperature", checked_temperature(self.temperature, self.pool.dtype))
-        else:
-            self._set("temperature", check_number("temperature", self.temperature, above=0))
+        inputs = (None, None) if last_layer is None else (last_layer.anchor_inputs, last_layer.pool_inputs)
+        check_inputs(anchors, pool, *inputs)
+        temperature = check_scalar_temperature(temperature, pool.dtype)
         if lengths:
             check_lengths(rows, lengths)
-            self._check_that_logits_fit(lengths)
+            check_that_logits_fit(rows, lengths, temperature)
 
-        pool = as_full_precision(self.pool)
-        self._set("anchors", pool if one_batch else as_full_precision(self.anchors))
-        self._set("pool", pool)
-        if by_column:
-            columns = check_columns("positives", self.positives, shape=(n, None), pool=pool)
-            if columns.shape[1] == 0:  # none at all
-                columns = columns.new_full((n, 1), -1)
-            self._set("positive_columns", distinct(columns))
-            self._set("has_own_positive", False)
-            self._set("positives", self._mean_positives())
-            self._set("positives_in_pool", True)
+        one_batch, n = anchors is pool, len(anchors)
+        pool = as_full_precision(pool)
+        anchors = pool if one_batch else as_full_precision(anchors)
+        positive_columns = None
+        if listed:
+            positive_columns = check_columns("positives", positives, shape=(n, None), pool=pool)
+            if positive_columns.shape[1] == 0:  # none at all
+                positive_columns = positive_columns.new_full((n, 1), -1)
+            positive_columns = distinct(positive_columns)
+            positives = mean_of_rows(pool, positive_columns)
         else:
-            check_same_length(anchors=self.anchors, positives=self.positives)
-            self._set("positives", as_full_precision(self.positives))
-        if self.positives_in_pool is None:
-            self._set("positives_in_pool", one_batch)
-        if self.anchor_inputs is not None and self.pool_inputs is not None:
-            self._set("anchor_inputs", self.anchor_inputs.to(pool.dtype))
-            self._set("pool_inputs", self.pool_inputs.to(pool.dtype))
-        if self.anchor_weights is not None:
-            self._set("anchor_weights", checked_anchor_weights(self.anchor_weights, self.anchors))
+            check_same_length(anchors=anchors, positives=positives)
+            positives = as_full_precision(positives)
+        if last_layer is not None:
+            of_anchors, of_pool = (part.to(pool.dtype) for part in inputs if part is not None)
+            last_layer = LastLayerInputs(of_anchors, of_pool, last_layer.normalized)
+        if anchor_weights is not None:
+            anchor_weights = check_anchor_weights(anchor_weights, anchors)
+        if own_columns is not None:
+            own_columns = check_columns("own_columns", own_columns, shape=(n,), pool=pool)
 
-        excluded = torch.empty(n, 0, dtype=torch.long, device=device)
-        if self.excluded is not None:
-            excluded = check_columns("excluded", self.excluded, shape=(n, None), pool=self.pool)
-        if self.positive_columns is not None:
-            excluded = torch.cat([excluded, self.positive_columns], dim=1)
-        excluded = distinct(excluded)
-        itself = None
-        if self.itself is not None:
-            self._set("itself", check_columns("itself", self.itself, shape=(n,), pool=self.pool))
-            itself = self.itself[:, None]
-        elif one_batch:
-            itself = torch.arange(n, device=device)[:, None]
-        if itself is not None:
-            excluded = torch.cat([excluded.masked_fill(excluded == itself, -1), itself], dim=1)
-        self._set("excluded", excluded)
-        self._let_gradients_through_the_temperature()
+        left_out = torch.empty(n, 0, dtype=torch.long, device=pool.device)
+        if excluded is not None:
+            left_out = check_columns("excluded", excluded, shape=(n, None), pool=pool)
+        if positive_columns is not None:
+            left_out = torch.cat([left_out, positive_columns], dim=1)
+        left_out = distinct(left_out)
+        own = torch.arange(n, device=pool.device) if one_batch and own_columns is None else own_columns
+        if own is not None:
+            left_out = torch.cat([left_out.masked_fill(left_out == own[:, None], -1), own[:, None]], dim=1)
 
-    def _set(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)  # the dataclass is frozen for everybody else
-
-    def _check_that_logits_fit(self, lengths: dict[str, float]) -> None:
-        """A ValueError for rows and a temperature whose logits could overflow; from bounds, if these are low enough."""
-        bound, temperature = largest_product(self.pool.dtype), float(self.held_temperature)
-        others = [name for name in lengths if name != "anchors"]
-        if lengths["anchors"] * max(lengths[name] for name in others) <= bound * temperature:
-            return
-        of = {name: getattr(self, name).detach().norm(dim=1, dtype=torch.float64).max().item() for name in lengths}
-        other = max(others, key=of.__getitem__)
-        if of["anchors"] * of[other] > bound * temperature:
-            raise ValueError(
-                f"temperature: expected similarities over it up to {bound:.0e}, got {temperature!r} with anchors of "
-                f"length {of['anchors']:.2g} and {other} of length {of[other]:.2g}"
-            )
-
-    def _mean_positives(self) -> Tensor:
-        assert self.positive_columns is not None
-        count = (self.positive_columns >= 0).sum(dim=1, keepdim=True).clamp(min=1)
-        return sum_of_rows(self.pool, self.positive_columns) / count
-
-    def _let_gradients_through_the_temperature(self) -> None:
-        """Logits are bilinear in the rows, so that a factor of 1 on these carries the temperature's whole gradient."""
-        if not isinstance(self.temperature, Tensor) or not self.temperature.requires_grad:
-            return
-        one = self.held_temperature / self.temperature
-        if self.anchors is self.pool:
-            one = one.sqrt()  # on either side
-            self._set("pool", self.pool * one)
-            self._set("anchors", self.pool)
-            self._set("positives", self.positives * one)
-        else:
-            self._set("anchors", self.anchors * one)
+        anchors, positives, pool = with_gradient_of(temperature, anchors, positives, pool)
+        return Contrast(
+            anchors=anchors,
+            positives=positives,
+            pool=pool,
+            excluded=left_out,
+            temperature=temperature,
+            own_columns=own_columns,
+            positives_in_pool=listed or (one_batch if positives_in_pool is None else positives_in_pool),
+            last_layer=last_layer,
+            excluded_mask=excluded_mask,
+            gathered=gathered,
+            anchor_weights=anchor_weights,
+            positive_columns=positive_columns,
+            has_own_positive=not listed,
+        )
 
     @property
     def held_temperature(self) -> float | Tensor:
@@ -235,12 +254,12 @@ class Contrast:
         further = (self.anchors * sum_of_rows(self.pool, columns)).sum(dim=1) / self.held_temperature
         return (own + further) / (1 + (columns >= 0).sum(dim=1))
 
-    def without(self, columns: Tensor | None = None, verdicts: Verdicts | None = None) -> Contrast:
+    def without(self, columns: Tensor | None = None, mask: ExcludedMask | None = None) -> Contrast:
         """The same with fewer negatives.
 
         Args:
             columns: Those to leave out, for each anchor [n, k], integers, padded with -1.
-            verdicts: Further ones, as the class has them.
+            mask: Further ones, as `excluded_mask` has them.
 
         Returns:
             Another Contrast of the same tensors.
@@ -250,21 +269,20 @@ class Contrast:
             >>> contrast.without(torch.tensor([[1], [-1], [-1], [-1]])).count.tolist()
             [2.0, 3.0, 3.0, 3.0]
         """
-        new = copy.copy(self)
+        excluded, excluded_mask = self.excluded, self.excluded_mask
         if columns is not None:
-            assert self.excluded is not None
             columns = check_columns("columns", columns, shape=(len(self.anchors), None), pool=self.pool)
-            new._set("excluded", distinct(torch.cat([self.excluded, columns], dim=1)))
-        if verdicts is not None:
-            new._set("verdicts", verdicts if self.verdicts is None else partial(_either, self.verdicts, verdicts))
-        return new
+            excluded = distinct(torch.cat([excluded, columns], dim=1))
+        if mask is not None:
+            excluded_mask = mask if excluded_mask is None else partial(_either, excluded_mask, mask)
+        return replace(self, excluded=excluded, excluded_mask=excluded_mask)
 
     def with_positives(self, columns: Tensor) -> Contrast:
-        """The same with more positives, beside those that anchors have, which are no negatives then.
+        """The same with more positives, beside those that anchors have; they are no negatives then.
 
         Args:
-            columns: Negatives of each anchor in the pool [n, k], integers, padded with -1; those that are none are left
-                as they are.
+            columns: Negatives of each anchor in the pool [n, k], integers, padded with -1; columns that are no
+                negatives are ignored.
 
         Returns:
             Another Contrast of the same tensors.
@@ -277,68 +295,81 @@ class Contrast:
         new, columns = self.without(columns), columns.long()
         if columns.shape[1] == 0:
             return new
-        assert self.excluded is not None
         none = (columns[:, :, None] == self.excluded[:, None]).any(dim=2)
         columns = columns.masked_fill(none, -1)
         if self.positive_columns is not None:
             columns = torch.cat([self.positive_columns, columns], dim=1)
-        new._set("positive_columns", distinct(columns))
-        if not self.has_own_positive:
-            new._set("positives", new._mean_positives())
-        return new
+        columns = distinct(columns)
+        positives = self.positives if self.has_own_positive else mean_of_rows(self.pool, columns)
+        return replace(new, positive_columns=columns, positives=positives)
 
     def is_negative(self, rows: slice) -> Tensor:
         """Which columns of the pool are negatives for a block of anchors: bool [r, m]."""
-        assert self.excluded is not None
         negative = is_not_among(self.excluded[rows], len(self.pool))
-        return negative if self.verdicts is None else negative & ~self.marked(rows)
+        return negative if self.excluded_mask is None else negative & ~self._masked(self.excluded_mask, rows)
 
-    def marked(self, rows: slice) -> Tensor:
-        """The verdicts on a block of anchors, bool [r, m]; a ValueError for marks that are none."""
-        assert self.verdicts is not None
-        marks = self.verdicts(rows)
+    def _masked(self, excluded_mask: ExcludedMask, rows: slice) -> Tensor:
+        """The mask of a block of anchors, bool [r, m]; a ValueError for what is none."""
+        mask = excluded_mask(rows)
         shape = [len(self.anchors[rows]), len(self.pool)]
-        if not isinstance(marks, Tensor) or list(marks.shape) != shape or marks.dtype != torch.bool:
-            came = f"{marks.dtype} {list(marks.shape)}" if isinstance(marks, Tensor) else type(marks).__name__
-            raise ValueError(f"verdicts: expected bool {shape} (anchors of the block, pool), got {came}")
-        return marks
+        if not isinstance(mask, Tensor) or list(mask.shape) != shape or mask.dtype != torch.bool:
+            came = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"excluded_mask: expected bool {shape} (anchors of the block, pool), got {came}")
+        return mask
 
     @property
     def is_own_pool(self) -> bool:
         """Whether the anchors are the pool, anchor i its row i."""
-        return self.anchors is self.pool and self.itself is None
+        return self.anchors is self.pool and self.own_columns is None
 
     @property
     def count(self) -> Tensor:
         """How many negatives each anchor has: [n], in the embeddings' dtype."""
-        assert self.excluded is not None
-        if self.verdicts is None:
+        if self.excluded_mask is None:
             return (len(self.pool) - (self.excluded >= 0).sum(dim=1)).to(self.pool.dtype)
-        step = max(1, MARKED_AT_ONCE // len(self.pool))
+        step = rows_at_once(len(self.pool))
         blocks = (slice(start, start + step) for start in range(0, len(self.anchors), step))
         return torch.cat([self.is_negative(rows).sum(dim=1) for rows in blocks]).to(self.pool.dtype)
 
 
+def mean_of_rows(rows: Tensor, columns: Tensor) -> Tensor:
+    """The mean of `rows[columns]` per row of `columns`, padded with -1; 0 for none."""
+    return sum_of_rows(rows, columns) / (columns >= 0).sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def with_gradient_of(temperature: float | Tensor, anchors: Tensor, positives: Tensor, pool: Tensor) -> list[Tensor]:
+    """Anchors, positives and pool that carry the gradient of a temperature that is learned.
+
+    Logits are bilinear in the rows, so that a factor of 1 on these carries the temperature's whole gradient.
+    """
+    if not isinstance(temperature, Tensor) or not temperature.requires_grad:
+        return [anchors, positives, pool]
+    one = temperature.detach() / temperature
+    if anchors is not pool:
+        return [anchors * one, positives, pool]
+    one = one.sqrt()  # on either side
+    pool = pool * one
+    return [pool, positives * one, pool]
+
+
 def holds_all_anchors(contrast: Contrast) -> bool:
     """Whether what the influence needs of other processes is in the contrast, with its pool."""
-    everyone = contrast.everyone
-    if everyone is None or isinstance(everyone.anchors, Tensor):
+    gathered = contrast.gathered
+    if gathered is None or isinstance(gathered.anchors, Tensor):
         return True
-    return everyone.itself is not None and bool((everyone.itself >= 0).all())
+    return gathered.own_columns is not None and bool((gathered.own_columns >= 0).all())
 
 
 def alone(contrast: Contrast) -> Contrast:
     """The same, which asks nothing of other processes, so that they need not call; the influence may raise then."""
-    everyone, pool = contrast.everyone, contrast.pool.detach()
-    if everyone is None:
+    gathered, pool = contrast.gathered, contrast.pool.detach()
+    if gathered is None:
         return contrast
-    anchors = everyone.anchors
+    anchors = gathered.anchors
     if not isinstance(anchors, Tensor):
-        anchors = pool[everyone.itself] if holds_all_anchors(contrast) else _not_here
+        anchors = pool[gathered.own_columns] if holds_all_anchors(contrast) else _not_here
     every = torch.arange(len(pool), device=pool.device)
-    new = copy.copy(contrast)
-    new._set("everyone", Everyone(anchors, everyone.itself, every, lambda rows: rows))
-    return new
+    return replace(contrast, gathered=GatheredPool(anchors, gathered.own_columns, every, lambda rows: rows))
 
 
 def _not_here() -> Tensor:
@@ -351,17 +382,19 @@ def _not_here() -> Tensor:
 def in_batch_negatives(anchors: Tensor, positives: Tensor, temperature: float | Tensor, **further: Any) -> Contrast:
     """The contrast of every anchor against all positives, those of the others being its negatives.
 
+    The rows are compared as they are, by inner products, and not normalised: pass `unit_rows(...)` for cosines.
+
     Args:
         anchors: Embeddings [n, d].
         positives: Each anchor's positive [n, d], the pool of all.
-        temperature: What similarities are divided by, as `Contrast` has it.
-        further: Of `Contrast`: `verdicts`, `anchor_weights`, the last layer's inputs.
+        temperature: What similarities are divided by, as `Contrast.of` has it.
+        further: Of `Contrast.of`: `excluded_mask`, `anchor_weights`, `last_layer`.
 
     Returns:
         A Contrast of n anchors with a pool of n, which holds no anchor.
 
     Raises:
-        ValueError: As `Contrast` does.
+        ValueError: As `Contrast.of` does.
 
     Examples:
         >>> contrast = in_batch_negatives(torch.randn(4, 8), torch.randn(4, 8), temperature=0.05)
@@ -370,7 +403,7 @@ def in_batch_negatives(anchors: Tensor, positives: Tensor, temperature: float | 
     """
     check_kinds(anchors=anchors, positives=positives)
     own = torch.arange(len(anchors), device=anchors.device)
-    return Contrast(anchors, positives, positives, own[:, None], temperature, positives_in_pool=True, **further)
+    return Contrast.of(anchors, positives, positives, own[:, None], temperature, positives_in_pool=True, **further)
 
 
 def two_views(
@@ -384,19 +417,21 @@ def two_views(
 ) -> Contrast:
     """The contrast of SimCLR: every view against all views of the other samples.
 
+    The rows are compared as they are, by inner products, and not normalised: pass `unit_rows(...)` for cosines.
+
     Args:
         first: A view of each sample [n, d].
         second: The other view of each sample [n, d].
-        temperature: What similarities are divided by, as `Contrast` has it.
+        temperature: What similarities are divided by, as `Contrast.of` has it.
         gathered: The two views of all processes' samples, each [N, d]; None for one process.
         offset: The place of this process's first sample among the gathered ones.
-        further: Of `Contrast`: `verdicts`, `anchor_weights`, the last layer's inputs.
+        further: Of `Contrast.of`: `excluded_mask`, `anchor_weights`, `last_layer`.
 
     Returns:
         A Contrast of 2n anchors (first views, then second) with a pool of 2N (likewise).
 
     Raises:
-        ValueError: As `Contrast` does; for gathered views that differ in length, or an offset outside of them.
+        ValueError: As `Contrast.of` does; for gathered views that differ in length, or an offset outside of them.
 
     Examples:
         >>> contrast = two_views(torch.randn(4, 8), torch.randn(4, 8), temperature=0.5)
@@ -418,35 +453,35 @@ def two_views(
         raise ValueError(f"offset: expected a place from 0 to {most} among the gathered samples, got {offset}")
     own = torch.arange(len(first), device=first.device) + offset
     other = own + len(pool) // 2
-    itself = None if gathered is None else torch.cat([own, other])
-    if itself is not None and len(pool) == processes() * len(views) > len(views):
+    own_columns = None if gathered is None else torch.cat([own, other])
+    if own_columns is not None and len(pool) == processes() * len(views) > len(views):
         constant, every = pool.detach(), torch.arange(len(pool), device=pool.device)
-        further["everyone"] = Everyone(constant, every, itself, partial(gather_parts, parts=2))
-    return Contrast(
+        further["gathered"] = GatheredPool(constant, every, own_columns, partial(gather_parts, parts=2))
+    return Contrast.of(
         views,
         torch.cat([second, first]),
         pool,
         excluded=torch.cat([other, own])[:, None],
         temperature=temperature,
-        itself=itself,
+        own_columns=own_columns,
         positives_in_pool=True,
         **further,
     )
 
 
-def _either(one: Verdicts, other: Verdicts, rows: slice) -> Tensor:
+def _either(one: ExcludedMask, other: ExcludedMask, rows: slice) -> Tensor:
     return one(rows) | other(rows)
 
 
-def same_label(of_anchors: Tensor, of_pool: Tensor) -> Verdicts:
-    """Verdicts for a `Contrast`: a candidate with an anchor's label is no negative of it.
+def same_label(of_anchors: Tensor, of_pool: Tensor) -> ExcludedMask:
+    """An `excluded_mask` for a `Contrast`: a candidate with an anchor's label is no negative of it.
 
     Args:
         of_anchors: A label for each anchor [n]: a class, or a key that a text or an image has alone.
         of_pool: A label for each candidate [m].
 
     Returns:
-        A function from a block of r anchors to marks, bool [r, m].
+        A function from a block of r anchors to a mask, bool [r, m].
 
     Raises:
         ValueError: For labels that are no vectors, or on different devices.
@@ -465,130 +500,9 @@ def same_label(of_anchors: Tensor, of_pool: Tensor) -> Verdicts:
     return lambda rows: of_anchors[rows, None] == of_pool
 
 
-def remembered(verdicts: Verdicts, contrast: Contrast) -> Verdicts:
-    """Verdicts that cost much, worked out once where the marks of the whole contrast are few enough to be kept."""
-    if len(contrast.anchors) * len(contrast.pool) > MARKED_AT_ONCE:
-        return verdicts
-    marks = verdicts(slice(0, len(contrast.anchors)))
-    return lambda rows: marks[rows]
-
-
-def as_full_precision(rows: Tensor) -> Tensor:
-    """The rows in float32 where they came in half precision, else as they are.
-
-    Normalise after this, not before: in half precision a tiny row's length is 0 or its square underflows.
-    """
-    return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
-
-
-def unit_rows(**embeddings: Tensor) -> list[Tensor]:
-    """Embeddings at length 1, in full precision.
-
-    Args:
-        embeddings: One or more tensors [rows, width], by the names that errors are to use.
-
-    Returns:
-        Each of them [rows, width], as `to_length_one` has it.
-
-    Raises:
-        ValueError: For what `check_embeddings` refuses, or tensors of different lengths.
-
-    Examples:
-        >>> unit_rows(out0=torch.tensor([[3.0, 4.0]]))
-        [tensor([[0.6000, 0.8000]])]
-    """
-    check_embeddings(**embeddings)
-    check_same_length(**embeddings)
-    return [to_length_one(rows) for rows in embeddings.values()]
-
-
-def to_length_one(rows: Tensor) -> Tensor:
-    """Rows at length 1, in full precision, as `torch.nn.functional.normalize` has them.
-
-    A row without a direction, of zeros or of a length below 1e-12 or the least normal number of its dtype (6.1e-5 in
-    float16), has gradient 0: it would else be divided by next to nothing, and be infinite in half precision.
-
-    Args:
-        rows: Embeddings [..., width], floating point.
-
-    Returns:
-        The same shape, float32 for half precision; rows of zeros stay.
-
-    Examples:
-        >>> rows = torch.zeros(2, 4, dtype=torch.float16, requires_grad=True)
-        >>> torch.autograd.grad(to_length_one(rows).sum(), rows)[0].count_nonzero()
-        tensor(0)
-    """
-    # In half precision a row of zeros, or a tiny one, would be divided by 0.
-    full = as_full_precision(rows)
-    directed = torch.linalg.vector_norm(full.detach(), dim=-1, keepdim=True) >= least_length(rows.dtype)
-    return torch.nn.functional.normalize(torch.where(directed, full, full.detach()), dim=-1)
-
-
-def least_length(dtype: torch.dtype) -> float:
-    """The length from which on a row has a direction."""
-    return max(float(torch.finfo(dtype).tiny), 1e-12)
-
-
-def in_backward() -> bool:
-    """Whether a backward pass is running, in which activation checkpointing runs a forward again."""
-    return int(torch._C._current_graph_task_id()) != -1  # as torch's own checkpointing asks
-
-
-def full_precision(like: Tensor) -> torch.autocast:
-    """A context in which autocast leaves matrix products alone: logits over a small temperature need all digits."""
-    return torch.autocast(like.device.type, enabled=False)
-
-
-def checked_temperature(temperature: Tensor, dtype: torch.dtype) -> Tensor:
-    """One number as a scalar, in a dtype's full precision; a ValueError for another, or (on the CPU) not above 0."""
-    if temperature.numel() != 1 or temperature.dtype not in FLOATS or temperature.layout != torch.strided:
-        layout = "" if temperature.layout == torch.strided else f", {temperature.layout}"
-        came = f"{temperature.dtype} {list(temperature.shape)}{layout}"
-        raise ValueError(f"temperature: expected one floating-point number, got {came}")
-    if temperature.device.type == "meta" and not torch.compiler.is_compiling():
-        raise ValueError("temperature: expected a number on a device that holds values, got meta")
-    if values_are_free(temperature):
-        check_number("temperature", float(temperature.detach()), above=0)
-    return temperature.reshape(()).to(torch.promote_types(dtype, torch.float32))
-
-
-def checked_anchor_weights(weights: Tensor, anchors: Tensor) -> Tensor:
-    """Weights [n] in the anchors' dtype; a ValueError for another shape, or (on the CPU) below 0 or not finite."""
-    if not isinstance(weights, Tensor) or weights.shape != anchors.shape[:1]:
-        came = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
-        raise ValueError(f"anchor_weights: expected a tensor of shape [{len(anchors)}], got {came}")
-    if weights.is_complex() or weights.layout != torch.strided:
-        raise ValueError(f"anchor_weights: expected real numbers, got {weights.dtype}, {weights.layout}")
-    if weights.device != anchors.device:
-        raise ValueError(f"anchor_weights: expected device {anchors.device}, as anchors has, got {weights.device}")
-    if values_are_free(weights) and not bool(((weights >= 0) & (weights <= 1e30)).all()):
-        raise ValueError(
-            f"anchor_weights: expected finite numbers of at least 0 and at most 1e+30, got {weights.min():g} to "
-            f"{weights.max():g}"
-        )
-    return weights.detach().to(anchors.dtype)
-
-
-def is_not_among(columns: Tensor, width: int) -> Tensor:
-    """Which of so many columns a row of `columns` [n, k], padded with -1, does not name: bool [n, width]."""
-    # Padding goes to a column of its own, which is cut off again: no mask has to be read.
-    columns = torch.where(columns < 0, width, columns)
-    marks = torch.ones(len(columns), width + 1, dtype=torch.bool, device=columns.device)
-    return marks.scatter(1, columns, False)[:, :width]
-
-
-def sum_of_rows(rows: Tensor, columns: Tensor) -> Tensor:
-    """The sum of `rows[columns]` per row of `columns`; -1 picks nothing (a row of zeros put last)."""
-    if columns.shape[1] > WIDE:
-        return (~is_not_among(columns, len(rows))).to(rows.dtype) @ rows
-    return torch.cat([rows, torch.zeros_like(rows[:1])])[columns].sum(dim=1)
-
-
-def distinct(columns: Tensor) -> Tensor:
-    """A column that stands twice in a row is kept once, so that rows can be summed over `excluded`."""
-    if columns.shape[1] < 2:
-        return columns
-    ordered = columns.sort(dim=1).values
-    first = torch.zeros_like(ordered[:, :1], dtype=torch.bool)
-    return ordered.masked_fill(torch.cat([first, ordered[:, 1:] == ordered[:, :-1]], dim=1), -1)
+def kept_mask(mask: ExcludedMask, contrast: Contrast) -> ExcludedMask:
+    """A mask that costs much, worked out once where that of the whole contrast is small enough to be kept."""
+    if len(contrast.anchors) > rows_at_once(len(contrast.pool), least=0):
+        return mask
+    of_all = mask(slice(0, len(contrast.anchors)))
+    return lambda rows: of_all[rows]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from undimix_plugins.checks import values_are_free
-from undimix_plugins.contrast import as_full_precision, least_length
+from undimix_plugins.rows import as_full_precision, least_length
 
 MOST_BYTES = 2**30  # of inputs and outputs, before a loss has shown how many it needs
 

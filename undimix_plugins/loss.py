@@ -1,4 +1,4 @@
-"""The weighted contrastive loss: two numbers per anchor carry every loss."""
+"""The weighted contrastive loss, top to bottom: a loss, its plan, two numbers per anchor that carry every loss."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from undimix_plugins import tiled
-from undimix_plugins.checks import may_look, values_are_free
-from undimix_plugins.contrast import Contrast, full_precision, in_backward, is_not_among
+from undimix_plugins.checks import may_look
+from undimix_plugins.columns import is_not_among
+from undimix_plugins.contrast import Contrast
+from undimix_plugins.fast import losses as fast
+from undimix_plugins.fast.losses import Margin
+from undimix_plugins.plan import Plan, planned
+from undimix_plugins.rows import full_precision, in_backward
 from undimix_plugins.scoped import Scoped
 from undimix_plugins.weightings.weighting import Weighting, check_compared, checked, masked_log_sum_exp
 
-# What `undimix_plugins.statistics.watch` has put here is shown each contrast before its loss is worked out.
+# What `undimix_plugins.monitoring.statistics.watch` has put here is shown each contrast before its loss is worked out.
 OBSERVERS = Scoped[Callable[[Contrast, Weighting], None]]("watch")
 
 
@@ -36,243 +40,6 @@ class LogSums(NamedTuple):
 
     positives: Tensor
     negatives: Tensor
-
-
-def log_sums(contrast: Contrast, weighting: Weighting) -> LogSums:
-    """What every loss is made of: InfoNCE is `logaddexp(pos, neg) - pos`, the decoupled loss `neg - pos`.
-
-        pos_i = s_i+ / t,   neg_i = log sum over j of w_ij exp(s_ij / t),
-
-    with several positives pos_i = log sum over p of exp(s_ip / t), and neg_i as the weighting combines it with pos_i
-    (less the log of their number) and the number of negatives (debiasing).
-
-    Args:
-        contrast: What is compared.
-        weighting: How much each negative counts.
-
-    Returns:
-        Both numbers for each anchor [n], in the contrast's dtype, also under autocast.
-
-    Raises:
-        ValueError: For log-weights that are no floating-point tensor [anchors, pool].
-        TypeError: For something else than a Contrast and a Weighting.
-        ValueError: Also for a weighting that makes positives of negatives, of which the two numbers tell no mean.
-
-    References:
-        van den Oord et al., arXiv 1807.03748, equation 4; Yeh et al., arXiv 2110.06848, equation 6 (decoupled).
-
-    Examples:
-        >>> contrast = two_views(torch.randn(4, 8), torch.randn(4, 8), temperature=0.5)
-        >>> positives, negatives = log_sums(contrast, UnDiMix())
-        >>> decoupled = (negatives - positives).mean()
-    """
-    check_compared(contrast, weighting)
-    compared = _compared(contrast, weighting, one_positive=True)
-    with full_precision(contrast.pool):
-        prepared = _prepared(compared, weighting)
-        _show(contrast, weighting)
-        return _log_sums(compared, weighting, prepared)
-
-
-def weighted_log_sum(contrast: Contrast, weighting: Weighting, prepared: Any, rows: slice) -> Tensor:
-    """The plain reference of a weighted sum, with gradient, which the fast path equals.
-
-    What a weighting does beside weights is not in it: pass `weighting.compared(contrast)`, and `combine` comes after.
-
-        neg_i = log sum over j in N_i of exp(log w_ij + <a_i, v_j> / t)
-
-    Args:
-        contrast: What is compared.
-        weighting: How much each negative counts.
-        prepared: What `weighting.prepare(contrast)` returned.
-        rows: A block of r anchors.
-
-    Returns:
-        [r], -inf for an anchor without negatives.
-
-    Raises:
-        ValueError: For log-weights that are no floating-point tensor [anchors, pool].
-
-    Examples:
-        >>> contrast, weighting = two_views(torch.randn(4, 8), torch.randn(4, 8), 0.5), UnDiMix()
-        >>> weighted_log_sum(contrast, weighting, weighting.prepare(contrast), slice(0, 3)).shape
-        torch.Size([3])
-    """
-    with full_precision(contrast.pool):
-        logits = contrast.logits(rows)
-        log_weights = checked(weighting, weighting.log_weights(prepared, rows), logits)
-        return masked_log_sum_exp(logits + log_weights, contrast.is_negative(rows))
-
-
-def _prepared(contrast: Contrast, weighting: Weighting) -> Any:
-    """What `weighted_log_sum` needs, or what the fast path does; the compiler does its own tiling."""
-    weigher = weighting.weigher()
-    return weigher.prepare(contrast) if torch.compiler.is_compiling() else tiled.prepare(contrast, weigher)
-
-
-def _log_sums(contrast: Contrast, weighting: Weighting, prepared: Any) -> LogSums:
-    positives, number = _positives(contrast)
-    negatives = _negatives(contrast, weighting.weigher(), prepared)
-    none, combined = negatives.isneginf(), negatives
-    if weighting.combines():
-        mean, count = positives - number.log(), contrast.count.clamp(min=1)
-        combined = weighting.combine(contrast, mean, negatives.masked_fill(none, 0), count)
-    if not values_are_free(contrast.pool):
-        positives = positives + _not_a_number_if_not_finite(contrast)
-    else:
-        _check_sums(combined.masked_fill(none, -torch.inf), weighting)
-    _warn_of_no_negatives(contrast, none)
-    return LogSums(positives, combined.masked_fill(none, -torch.inf))
-
-
-def _positives(contrast: Contrast) -> tuple[Tensor, Tensor]:
-    """The log of the sum of the positives' exponentials [n], and how many there are [n], at least 1."""
-    if contrast.positive_columns is None:
-        logits = contrast.own_positive_logits()
-        return logits, torch.ones_like(logits)
-    columns = contrast.positive_columns
-    of_positive = columns >= 0
-    number = of_positive.sum(dim=1).to(contrast.pool.dtype)
-    if columns.shape[1] * contrast.pool.shape[1] > len(contrast.pool):
-        log_sum = _by_block(_positive_log_sum, contrast)
-    else:
-        logits = (contrast.anchors[:, None] * contrast.pool[columns.clamp(min=0)]).sum(dim=2)
-        log_sum = masked_log_sum_exp(logits / contrast.held_temperature, of_positive)
-    if contrast.has_own_positive:
-        return torch.logaddexp(log_sum, contrast.own_positive_logits()), number + 1
-    return log_sum, number.clamp(min=1)
-
-
-def _positive_log_sum(contrast: Contrast, rows: slice) -> Tensor:
-    """The log of the sum of the exponentials of a block's positives [r], where these are many, from all logits."""
-    assert contrast.positive_columns is not None
-    of_positive = ~is_not_among(contrast.positive_columns[rows], len(contrast.pool))
-    return masked_log_sum_exp(contrast.logits(rows), of_positive)
-
-
-def _by_block(of_rows: Callable[..., Tensor], contrast: Contrast, *further: Any) -> Tensor:
-    """`of_rows(contrast, *further, rows)` of all anchors, in blocks where autograd would keep too much of it."""
-    if torch.compiler.is_compiling() or tiled.fits(contrast, matrices=8):
-        return of_rows(contrast, *further, slice(0, len(contrast.anchors)))
-    parts = [
-        checkpoint(of_rows, contrast, *further, rows, use_reentrant=False, preserve_rng_state=False)
-        for rows in tiled.blocks_of(contrast)
-    ]
-    return torch.cat(parts)
-
-
-def _negatives(contrast: Contrast, weighting: Weighting, prepared: Any) -> Tensor:
-    """`weighted_log_sum` of all anchors, by the way that suits."""
-    if torch.compiler.is_compiling() or tiled.weights_carry_gradient(contrast, weighting, prepared):
-        return _by_block(weighted_log_sum, contrast, weighting, prepared)
-    return tiled.negative_log_sums(contrast, weighting, prepared)
-
-
-def _compared(contrast: Contrast, weighting: Weighting, one_positive: bool) -> Contrast:
-    compared = weighting.compared(contrast)
-    if one_positive and compared.positive_columns is not contrast.positive_columns:
-        raise ValueError(
-            f"weighting: expected one that makes no positives, for which this loss has no place, got {weighting}"
-        )
-    return compared
-
-
-def mean_loss(contrast: Contrast, weighting: Weighting, loss: tiled.Margin, *, one_positive: bool = False) -> Tensor:
-    """The mean over the anchors of a loss that is a function of their margins, `neg - pos` as `log_sums` has them.
-
-    With several positives, a loss adds what their log-sum is above the mean of their logits: `info_nce` is then the
-    mean over the positives of each one's negative log-probability. An anchor without positives adds 0.
-
-    Args:
-        contrast: What is compared; its `anchor_weights` weight the anchors' losses, whose number is not weighted.
-        weighting: How much each negative counts.
-        loss: From margins [r], -inf for an anchor without negatives, to losses [r] and their derivatives [r]: those
-            that autograd takes of the losses, of which a part may be detached.
-        one_positive: Whether the loss has no meaning with several positives: a weighting that makes more of them is
-            refused.
-
-    Returns:
-        A scalar, in the embeddings' dtype (float32 for half precision, also under autocast).
-
-    Raises:
-        ValueError: As `info_nce` does.
-        TypeError: Likewise.
-
-    Examples:
-        >>> contrast = two_views(torch.randn(8, 16), torch.randn(8, 16), temperature=0.5)
-        >>> loss = mean_loss(contrast, UnDiMix(), lambda margin: (margin.relu(), (margin > 0).to(margin.dtype)))
-    """
-    check_compared(contrast, weighting)
-    given, contrast = contrast, _compared(contrast, weighting, one_positive)
-    with full_precision(contrast.pool):
-        prepared = _prepared(contrast, weighting)
-        _show(given, weighting)
-        if (
-            torch.compiler.is_compiling()
-            or contrast.positive_columns is not None
-            or weighting.combines()
-            or tiled.weights_carry_gradient(contrast, weighting.weigher(), prepared)
-        ):
-            positives, negatives = _log_sums(contrast, weighting, prepared)
-            return _mean_of_margins(contrast, positives, negatives, loss)
-        mean = tiled.mean_loss(contrast, weighting.weigher(), prepared, loss)
-        if not values_are_free(mean):
-            mean = mean + _not_a_number_if_not_finite(contrast)
-        elif not math.isfinite(float(mean.detach())):
-            with torch.no_grad():
-                _check_sums(tiled.negative_log_sums(contrast, weighting.weigher(), prepared), weighting)
-        if contrast.verdicts is not None:
-            _warn_of_no_negatives(contrast, mean.detach() == 0)
-        return mean
-
-
-def _mean_of_margins(contrast: Contrast, positives: Tensor, negatives: Tensor, loss: tiled.Margin) -> Tensor:
-    none = positives.isneginf()
-    losses = loss(negatives - positives.masked_fill(none, 0))[0]
-    if contrast.positive_columns is not None:
-        losses = (losses + positives - contrast.positive_logits()).masked_fill(none, 0)
-    return (losses if contrast.anchor_weights is None else losses * contrast.anchor_weights).mean()
-
-
-def _check_sums(negatives: Tensor, weighting: Weighting) -> None:
-    """A ValueError for log-sums that are NaN or infinite, of embeddings that are finite and do not overflow."""
-    if not bool((negatives < torch.inf).all()):
-        raise ValueError(
-            f"weighting: expected weights that are numbers, got NaN or too large ones from {weighting!r}; look at its "
-            "log_weights and combine"
-        )
-
-
-def _warn_of_no_negatives(contrast: Contrast, perhaps: Tensor) -> None:
-    """Warns where labels, or other marks, leave no anchor of a batch a negative; `perhaps` is true everywhere then."""
-    if contrast.verdicts is None or not may_look(perhaps, "negatives") or not bool(perhaps.all()):
-        return
-    assert contrast.excluded is not None
-    candidates = len(contrast.pool) - (contrast.excluded >= 0).sum(dim=1)  # that are not marked
-    if bool(candidates.any()) and not bool(contrast.count.any()):
-        warnings.warn(
-            "labels: no anchor of this batch has a negative, since all samples have one label or are marked as no "
-            "negatives of each other: nothing is learnt from it. Are these the labels? A folder of images without "
-            "classes gives one target to all",
-            stacklevel=2,
-        )
-
-
-def _show(contrast: Contrast, weighting: Weighting) -> None:
-    """Shows observers what is compared, once a weighting that learns has learnt of it."""
-    if torch.compiler.is_compiling():
-        return
-    # What activation checkpointing runs again in the backward pass has been shown before.
-    if (observers := OBSERVERS.values()) and not in_backward():
-        with OBSERVERS.holding_nothing():  # they may work out losses, too
-            for observer in observers:
-                observer(contrast, weighting)
-
-
-@torch.no_grad()
-def _not_a_number_if_not_finite(contrast: Contrast) -> Tensor:
-    """0, or NaN where any embedding is not finite: an infinite one could else give a finite, wrong loss."""
-    return sum((rows * 0).sum() for rows in (contrast.anchors, contrast.positives, contrast.pool))  # type: ignore[return-value]
 
 
 def info_nce(contrast: Contrast, weighting: Weighting) -> Tensor:
@@ -341,3 +108,218 @@ def _softplus(margin: Tensor) -> tuple[Tensor, Tensor]:
 def _identity(margin: Tensor) -> tuple[Tensor, Tensor]:
     none = margin.isneginf()
     return margin.masked_fill(none, 0), (~none).to(margin.dtype)
+
+
+def mean_loss(contrast: Contrast, weighting: Weighting, loss: Margin, *, one_positive: bool = False) -> Tensor:
+    """The mean over the anchors of a loss that is a function of their margins, `neg - pos` as `log_sums` has them.
+
+    With several positives, a loss adds what their log-sum is above the mean of their logits: `info_nce` is then the
+    mean over the positives of each one's negative log-probability. An anchor without positives adds 0.
+
+    Args:
+        contrast: What is compared; its `anchor_weights` weight the anchors' losses, whose number is not weighted.
+        weighting: How much each negative counts.
+        loss: From margins [r], -inf for an anchor without negatives, to losses [r] and their derivatives [r]: those
+            that autograd takes of the losses, of which a part may be detached.
+        one_positive: Whether the loss has no meaning with several positives: a weighting that makes more of them is
+            refused.
+
+    Returns:
+        A scalar, in the embeddings' dtype (float32 for half precision, also under autocast).
+
+    Raises:
+        ValueError: As `info_nce` does.
+        TypeError: Likewise.
+
+    Examples:
+        >>> contrast = two_views(torch.randn(8, 16), torch.randn(8, 16), temperature=0.5)
+        >>> loss = mean_loss(contrast, UnDiMix(), lambda margin: (margin.relu(), (margin > 0).to(margin.dtype)))
+    """
+    check_compared(contrast, weighting)
+    with full_precision(contrast.pool):
+        plan = planned(contrast, weighting, one_positive=one_positive)
+        _show(contrast, weighting, plan)
+        if plan.sums_needed:
+            return _mean_of_margins(plan.contrast, _log_sums(plan), loss)
+        return _fast_mean(plan, loss)
+
+
+def log_sums(contrast: Contrast, weighting: Weighting) -> LogSums:
+    """What every loss is made of: InfoNCE is `logaddexp(pos, neg) - pos`, the decoupled loss `neg - pos`.
+
+        pos_i = s_i+ / t,   neg_i = log sum over j of w_ij exp(s_ij / t),
+
+    with several positives pos_i = log sum over p of exp(s_ip / t), and neg_i as the weighting combines it with pos_i
+    (less the log of their number) and the number of negatives (debiasing).
+
+    Args:
+        contrast: What is compared.
+        weighting: How much each negative counts.
+
+    Returns:
+        Both numbers for each anchor [n], in the contrast's dtype, also under autocast.
+
+    Raises:
+        ValueError: For log-weights that are no floating-point tensor [anchors, pool].
+        TypeError: For something else than a Contrast and a Weighting.
+        ValueError: Also for a weighting that makes positives of negatives, of which the two numbers tell no mean.
+
+    References:
+        van den Oord et al., arXiv 1807.03748, equation 4; Yeh et al., arXiv 2110.06848, equation 6 (decoupled).
+
+    Examples:
+        >>> contrast = two_views(torch.randn(4, 8), torch.randn(4, 8), temperature=0.5)
+        >>> positives, negatives = log_sums(contrast, UnDiMix())
+        >>> decoupled = (negatives - positives).mean()
+    """
+    check_compared(contrast, weighting)
+    with full_precision(contrast.pool):
+        plan = planned(contrast, weighting, one_positive=True)
+        _show(contrast, weighting, plan)
+        return _log_sums(plan)
+
+
+def _fast_mean(plan: Plan, loss: Margin) -> Tensor:
+    """The mean by the fast path, which has no way back from it to an anchor's sum."""
+    mean = fast.mean_loss(plan, loss)
+    if not plan.free:
+        mean = mean + _not_a_number_if_not_finite(plan.contrast)
+    elif not math.isfinite(float(mean.detach())):
+        with torch.no_grad():
+            _check_sums(fast.negative_log_sums(plan), plan.weighting)
+    if plan.contrast.excluded_mask is not None:
+        _warn_of_no_negatives(plan.contrast, mean.detach() == 0)
+    return mean
+
+
+def _mean_of_margins(contrast: Contrast, sums: LogSums, loss: Margin) -> Tensor:
+    positives, negatives = sums
+    none = positives.isneginf()
+    losses = loss(negatives - positives.masked_fill(none, 0))[0]
+    if contrast.positive_columns is not None:
+        losses = (losses + positives - contrast.positive_logits()).masked_fill(none, 0)
+    return (losses if contrast.anchor_weights is None else losses * contrast.anchor_weights).mean()
+
+
+def _log_sums(plan: Plan) -> LogSums:
+    contrast, weighting = plan.contrast, plan.weighting
+    positives, number = _positives(plan)
+    negatives = _by_block(weighted_log_sum, plan, plan.weigher, plan.prepared) if plan.by_autograd else None
+    if negatives is None:
+        negatives = fast.negative_log_sums(plan)
+    none, combined = negatives.isneginf(), negatives
+    if plan.combines:
+        mean, count = positives - number.log(), contrast.count.clamp(min=1)
+        combined = weighting.combine(contrast, mean, negatives.masked_fill(none, 0), count)
+    combined = combined.masked_fill(none, -torch.inf)
+    if plan.free:
+        _check_sums(combined, weighting)
+    else:
+        positives = positives + _not_a_number_if_not_finite(contrast)
+    _warn_of_no_negatives(contrast, none)
+    return LogSums(positives, combined)
+
+
+def _positives(plan: Plan) -> tuple[Tensor, Tensor]:
+    """The log of the sum of the positives' exponentials [n], and how many there are [n], at least 1."""
+    contrast, columns = plan.contrast, plan.contrast.positive_columns
+    if columns is None:
+        logits = contrast.own_positive_logits()
+        return logits, torch.ones_like(logits)
+    of_positive = columns >= 0
+    number = of_positive.sum(dim=1).to(contrast.pool.dtype)
+    if columns.shape[1] * contrast.pool.shape[1] > len(contrast.pool):
+        log_sum = _by_block(_positive_log_sum, plan, columns)
+    else:
+        logits = (contrast.anchors[:, None] * contrast.pool[columns.clamp(min=0)]).sum(dim=2)
+        log_sum = masked_log_sum_exp(logits / contrast.held_temperature, of_positive)
+    if contrast.has_own_positive:
+        return torch.logaddexp(log_sum, contrast.own_positive_logits()), number + 1
+    return log_sum, number.clamp(min=1)
+
+
+def _positive_log_sum(contrast: Contrast, columns: Tensor, rows: slice) -> Tensor:
+    """The log of the sum of the exponentials of a block's positives [r], where these are many, from all logits."""
+    of_positive = ~is_not_among(columns[rows], len(contrast.pool))
+    return masked_log_sum_exp(contrast.logits(rows), of_positive)
+
+
+def _by_block(of_rows: Callable[..., Tensor], plan: Plan, *further: Any) -> Tensor:
+    """`of_rows(contrast, *further, rows)` of all anchors, in blocks where autograd would keep too much of it."""
+    if len(plan.blocks) == 1:
+        return of_rows(plan.contrast, *further, plan.blocks[0])
+    parts = [
+        checkpoint(of_rows, plan.contrast, *further, rows, use_reentrant=False, preserve_rng_state=False)
+        for rows in plan.blocks
+    ]
+    return torch.cat(parts)
+
+
+def weighted_log_sum(contrast: Contrast, weighting: Weighting, prepared: Any, rows: slice) -> Tensor:
+    """The plain reference of a weighted sum, with gradient, which the fast path equals.
+
+    What a weighting does beside weights is not in it: pass `weighting.choose(contrast)`, and `combine` comes after.
+
+        neg_i = log sum over j in N_i of exp(log w_ij + <a_i, v_j> / t)
+
+    Args:
+        contrast: What is compared.
+        weighting: How much each negative counts.
+        prepared: What `weighting.prepare(contrast)` returned.
+        rows: A block of r anchors.
+
+    Returns:
+        [r], -inf for an anchor without negatives.
+
+    Raises:
+        ValueError: For log-weights that are no floating-point tensor [anchors, pool].
+
+    Examples:
+        >>> contrast, weighting = two_views(torch.randn(4, 8), torch.randn(4, 8), 0.5), UnDiMix()
+        >>> weighted_log_sum(contrast, weighting, weighting.prepare(contrast), slice(0, 3)).shape
+        torch.Size([3])
+    """
+    with full_precision(contrast.pool):
+        logits = contrast.logits(rows)
+        log_weights = checked(weighting, weighting.log_weights(prepared, rows), logits)
+        return masked_log_sum_exp(logits + log_weights, contrast.is_negative(rows))
+
+
+def _check_sums(negatives: Tensor, weighting: Weighting) -> None:
+    """A ValueError for log-sums that are NaN or infinite, of embeddings that are finite and do not overflow."""
+    if not bool((negatives < torch.inf).all()):
+        raise ValueError(
+            f"weighting: expected weights that are numbers, got NaN or too large ones from {weighting!r}; look at its "
+            "log_weights and combine"
+        )
+
+
+def _warn_of_no_negatives(contrast: Contrast, perhaps: Tensor) -> None:
+    """Warns where labels, or other marks, leave no anchor of a batch a negative; `perhaps` is true everywhere then."""
+    if contrast.excluded_mask is None or not may_look(perhaps, "negatives") or not bool(perhaps.all()):
+        return
+    candidates = len(contrast.pool) - (contrast.excluded >= 0).sum(dim=1)  # that are not marked
+    if bool(candidates.any()) and not bool(contrast.count.any()):
+        warnings.warn(
+            "labels: no anchor of this batch has a negative, since all samples have one label or are marked as no "
+            "negatives of each other: nothing is learnt from it. Are these the labels? A folder of images without "
+            "classes gives one target to all",
+            stacklevel=2,
+        )
+
+
+def _show(contrast: Contrast, weighting: Weighting, plan: Plan) -> None:
+    """Shows observers what is compared, once a weighting that learns has learnt of it."""
+    if plan.compiled:
+        return
+    # What activation checkpointing runs again in the backward pass has been shown before.
+    if (observers := OBSERVERS.values()) and not in_backward():
+        with OBSERVERS.holding_nothing():  # they may work out losses, too
+            for observer in observers:
+                observer(contrast, weighting)
+
+
+@torch.no_grad()
+def _not_a_number_if_not_finite(contrast: Contrast) -> Tensor:
+    """0, or NaN where any embedding is not finite: an infinite one could else give a finite, wrong loss."""
+    return sum((rows * 0).sum() for rows in (contrast.anchors, contrast.positives, contrast.pool))  # type: ignore[return-value]

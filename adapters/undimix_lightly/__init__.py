@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from undimix_plugins import require
+from undimix_plugins.toolkit import require
 
 require("lightly", extra="lightly")
 

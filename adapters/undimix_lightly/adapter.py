@@ -14,7 +14,7 @@ from undimix_lightly.dcl_loss import DCLLoss, DCLWLoss
 from undimix_lightly.detcon_loss import DetConBLoss, DetConSLoss
 from undimix_lightly.macl_loss import MACLLoss
 from undimix_lightly.ntx_ent_loss import DirectCLRLoss, NTXentLoss
-from undimix_plugins import Weighting, reweight
+from undimix_plugins.toolkit import Weighting, reweight
 
 
 def weighted(loss: nn.Module, weighting: Weighting | None, **settings: Any) -> nn.Module:

@@ -12,10 +12,17 @@ from lightly.models.modules.memory_bank import MemoryBankModule
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from undimix_plugins import WeightedLoss, hardness_share, negative_statistics, watch
-from undimix_plugins.checks import check_number
-from undimix_plugins.schedule import check_warmup, set_hardness, weighted_losses
-from undimix_plugins.statistics import mean_statistics
+from undimix_plugins.toolkit import (
+    WeightedLoss,
+    check_number,
+    check_warmup,
+    hardness_share,
+    mean_statistics,
+    negative_statistics,
+    set_hardness,
+    watch,
+    weighted_losses,
+)
 
 # What transformers' Trainer asks its callbacks for before anything else, be it made, trained, evaluated or asked.
 OF_TRANSFORMERS = ("on_init_end", "on_train_begin", "on_evaluate", "on_predict", "on_prediction_step")

@@ -11,7 +11,7 @@ from lightly.loss.dcl_loss import DCLWLoss as HostDCLWLoss
 from torch import Tensor
 
 from undimix_lightly.views import contrast_of_views
-from undimix_plugins import WeightedLoss, Weighting, decoupled, log_sums, unit_rows
+from undimix_plugins.toolkit import WeightedLoss, Weighting, decoupled, log_sums, unit_rows
 
 WeightFunction = Callable[[Tensor, Tensor], Tensor]
 

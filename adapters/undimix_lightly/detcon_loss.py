@@ -12,19 +12,20 @@ from lightly.loss.detcon_loss import DetConSLoss as HostDetConSLoss
 from lightly.utils import dist
 from torch import Tensor
 
-from undimix_plugins import (
+from undimix_plugins.toolkit import (
     Contrast,
-    Everyone,
+    GatheredPool,
+    LastLayerInputs,
     WeightedLoss,
     Weighting,
     check_embeddings,
     check_equal_batches,
+    check_temperature,
     gather_constants,
     gather_parts,
     info_nce,
+    to_length_one,
 )
-from undimix_plugins.checks import check_temperature
-from undimix_plugins.contrast import to_length_one
 
 
 class DetConSLoss(WeightedLoss, HostDetConSLoss):
@@ -117,20 +118,16 @@ class DetConBLoss(WeightedLoss, HostDetConBLoss):
         >>> loss = criterion(*predictions, *targets, *torch.randint(3, (2, 4, 5)))
     """
 
+    no_last_layer = (
+        "with DetConBLoss, whose anchors and candidates come from two layers, the predictor's and the target "
+        "projector's"
+    )
+
     def __init__(
         self, temperature: float = 0.1, gather_distributed: bool = True, weighting: Weighting | None = None
     ) -> None:
         super().__init__(temperature, gather_distributed)
         self.weigh(weighting)
-
-    def set_options(self, **settings: Any) -> None:
-        """Sets what the class takes beside the weighting; a ValueError for a last layer, of which there are two."""
-        if settings.get("last_layer") is not None:
-            raise ValueError(
-                "last_layer: expected none with DetConBLoss, whose anchors and candidates come from two layers, the "
-                "predictor's and the target projector's; use gradient='embedding'"
-            )
-        super().set_options(**settings)
 
     def forward(
         self,
@@ -199,29 +196,27 @@ def _detcon(
         total = len(pools[other])
         same_there = masks[view][:, :, None] == masks[other][:, None, :]
         same_here = masks[view][:, :, None] == masks[view][:, None, :]
-        behind: dict[str, Any] = {}
+        last_layer = gathered = None
         if inputs is not None:
-            gathered = inputs if total == b * m else [gather_constants(part) for part in inputs]
-            pool_inputs = torch.cat([gathered[other], gathered[view]])
-            behind = {"anchor_inputs": inputs[view], "pool_inputs": pool_inputs, "normalized": True}
-        everyone = None
+            of_all = inputs if total == b * m else [gather_constants(part) for part in inputs]
+            last_layer = LastLayerInputs(inputs[view], torch.cat([of_all[other], of_all[view]]), normalized=True)
         if total > b * m:
-            everyone = Everyone(
+            gathered = GatheredPool(
                 anchors=partial(gather_constants, anchors[view]),
-                itself=torch.arange(total, 2 * total, device=own.device) if one_branch else None,
-                own=torch.cat([own, total + own]),
+                own_columns=torch.arange(total, 2 * total, device=own.device) if one_branch else None,
+                own_rows=torch.cat([own, total + own]),
                 gather=partial(gather_parts, parts=2),
             )
-        contrast = Contrast(
+        contrast = Contrast.of(
             anchors[view],
             torch.where(same_there, own_image, -1).flatten(0, 1),
             torch.cat([pools[other], pools[view]]),
             torch.where(same_here, total + own_image, -1).flatten(0, 1),
             host.temperature,
-            itself=total + own if one_branch else None,
+            own_columns=total + own if one_branch else None,
             anchor_weights=same_there.any(dim=2).flatten().to(anchors[0]) / same_here.sum(dim=2).flatten(),
-            everyone=everyone,
-            **behind,
+            gathered=gathered,
+            last_layer=last_layer,
         )
         losses.append(info_nce(contrast, criterion.weighting))
     return losses[0] + losses[1]

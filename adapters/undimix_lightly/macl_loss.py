@@ -7,7 +7,7 @@ from lightly.loss.macl_loss import MACLLoss as HostMACLLoss
 from torch import Tensor
 
 from undimix_lightly.views import contrast_of_views
-from undimix_plugins import WeightedLoss, Weighting, mean_loss, unit_rows
+from undimix_plugins.toolkit import WeightedLoss, Weighting, mean_loss, unit_rows
 
 
 class MACLLoss(WeightedLoss, HostMACLLoss):

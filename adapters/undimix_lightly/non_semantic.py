@@ -12,10 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from undimix_plugins import Contrast, Uniform, Weighting, unit_rows
-from undimix_plugins.checks import check_choice, check_number, check_strength
-from undimix_plugins.scoped import Scoped
-from undimix_plugins.settings import constant
+from undimix_plugins import Uniform
+from undimix_plugins.toolkit import (
+    Contrast,
+    Scoped,
+    Weighting,
+    check_choice,
+    check_number,
+    check_strength,
+    constant,
+    unit_rows,
+)
 
 CITATION = """
 @inproceedings{ge2021robust,

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from copy import copy
 from functools import partial
 from operator import itemgetter
-from typing import Any
 
 import torch
 from lightly.loss.directclr_loss import DirectCLRLoss as HostDirectCLRLoss
@@ -16,9 +15,9 @@ from lightly.utils import dist
 from torch import Tensor
 
 from undimix_lightly.views import contrast_of_views
-from undimix_plugins import (
+from undimix_plugins.toolkit import (
     Contrast,
-    Everyone,
+    GatheredPool,
     WeightedLoss,
     Weighting,
     check_equal_batches,
@@ -65,14 +64,11 @@ class NTXentLoss(WeightedLoss, HostNTXentLoss):
         super().__init__(temperature, memory_bank_size, gather_distributed)
         self.weigh(weighting)
 
-    def set_options(self, **settings: Any) -> None:
-        """Sets what the class takes beside the weighting; a ValueError for a last layer beside a memory bank."""
-        if settings.get("last_layer") is not None and self.memory_bank.size[0]:
-            raise ValueError(
-                "last_layer: expected none beside a memory bank, which keeps embeddings and no inputs of a layer; use "
-                "gradient='embedding'"
-            )
-        super().set_options(**settings)
+    @property
+    def no_last_layer(self) -> str:
+        """A memory bank rules one out."""
+        beside = "beside a memory bank, which keeps embeddings and no inputs of a layer"
+        return beside if self.memory_bank.size[0] else ""
 
     def forward(self, out0: Tensor, out1: Tensor, labels: Tensor | None = None) -> Tensor:
         """The weighted loss of two views.
@@ -107,15 +103,15 @@ class NTXentLoss(WeightedLoss, HostNTXentLoss):
                 raise ValueError(f"out0: expected width {width}, as the memory bank has, got shape {list(out0.shape)}")
             return rows
 
-        everyone, gather = None, self.gather_distributed and dist.world_size() > 1
+        gathered, gather = None, self.gather_distributed and dist.world_size() > 1
         first, second = check_equal_batches("out0", checked, itemgetter(0)) if gather else checked()
         if gather:
-            everyone = _of_bank(first.detach(), bank.size[0])
+            gathered = _of_bank(first.detach(), bank.size[0])
         keys = second
         if first.requires_grad and bank.gather_distributed and dist.world_size() > 1:
             keys = gather_constants(second)  # before the loss, which may raise on one process while the others wait
         pool = _entries(bank, second).to(first)
-        loss = info_nce(Contrast(first, second, pool, None, self.temperature, everyone=everyone), self.weighting)
+        loss = info_nce(Contrast.of(first, second, pool, None, self.temperature, gathered=gathered), self.weighting)
         if first.requires_grad:
             _enqueue(bank, keys)  # once the loss is there: a step that raises leaves the bank as it was
         return loss
@@ -138,7 +134,7 @@ def _enqueue(bank: MemoryBankModule, keys: Tensor) -> None:
     gathered.forward(keys, update=True)
 
 
-def _of_bank(anchors: Tensor, entries: int) -> Everyone:
+def _of_bank(anchors: Tensor, entries: int) -> GatheredPool:
     """What a bank that all processes have needs of them: their anchors, and from each a share of the entries' tasks."""
     share = -(-entries // dist.world_size())
     own = torch.arange(share, device=anchors.device) + dist.rank() * share
@@ -146,7 +142,7 @@ def _of_bank(anchors: Tensor, entries: int) -> Everyone:
     def gather(rows: Tensor) -> Tensor:
         return gather_constants(rows)[:entries]
 
-    return Everyone(partial(gather_constants, anchors), None, own.clamp(max=entries - 1), gather)
+    return GatheredPool(partial(gather_constants, anchors), None, own.clamp(max=entries - 1), gather)
 
 
 class DirectCLRLoss(HostDirectCLRLoss, NTXentLoss):
@@ -171,6 +167,8 @@ class DirectCLRLoss(HostDirectCLRLoss, NTXentLoss):
         >>> loss = DirectCLRLoss(loss_dim=16)(torch.randn(8, 32), torch.randn(8, 32))
     """
 
+    no_last_layer = "with DirectCLRLoss, which compares the first values of an encoding"
+
     def __init__(
         self,
         loss_dim: int = 64,
@@ -181,15 +179,6 @@ class DirectCLRLoss(HostDirectCLRLoss, NTXentLoss):
     ) -> None:
         super().__init__(loss_dim, temperature, memory_bank_size, gather_distributed)
         self.weigh(weighting)
-
-    def set_options(self, **settings: Any) -> None:
-        """Sets what the class takes beside the weighting; a ValueError for a last layer, whose outputs are cut."""
-        if settings.get("last_layer") is not None:
-            raise ValueError(
-                "last_layer: expected none with DirectCLRLoss, which compares the first values of an encoding; use "
-                "gradient='embedding'"
-            )
-        super().set_options(**settings)
 
     def forward(self, out0: Tensor, out1: Tensor, labels: Tensor | None = None) -> Tensor:
         """The weighted loss of the first `loss_dim` values of two views' encodings.

@@ -10,16 +10,17 @@ import torch
 from lightly.utils import dist
 from torch import Tensor
 
-from undimix_plugins import (
+from undimix_plugins.toolkit import (
     Contrast,
+    LastLayerInputs,
     WeightedLoss,
     check_equal_batches,
+    check_labels,
     gather_constants,
     same_label,
     two_views,
     unit_rows,
 )
-from undimix_plugins.checks import check_labels
 
 
 def contrast_of_views(
@@ -64,8 +65,7 @@ def contrast_of_views(
         gathered = torch.cat(dist.gather(first)), torch.cat(dist.gather(second))
         offset, of_pool = dist.rank() * len(first), [gather_constants(part) for part in of_pool]
     if labels is not None:
-        further["verdicts"] = same_label(labels.repeat(2), of_pool[0].repeat(2))
+        further["excluded_mask"] = same_label(labels.repeat(2), of_pool[0].repeat(2))
     if inputs is not None:
-        further["anchor_inputs"], further["pool_inputs"] = torch.cat(inputs), torch.cat(of_pool[-2:])
-        further["normalized"] = True
+        further["last_layer"] = LastLayerInputs(torch.cat(inputs), torch.cat(of_pool[-2:]), normalized=True)
     return two_views(first, second, temperature, gathered=gathered, offset=offset, **further)

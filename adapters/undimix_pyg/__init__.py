@@ -1,6 +1,6 @@
 """Graph contrastive learning in PyG with UnDiMix weights: GraphCL, InfoGraph, GRACE, their losses and evaluation."""
 
-from undimix_plugins import require
+from undimix_plugins.toolkit import require
 
 require("torch_geometric", extra="pyg")
 require("sklearn", extra="pyg")

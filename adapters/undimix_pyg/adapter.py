@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from undimix_plugins import Weighting, reweight
+from undimix_plugins.toolkit import Weighting, reweight
 from undimix_pyg.grace_loss import GRACELoss
 from undimix_pyg.graphcl_loss import GraphCLLoss
 from undimix_pyg.infograph_loss import InfoGraphLoss

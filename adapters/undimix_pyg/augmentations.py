@@ -24,7 +24,7 @@ from torch_geometric.data.data import Data
 from torch_geometric.transforms.base_transform import BaseTransform
 from torch_geometric.utils import cumsum, degree, group_argsort, is_sparse, lexsort, scatter, subgraph
 
-from undimix_plugins.checks import check_number
+from undimix_plugins.toolkit import check_number
 
 
 class _Augmentation(BaseTransform):

@@ -32,12 +32,12 @@ def evaluate_nodes(
         minimise over W:   1/2 |W|^2 + C * sum over training nodes i of -log softmax(W z_i / |z_i|)[y_i].
 
     It learns from the training nodes. C is one of 10^-1, 10^0, ..., 10^4. With validation nodes, the C of the highest
-    accuracy on them is taken (of equal ones the smallest). Without them, C is chosen by 5-fold cross-validation within
-    the training nodes. The test nodes have no say.
+    accuracy on them is taken (the smallest of equal ones). Without them, C is chosen by 5-fold cross-validation within
+    the training nodes. The test nodes are not used for that.
 
     Args:
         embeddings: Finite numbers [nodes, width], a tensor (on any device, with or without gradient) or an array.
-        labels: Each node's class [nodes], of any dtype. Labels of nodes in no mask are not read.
+        labels: The class of each node [nodes], of any dtype. Labels of nodes in no mask are not read.
         train: A mask of the nodes that the probe learns from, bool [nodes].
         test: A mask of the nodes that are scored, bool [nodes].
         val: A mask of the nodes that choose C, bool [nodes]; None to choose it within the training nodes.
@@ -46,9 +46,9 @@ def evaluate_nodes(
         The accuracy on the test nodes, in [0, 1].
 
     Raises:
-        ValueError: For embeddings that are no matrix or are not finite; labels that are not one per embedding; masks
-            that are not bool, not one per embedding, empty or that overlap; fewer than 2 classes among the training
-            nodes; without `val`, a class with fewer than 5 training nodes.
+        ValueError: If the embeddings are not a matrix or are not finite; if there is not one label per embedding; if a
+            mask is not bool, has another length or is empty, or masks overlap; if there are fewer than 2 classes among
+            the training nodes; without `val`, if a class has fewer than 5 training nodes.
 
     References:
         Zhu et al.: Deep Graph Contrastive Representation Learning (GRACE), 2020, arXiv 2006.04131, section 4.1, after

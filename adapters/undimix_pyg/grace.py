@@ -9,7 +9,7 @@ from torch_geometric.data.batch import Batch
 from torch_geometric.data.data import Data
 from torch_geometric.utils import dropout_edge, mask_feature
 
-from undimix_plugins.checks import check_number
+from undimix_plugins.toolkit import check_number
 from undimix_pyg.augmentations import checked_data, edges_of, features_of
 from undimix_pyg.checks import check_width, encode
 

@@ -7,8 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from undimix_plugins import WeightedLoss, Weighting, info_nce, same_label, two_views, unit_rows
-from undimix_plugins.checks import check_labels
+from undimix_plugins.toolkit import (
+    LastLayerInputs,
+    WeightedLoss,
+    Weighting,
+    check_labels,
+    info_nce,
+    same_label,
+    two_views,
+    unit_rows,
+)
 
 
 class GRACELoss(WeightedLoss):
@@ -67,11 +75,11 @@ class GRACELoss(WeightedLoss):
         check_labels(labels, z1, of="node")
         further: dict[str, Any] = {}
         if labels is not None:
-            further["verdicts"] = same_label(labels.repeat(2), labels.repeat(2))
+            further["excluded_mask"] = same_label(labels.repeat(2), labels.repeat(2))
         inputs = self.inputs_of(z1, z2)
         if inputs is not None:
-            further["anchor_inputs"] = further["pool_inputs"] = torch.cat(inputs)
-            further["normalized"] = True
+            of_all = torch.cat(inputs)
+            further["last_layer"] = LastLayerInputs(of_all, of_all, normalized=True)
         return info_nce(two_views(first, second, self.temperature, **further), self.weighting)
 
     def extra_repr(self) -> str:

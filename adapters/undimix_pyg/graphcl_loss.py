@@ -6,8 +6,16 @@ from typing import Any
 
 from torch import Tensor
 
-from undimix_plugins import WeightedLoss, Weighting, decoupled, in_batch_negatives, same_label, unit_rows
-from undimix_plugins.checks import check_labels
+from undimix_plugins.toolkit import (
+    LastLayerInputs,
+    WeightedLoss,
+    Weighting,
+    check_labels,
+    decoupled,
+    in_batch_negatives,
+    same_label,
+    unit_rows,
+)
 
 
 class GraphCLLoss(WeightedLoss):
@@ -62,11 +70,10 @@ class GraphCLLoss(WeightedLoss):
         check_labels(labels, z1, of="graph")
         further: dict[str, Any] = {}
         if labels is not None:
-            further["verdicts"] = same_label(labels, labels)
+            further["excluded_mask"] = same_label(labels, labels)
         inputs = self.inputs_of(z1, z2)
         if inputs is not None:
-            further["anchor_inputs"], further["pool_inputs"] = inputs
-            further["normalized"] = True
+            further["last_layer"] = LastLayerInputs(inputs[0], inputs[1], normalized=True)
         return decoupled(in_batch_negatives(first, second, self.temperature, **further), self.weighting)
 
     def extra_repr(self) -> str:

@@ -8,9 +8,17 @@ import torch
 from torch import Tensor
 from torch_geometric.utils import to_dense_batch
 
-from undimix_plugins import Contrast, WeightedLoss, Weighting, info_nce, same_label
-from undimix_plugins.checks import check_embeddings, check_labels, values_are_free
-from undimix_plugins.contrast import to_length_one
+from undimix_plugins.toolkit import (
+    Contrast,
+    WeightedLoss,
+    Weighting,
+    check_embeddings,
+    check_labels,
+    info_nce,
+    same_label,
+    to_length_one,
+    values_are_free,
+)
 
 
 class InfoGraphLoss(WeightedLoss):
@@ -50,19 +58,12 @@ class InfoGraphLoss(WeightedLoss):
         >>> loss = InfoGraphLoss(temperature=0.2)(torch.randn(3, 32), torch.randn(8, 32), batch)
     """
 
+    no_last_layer = "with InfoGraphLoss, whose graphs and nodes are outputs of two layers"
+
     def __init__(self, temperature: float = 0.2, weighting: Weighting | None = None, **options: Any) -> None:
         super().__init__()
         self.temperature = temperature
         self.weigh(weighting, **options)
-
-    def set_options(self, **settings: Any) -> None:
-        """Sets what the class takes beside the weighting; a ValueError for a last layer, of which there are two."""
-        if settings.get("last_layer") is not None:
-            raise ValueError(
-                "last_layer: expected none with InfoGraphLoss, whose graphs and nodes are outputs of two layers; use "
-                "gradient='embedding'"
-            )
-        super().set_options(**settings)
 
     def forward(self, graphs: Tensor, nodes: Tensor, batch: Tensor, labels: Tensor | None = None) -> Tensor:
         """The weighted loss of a batch of graphs and their nodes.
@@ -88,13 +89,13 @@ class InfoGraphLoss(WeightedLoss):
         # By graph, as to_dense_batch takes nodes in the order of their graphs.
         order = batch.argsort(stable=True)
         columns, _ = to_dense_batch(order, batch[order], fill_value=-1, batch_size=len(graphs))
-        contrast = Contrast(
+        contrast = Contrast.of(
             to_length_one(graphs),
             columns,
             to_length_one(nodes),
             excluded=None,
             temperature=self.temperature,
-            verdicts=None if labels is None else same_label(labels, labels[batch]),
+            excluded_mask=None if labels is None else same_label(labels, labels[batch]),
         )
         return info_nce(contrast, self.weighting)
 

@@ -1,6 +1,6 @@
 """UnDiMix weights for sentence-transformers' losses: `undimix(loss)`, or the class from here."""
 
-from undimix_plugins import require
+from undimix_plugins.toolkit import require
 
 require("sentence_transformers", extra="sentence-transformers")
 

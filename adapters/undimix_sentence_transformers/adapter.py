@@ -10,8 +10,7 @@ from sentence_transformers.sentence_transformer.losses.matryoshka import CachedL
 from sentence_transformers.sparse_encoder import losses as sparse
 from torch import nn
 
-from undimix_plugins import WeightedLoss, Weighting, reweight
-from undimix_plugins.plug import joined_class
+from undimix_plugins.toolkit import WeightedLoss, Weighting, joined_class, reweight
 from undimix_sentence_transformers import gist_embed, multiple_negatives_ranking
 
 CLASSES: dict[type[nn.Module], type[WeightedLoss]] = {

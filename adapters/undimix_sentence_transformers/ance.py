@@ -32,7 +32,7 @@ from sentence_transformers.util import mine_hard_negatives
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from undimix_plugins.checks import check_choice
+from undimix_plugins.toolkit import check_choice
 from undimix_transformers.trainer import trainers_above
 
 # What may go on to mine_hard_negatives; the rest would change what comes back, or does not reach another process.

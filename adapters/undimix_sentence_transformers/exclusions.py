@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from undimix_plugins import gather_constants
+from undimix_plugins.toolkit import gather_constants
 
 # Odd numbers of 64 bits (2^64 over the golden ratio, and two of SplitMix64), which spread what they multiply.
 SPREAD = (-7046029254386353131, -4658895280553007687, -7723592293110705685)
@@ -92,7 +92,7 @@ class Known(NamedTuple):
     keys: Sequence[Tensor] = ()
     labels: Tensor | None = None
 
-    def verdicts(self, width: int, *, hard: bool, everywhere: bool) -> Callable[[slice], Tensor] | None:
+    def mask(self, width: int, *, hard: bool, everywhere: bool) -> Callable[[slice], Tensor] | None:
         """Which candidates are no negatives of a sample's query or document, for a `Contrast`; None where all may be.
 
         A candidate is none where it, or the text that it is paired with, is the anchor or its positive (hard negatives
@@ -117,10 +117,10 @@ class Known(NamedTuple):
         if self.labels is not None:
             same.append((self.labels, of_all(self.labels)))
 
-        def verdicts(rows: slice) -> Tensor:
+        def mask(rows: slice) -> Tensor:
             marks = torch.zeros(len(same[0][0][rows]), width, dtype=torch.bool, device=same[0][0].device)
             for mine, theirs in same:
                 marks[:, : len(theirs)] |= mine[rows, None] == theirs
             return marks
 
-        return verdicts
+        return mask

@@ -13,7 +13,15 @@ from sentence_transformers.sentence_transformer import losses as host
 from sentence_transformers.util import all_gather_with_grad, batch_to_device, get_rank, normalize_embeddings
 from torch import Tensor
 
-from undimix_plugins import Contrast, Everyone, Weighting, as_full_precision, gather_constants, gather_parts
+from undimix_plugins.toolkit import (
+    Contrast,
+    GatheredPool,
+    LastLayerInputs,
+    Weighting,
+    as_full_precision,
+    gather_constants,
+    gather_parts,
+)
 from undimix_sentence_transformers.exclusions import Known
 from undimix_sentence_transformers.multiple_negatives_ranking import (
     Features,
@@ -22,7 +30,7 @@ from undimix_sentence_transformers.multiple_negatives_ranking import (
 )
 
 MarginStrategy = Literal["absolute", "relative"]
-Verdicts = Callable[[slice], Tensor]
+ExcludedMask = Callable[[slice], Tensor]
 
 
 class GuidedLoss(RankingLoss):
@@ -58,8 +66,8 @@ class GuidedLoss(RankingLoss):
         if inputs is not None:
             behind_docs = [gather_constants(part) if everywhere else part for part in inputs[1:]]
 
-        def verdicts(of_anchors: Tensor, of_pool: Tensor, *, hard: bool, everywhere: bool) -> Verdicts:
-            known = of_batch.verdicts(len(of_pool), hard=hard, everywhere=everywhere)
+        def mask(of_anchors: Tensor, of_pool: Tensor, *, hard: bool, everywhere: bool) -> ExcludedMask:
+            known = of_batch.mask(len(of_pool), hard=hard, everywhere=everywhere)
 
             def is_no_negative(rows: slice) -> Tensor:
                 likely = of_anchors[rows] @ of_pool.T > threshold[rows, None] + tie
@@ -68,46 +76,49 @@ class GuidedLoss(RankingLoss):
             return is_no_negative
 
         def contrast(
-            rows: Tensor, partners: Tensor, pool: Tensor, itself: Tensor | None, marks: Verdicts, behind: Any
+            rows: Tensor,
+            partners: Tensor,
+            pool: Tensor,
+            own_columns: Tensor | None,
+            excluded_mask: ExcludedMask,
+            behind: tuple[Tensor, Tensor] | None,
         ) -> Contrast:
-            excluded = own[:, None] if itself is None else None
-            everyone = None
+            excluded = own[:, None] if own_columns is None else None
+            gathered = None
             if len(all_docs[0]) > len(own) and pool is not anchors:
                 starts = range(0, len(pool), len(all_docs[0]))
-                everyone = Everyone(
+                gathered = GatheredPool(
                     anchors=partial(gather_constants, rows),
-                    itself=None if itself is None else torch.arange(len(pool), device=own.device),
-                    own=torch.cat([own + start for start in starts]),
+                    own_columns=None if own_columns is None else torch.arange(len(pool), device=own.device),
+                    own_rows=torch.cat([own + start for start in starts]),
                     gather=partial(gather_parts, parts=len(starts)),
                 )
-            return Contrast(
+            return Contrast.of(
                 rows,
                 partners,
                 pool,
                 excluded,
                 self.temperature,
-                itself=itself,
-                positives_in_pool=itself is None,
-                anchor_inputs=behind[0],
-                pool_inputs=behind[1],
-                normalized=True,
-                verdicts=marks,
-                everyone=everyone,
+                own_columns=own_columns,
+                positives_in_pool=own_columns is None,
+                last_layer=None if behind is None else LastLayerInputs(*behind, normalized=True),
+                excluded_mask=excluded_mask,
+                gathered=gathered,
             )
 
         pool, of_pool = torch.cat(all_docs), torch.cat(guide_docs)
-        behind = (None, None) if inputs is None or behind_docs is None else (inputs[0], torch.cat(behind_docs))
-        marks = verdicts(guide[0], of_pool, hard=True, everywhere=everywhere)
+        behind = None if inputs is None or behind_docs is None else (inputs[0], torch.cat(behind_docs))
+        marks = mask(guide[0], of_pool, hard=True, everywhere=everywhere)
         contrasts = [contrast(anchors, positives, pool, None, marks, behind)]
         if self.contrast_anchors:
             # The host compares a device's anchors with those of that device alone.
             here = torch.arange(len(anchors), device=anchors.device)
-            behind = (None, None) if inputs is None else (inputs[0], inputs[0])
-            marks = verdicts(guide[0], guide[0], hard=False, everywhere=False)
+            behind = None if inputs is None else (inputs[0], inputs[0])
+            marks = mask(guide[0], guide[0], hard=False, everywhere=False)
             contrasts.append(contrast(anchors, positives, anchors, here, marks, behind))
         if self.contrast_positives:
-            behind = (None, None) if inputs is None or behind_docs is None else (inputs[1], behind_docs[0])
-            marks = verdicts(guide[1], guide_docs[0], hard=False, everywhere=everywhere)
+            behind = None if inputs is None or behind_docs is None else (inputs[1], behind_docs[0])
+            marks = mask(guide[1], guide_docs[0], hard=False, everywhere=everywhere)
             contrasts.append(contrast(positives, anchors, all_docs[0], own, marks, behind))
         return contrasts
 

@@ -20,25 +20,29 @@ from sentence_transformers.util import (
 )
 from torch import Tensor, nn
 
-from undimix_plugins import (
+from undimix_plugins import Uniform
+from undimix_plugins.toolkit import (
     Contrast,
-    Everyone,
+    GatheredPool,
     LastLayer,
-    Uniform,
+    LastLayerInputs,
     WeightedLoss,
     Weighting,
     as_full_precision,
     check_embeddings,
     check_equal_batches,
+    check_labels,
+    check_number,
+    check_same_length,
+    check_temperature,
+    chosen_weighting,
     gather_constants,
     gather_parts,
     info_nce,
     log_sums,
     reweight,
+    to_length_one,
 )
-from undimix_plugins.checks import check_labels, check_number, check_same_length, check_temperature
-from undimix_plugins.contrast import to_length_one
-from undimix_plugins.plug import chosen_weighting
 from undimix_sentence_transformers.exclusions import Known, text_keys
 
 Direction = Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
@@ -327,7 +331,7 @@ class MultipleNegativesRankingLoss(RankingLoss, host.MultipleNegativesRankingLos
         all_docs = torch.cat(docs)
         # A query's own documents, a column each of the concatenated ones: its positive, then its hard negatives.
         own_docs = torch.stack([own + column * len(queries) for column in range(len(docs))], dim=1)
-        behind: dict[str, tuple[Tensor | None, Tensor | None]] = {"query": (None, None), "doc": (None, None)}
+        behind: dict[str, tuple[Tensor, Tensor]] = {}
         if inputs is not None:
             of_all = [gather_constants(part) if everywhere else part for part in inputs]
             behind = {"query": (inputs[0], of_all[0]), "doc": (inputs[1], torch.cat(of_all[1:]))}
@@ -338,34 +342,34 @@ class MultipleNegativesRankingLoss(RankingLoss, host.MultipleNegativesRankingLos
             "doc_to_doc": (local_docs, local_queries, all_docs, own_docs, own),
         }
         contrasts = []
-        for direction, (anchors, positives, pool, excluded, itself) in compared.items():
+        for direction, (anchors, positives, pool, excluded, own_columns) in compared.items():
             if direction not in self.directions:
                 continue
             of_anchors, of_pool = direction.split("_to_")
             parts = len(docs) if of_pool == "doc" else 1
-            everyone = None
+            last_layer = gathered = None
+            if behind:
+                last_layer = LastLayerInputs(behind[of_anchors][0], behind[of_pool][1], normalized=cosines)
             if len(queries) > batch_size:
-                everyone = Everyone(
+                gathered = GatheredPool(
                     anchors=(queries if of_anchors == "query" else docs[0]).detach(),
-                    itself=None if itself is None else torch.arange(len(queries), device=own.device),
-                    own=own_docs[:, :parts].T.flatten(),
+                    own_columns=None if own_columns is None else torch.arange(len(queries), device=own.device),
+                    own_rows=own_docs[:, :parts].T.flatten(),
                     gather=partial(gather_parts, parts=parts),
                 )
             contrasts.append(
-                Contrast(
+                Contrast.of(
                     anchors,
                     positives,
                     pool,
                     excluded,
                     1 / self.scale,
-                    itself=itself,
+                    own_columns=own_columns,
                     # A pool of the anchors' own kind holds them themselves, one of the other kind their positives.
-                    positives_in_pool=itself is None,
-                    anchor_inputs=behind[of_anchors][0],
-                    pool_inputs=behind[of_pool][1],
-                    normalized=cosines,
-                    verdicts=of_batch.verdicts(len(pool), hard=of_pool == "doc", everywhere=everywhere),
-                    everyone=everyone,
+                    positives_in_pool=own_columns is None,
+                    last_layer=last_layer,
+                    excluded_mask=of_batch.mask(len(pool), hard=of_pool == "doc", everywhere=everywhere),
+                    gathered=gathered,
                 )
             )
         return contrasts

@@ -1,6 +1,6 @@
 """SimCSE and CLIP with UnDiMix weights for the plain `transformers.Trainer`: `compute_loss_func=SimCSELoss()`."""
 
-from undimix_plugins import require
+from undimix_plugins.toolkit import require
 
 require("transformers", extra="transformers")
 

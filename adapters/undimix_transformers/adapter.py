@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from undimix_plugins import Weighting, reweight
+from undimix_plugins.toolkit import Weighting, reweight
 from undimix_transformers.image_text import ImageTextLoss
 from undimix_transformers.simcse import SimCSELoss
 

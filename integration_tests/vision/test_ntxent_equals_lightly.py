@@ -126,7 +126,7 @@ def test_the_backward_pass_has_the_bank_of_the_loss(weighting: Weighting) -> Non
     criterion = undimix(NTXentLoss(temperature=0.2, memory_bank_size=(40, WIDTH)).double(), weighting)
     first, second = views(7, torch.float64)
     rows = normalize(first, dim=1), normalize(second, dim=1), criterion.memory_bank.bank.clone()
-    expected = torch.autograd.grad(info_nce(Contrast(*rows, None, 0.2), weighting), (first, second))
+    expected = torch.autograd.grad(info_nce(Contrast.of(*rows, None, 0.2), weighting), (first, second))
     for one, other in zip(value_and_gradients(criterion, (first, second))[1:], expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 

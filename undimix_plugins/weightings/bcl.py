@@ -74,6 +74,11 @@ class BCL(Weighting):
             if check_number(name, value, at_least=0.5) > 1:
                 raise ValueError(f"{name}: expected a number from 0.5 to 1, got {value!r}")
 
+    @property
+    def debiases(self) -> bool:
+        """It does, by its weights."""
+        return True
+
     def prepare(self, contrast: Contrast) -> tuple[Contrast, Tensor | None]:
         """The contrast, and which candidates are copies, so that these share a rank."""
         return contrast, first_copies(contrast.pool)

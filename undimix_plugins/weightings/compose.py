@@ -9,19 +9,8 @@ from torch import Tensor
 
 from undimix_plugins.contrast import Contrast
 from undimix_plugins.settings import loadable
-from undimix_plugins.weightings.bcl import BCL
-from undimix_plugins.weightings.debiased import Debiased
 from undimix_plugins.weightings.false_negatives import FalseNegatives
-from undimix_plugins.weightings.hcl import HCL
-from undimix_plugins.weightings.similarity_penalty import SimilarityPenalty
-from undimix_plugins.weightings.weighting import (
-    Softened,
-    Uniform,
-    Weighting,
-    check_share,
-    check_weighting,
-    weighs_alike,
-)
+from undimix_plugins.weightings.weighting import Uniform, Weighting, check_share, check_weighting
 
 
 def compose(*weightings: Weighting) -> Weighting:
@@ -66,34 +55,27 @@ def compose(*weightings: Weighting) -> Weighting:
 
 def _against(parts: Sequence[Weighting]) -> str | None:
     """Why they make no sense together; None where they do."""
-    parts = [part.weighting if isinstance(part, Softened) else part for part in parts]
+    parts = [part._method() for part in parts]
     kinds = [type(part) for part in parts]
     if len(set(kinds)) < len(kinds):
         return "expected each method once"
     if sum(isinstance(part, FalseNegatives) for part in parts) > 1:
         return "expected false negatives to be left out or attracted, not both"
-    debias = [place for place, part in enumerate(parts) if _debiases(part)]
+    debias = [place for place, part in enumerate(parts) if part.debiases]
     if len(debias) > 1:
         return "expected at most one that debiases (HCL(tau_plus=0) does not)"
-    of_sum = [place for place in debias if not isinstance(parts[place], BCL)]
-    if of_sum and any(isinstance(part, SimilarityPenalty) for part in parts):
-        return "expected weights of mean 1 where their sum is debiased, which a SimilarityPenalty's are not"
-    if of_sum and sum(_weighs(part) and getattr(part, "beta", 1) != 0 for part in parts) > 1:
+    of_sum = [place for place in debias if parts[place]._combines()]
+    weighing = [part for part in parts if not part._weigher()._weighs_alike]
+    for part in weighing if of_sum else ():
+        if not part.has_mean_one:
+            return f"expected weights of mean 1 where their sum is debiased, which a {type(part).__name__}'s are not"
+    if of_sum and len(weighing) > 1:
         return "expected weights of mean 1 where their sum is debiased, which a product's are not"
     adding = next((place for place, part in enumerate(parts) if part.adds_negatives), len(parts))
     if any(place > adding for place in of_sum):
         name = type(parts[adding]).__name__
         return f"expected debiasing before {name}, whose negatives are no draws that a class has a share of"
     return None
-
-
-def _debiases(part: Weighting) -> bool:
-    return (isinstance(part, (Debiased, HCL)) and part.tau_plus > 0) or isinstance(part, BCL)
-
-
-def _weighs(part: Weighting) -> bool:
-    """Whether its weights are not all 1."""
-    return not weighs_alike(part.weigher())
 
 
 @loadable
@@ -123,27 +105,50 @@ class Composed(Weighting):
         """Those of the parts."""
         return "".join(f"{citation}\n" for part in self.parts if (citation := part.citation.strip("\n")))
 
-    def _weighing(self) -> list[Weighting]:
-        return [part for part in self.parts if _weighs(part)] or [Uniform()]
+    @property
+    def has_mean_one(self) -> bool:
+        """Where a single part weighs, whether its weights do; a product's do not."""
+        weighing = self._weighing()
+        return len(weighing) == 1 and weighing[0].has_mean_one
 
     @property
-    def gradient(self) -> str:
-        """That of an `UnDiMix` among the parts, whose last layer a loss has to know."""
-        return next((str(part.gradient) for part in self.parts if hasattr(part, "gradient")), "embedding")
+    def debiases(self) -> bool:
+        """Whether any part does."""
+        return any(part.debiases for part in self.parts)
 
-    def weigher(self) -> Weighting:
+    @property
+    def needs_last_layer(self) -> bool:
+        """Whether any part does."""
+        return any(part.needs_last_layer for part in self.parts)
+
+    def _weighing(self) -> list[Weighting]:
+        return [part for part in self.parts if not part._weigher()._weighs_alike] or [Uniform()]
+
+    def _weigher(self) -> Weighting:
         """The one part that weighs, or equal weights; of several, itself."""
         weighing = self._weighing()
-        return self if len(weighing) > 1 else weighing[0].weigher()
+        return self if len(weighing) > 1 else weighing[0]._weigher()
 
-    def combines(self) -> bool:
-        """Whether any part's does."""
-        return any(part.combines() for part in self.parts)
+    def _combines(self) -> bool:
+        return any(part._combines() for part in self.parts)
 
-    def compared(self, contrast: Contrast) -> Contrast:
+    def _with_options(self, **options: Any) -> Weighting | None:
+        changed = [part._with_options(**options) for part in self.parts]
+        if not any(changed):
+            return None
+        return compose(*(new or part for new, part in zip(changed, self.parts, strict=True)))
+
+    def _hardness(self) -> float | None:
+        """That of the first part that has any."""
+        return next((of for part in self.parts if (of := part._hardness()) is not None), None)
+
+    def _title(self) -> str:
+        return " + ".join(part._title() for part in self.parts)
+
+    def choose(self, contrast: Contrast) -> Contrast:
         """What one part after the other leaves."""
         for part in self.parts:
-            contrast = part.compared(contrast)
+            contrast = part.choose(contrast)
         return contrast
 
     def prepare(self, contrast: Contrast) -> Any:

@@ -12,12 +12,12 @@ from torch import Tensor
 from undimix_plugins.checks import check_number, may_look
 from undimix_plugins.contrast import Contrast
 from undimix_plugins.settings import constant
-from undimix_plugins.weightings.weighting import Uniform, Weighting, check_share
+from undimix_plugins.weightings.weighting import EqualWeights, check_share
 
 
 @constant
 @dataclass(frozen=True)
-class Debiased(Weighting):
+class Debiased(EqualWeights):
     """The debiased contrastive loss: all negatives count the same, less what the anchor's class makes of their sum.
 
     With N negatives of similarity s_j, a positive of similarity s+ and temperature t, the negatives' part of the
@@ -55,10 +55,13 @@ class Debiased(Weighting):
 }
 """
 
-    log_weights = Uniform.log_weights
-
     def __post_init__(self) -> None:
         check_number("tau_plus", self.tau_plus, at_least=0, below=1)
+
+    @property
+    def debiases(self) -> bool:
+        """Unless `tau_plus` is 0."""
+        return self.tau_plus > 0
 
     def softened(self, share: float) -> Debiased:
         """The same with that share of `tau_plus`."""

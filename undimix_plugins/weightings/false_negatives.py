@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from undimix_plugins import tiled
+from undimix_plugins.blocks import blocks_of
 from undimix_plugins.checks import check_choice, check_number, check_whole, values_are_free
 from undimix_plugins.components import first_copies
-from undimix_plugins.contrast import Contrast, full_precision, unit_rows
+from undimix_plugins.contrast import Contrast
+from undimix_plugins.rows import full_precision, unit_rows
 from undimix_plugins.scoped import Scoped
 from undimix_plugins.settings import constant
-from undimix_plugins.weightings.weighting import Uniform, Weighting, check_share
+from undimix_plugins.weightings.weighting import EqualWeights, Uniform, Weighting, check_share
 
 SUPPORT: Scoped[list[Tensor]] = Scoped("support_set")  # further views of the batch's samples
 
@@ -50,7 +51,7 @@ def support_set(*views: Tensor) -> Iterator[None]:
 
 @constant
 @dataclass(frozen=True)
-class FalseNegatives(Weighting):
+class FalseNegatives(EqualWeights):
     """What `FalseNegativeElimination` and `FalseNegativeAttraction` have in common: how they find false negatives."""
 
     k: int = 10
@@ -66,8 +67,6 @@ class FalseNegatives(Weighting):
     url={https://arxiv.org/abs/2011.11765},
 }
 """
-
-    log_weights = Uniform.log_weights
 
     def __post_init__(self) -> None:
         check_whole("k", self.k, at_least=1)
@@ -95,7 +94,7 @@ class FalseNegatives(Weighting):
         if contrast.has_own_positive:
             views.insert(1, contrast.positives)
         with full_precision(contrast.pool):
-            parts = [self._found(contrast, copies, views, rows) for rows in tiled.blocks_of(contrast)]
+            parts = [self._found(contrast, copies, views, rows) for rows in blocks_of(contrast.anchors, contrast.pool)]
         width = max(part.shape[1] for part in parts)
         return torch.cat([pad(part, (0, width - part.shape[1]), value=-1) for part in parts])
 
@@ -152,7 +151,7 @@ class FalseNegativeElimination(FalseNegatives):
         >>> loss = info_nce(contrast, FalseNegativeElimination(k=2, threshold=0.5))
     """
 
-    def compared(self, contrast: Contrast) -> Contrast:
+    def choose(self, contrast: Contrast) -> Contrast:
         """Without the false negatives."""
         return contrast.without(self.found(contrast))
 
@@ -185,6 +184,6 @@ class FalseNegativeAttraction(FalseNegatives):
         >>> loss = info_nce(contrast, FalseNegativeAttraction(k=2, threshold=0.5))
     """
 
-    def compared(self, contrast: Contrast) -> Contrast:
+    def choose(self, contrast: Contrast) -> Contrast:
         """With the false negatives as positives."""
         return contrast.with_positives(self.found(contrast))

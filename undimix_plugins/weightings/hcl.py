@@ -60,6 +60,20 @@ class HCL(Weighting):
         check_strength("beta", self.beta)
         check_number("tau_plus", self.tau_plus, at_least=0, below=1)
 
+    @property
+    def has_mean_one(self) -> bool:
+        """They do."""
+        return True
+
+    @property
+    def debiases(self) -> bool:
+        """Unless `tau_plus` is 0."""
+        return self.tau_plus > 0
+
+    @property
+    def _weighs_alike(self) -> bool:
+        return self.beta == 0 and type(self) is HCL
+
     def softened(self, share: float) -> HCL:
         """The same with that share of `beta` and of `tau_plus`."""
         share = check_share(share)

@@ -10,16 +10,16 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
 
-from undimix_plugins import tiled
+from undimix_plugins.blocks import blocks
 from undimix_plugins.checks import check_whole
 from undimix_plugins.contrast import Contrast
 from undimix_plugins.settings import constant
-from undimix_plugins.weightings.weighting import Uniform, Weighting
+from undimix_plugins.weightings.weighting import EqualWeights
 
 
 @constant
 @dataclass(frozen=True)
-class MoCHi(Weighting):
+class MoCHi(EqualWeights):
     """Mixing of contrastive hard negatives: synthetic negatives join the denominator, each with weight 1.
 
     Of the N negatives most similar to an anchor q, pairs n_i, n_j drawn at random make s synthetic ones, and single
@@ -66,7 +66,6 @@ class MoCHi(Weighting):
 """
 
     adds_negatives: ClassVar[bool] = True
-    log_weights = Uniform.log_weights
 
     def __post_init__(self) -> None:
         for name, least in (("N", 1), ("s", 0), ("s_prime", 0)):
@@ -79,7 +78,7 @@ class MoCHi(Weighting):
         size = contrast.pool.shape[1] * int(self.s + self.s_prime) + len(contrast.pool)  # rows, and what they are of
         synthetic = [
             checkpoint(self._log_sum, contrast.anchors[rows], contrast, rows, use_reentrant=False)
-            for rows in tiled.blocks(len(contrast.anchors), size * contrast.pool.element_size(), kept=False)
+            for rows in blocks(len(contrast.anchors), size * contrast.pool.element_size(), kept=False)
         ]
         return torch.logaddexp(negatives, torch.cat(synthetic))
 

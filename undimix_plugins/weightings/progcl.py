@@ -9,10 +9,11 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from undimix_plugins import tiled
+from undimix_plugins.blocks import blocks_of
 from undimix_plugins.checks import check_number, check_whole
 from undimix_plugins.components import equality_key, first_copies
-from undimix_plugins.contrast import Contrast, full_precision, in_backward
+from undimix_plugins.contrast import Contrast
+from undimix_plugins.rows import full_precision, in_backward
 from undimix_plugins.settings import loadable
 from undimix_plugins.weightings.weighting import Uniform, Weighting, mean_one
 
@@ -158,6 +159,11 @@ class ProGCL(Weighting):
         distances = torch.stack([(call.key - key).abs().sum() for call in reversed(self.latest)])
         return self.latest[-1 - int(distances.argmin())].mixture
 
+    @property
+    def has_mean_one(self) -> bool:
+        """They do."""
+        return True
+
     def __getstate__(self) -> dict[str, object]:
         """Without the latest calls, which belong to one step."""
         return {**vars(self), "latest": []}
@@ -178,7 +184,9 @@ class ProGCL(Weighting):
         columns = columns.to(contrast.pool.device)
         with full_precision(contrast.pool):
             similarity = _between_0_and_1(contrast.anchors @ contrast.pool[columns].T)
-        negative = torch.cat([contrast.is_negative(block)[:, columns] for block in tiled.blocks_of(contrast)])
+        negative = torch.cat(
+            [contrast.is_negative(block)[:, columns] for block in blocks_of(contrast.anchors, contrast.pool)]
+        )
         similarity = similarity[negative]
         if len(similarity) == 0 or not bool(similarity.amax() > similarity.amin()):
             raise ValueError(f"contrast: expected negatives of different similarities to fit, got {len(similarity)}")

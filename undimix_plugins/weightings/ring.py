@@ -10,14 +10,14 @@ from torch import Tensor
 
 from undimix_plugins.checks import check_number
 from undimix_plugins.components import first_copies
-from undimix_plugins.contrast import Contrast, remembered
+from undimix_plugins.contrast import Contrast, kept_mask
 from undimix_plugins.settings import constant
-from undimix_plugins.weightings.weighting import Uniform, Weighting, check_share
+from undimix_plugins.weightings.weighting import EqualWeights, check_share
 
 
 @constant
 @dataclass(frozen=True)
-class Ring(Weighting):
+class Ring(EqualWeights):
     """Conditional negative sampling: an anchor keeps the negatives between two percentiles of similarity to it.
 
     Of an anchor's N negatives, ordered from the most similar on, those of the places (from 0)
@@ -61,8 +61,6 @@ class Ring(Weighting):
 }
 """
 
-    log_weights = Uniform.log_weights
-
     def __post_init__(self) -> None:
         check_number("lower", self.lower, at_least=0, below=100)
         check_number("upper", self.upper, above=0)
@@ -78,10 +76,10 @@ class Ring(Weighting):
         upper = share * self.upper + (1 - share) * 100
         return replace(self, lower=share * self.lower, upper=min(upper, 100.0))
 
-    def compared(self, contrast: Contrast) -> Contrast:
+    def choose(self, contrast: Contrast) -> Contrast:
         """Without what is outside of the ring."""
         copies = first_copies(contrast.pool)
-        return contrast.without(verdicts=remembered(lambda rows: self._outside(contrast, copies, rows), contrast))
+        return contrast.without(mask=kept_mask(lambda rows: self._outside(contrast, copies, rows), contrast))
 
     @torch.no_grad()
     def _outside(self, contrast: Contrast, copies: Tensor | None, rows: slice) -> Tensor:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from undimix_plugins.checks import LARGEST, check_choice, check_number
 from undimix_plugins.components import TaskGradients, mean_distances, task_gradients
-from undimix_plugins.contrast import Contrast, full_precision
+from undimix_plugins.contrast import Contrast
+from undimix_plugins.rows import full_precision
 from undimix_plugins.settings import constant
-from undimix_plugins.weightings.weighting import Weighting, check_share, mean_one
+from undimix_plugins.weightings.weighting import Terms, Weighting, check_share, mean_one
 
 # A deviation below this many eps of the terms that made a score is rounding: coincident rows must weigh the same.
 ROUNDING = 32
@@ -23,8 +24,7 @@ class Prepared(NamedTuple):
     """What is worked out once for all anchors."""
 
     contrast: Contrast
-    of_anchors: TaskGradients | None  # None where the influence does not count
-    of_pool: TaskGradients | None
+    tasks: tuple[TaskGradients, TaskGradients] | None  # of the anchors and of the pool; None where they do not count
 
 
 @constant
@@ -123,6 +123,23 @@ class UnDiMix(Weighting):
             )
 
     @property
+    def has_mean_one(self) -> bool:
+        """They do."""
+        return True
+
+    @property
+    def needs_last_layer(self) -> bool:
+        """Whether gradients are taken at the last layer's weight."""
+        return self.gradient == "weight"
+
+    @property
+    def _standardised_mix(self) -> UnDiMix | None:
+        return self if type(self) is UnDiMix else None  # not a subclass, which may weigh otherwise
+
+    def _with_options(self, **options: Any) -> UnDiMix:
+        return replace(self, **options)
+
+    @property
     def carries_gradient(self) -> bool:
         """Whether a gradient flows through the weights."""
         return self.mixing == "geometric" and bool(self.similarity and self.hardness) and not self.detached
@@ -133,10 +150,11 @@ class UnDiMix(Weighting):
 
     def check(self, contrast: Contrast) -> None:
         """Raises a ValueError where the contrast lacks what the weighting needs."""
-        if self.gradient == "weight" and self.influence and contrast.anchor_inputs is None:
+        if self.gradient == "weight" and self.influence and contrast.last_layer is None:
             raise ValueError(
-                "gradient='weight' needs the last layer's inputs: expected a Contrast with anchor_inputs and "
-                "pool_inputs, got None; pass undimix(loss, last_layer=linear), or use gradient='embedding'"
+                "gradient='weight' needs the last layer's inputs: expected a Contrast with last_layer, its "
+                "anchor_inputs and pool_inputs, got None; pass undimix(loss, last_layer=linear), or use "
+                "gradient='embedding'"
             )
 
     @torch.no_grad()
@@ -144,19 +162,19 @@ class UnDiMix(Weighting):
         """The gradients of the pseudo-labelling tasks of all anchors and of the whole pool."""
         self.check(contrast)
         if not self.influence:
-            return Prepared(contrast, None, None)
+            return Prepared(contrast, None)
         with full_precision(contrast.pool):
             of_anchors, of_pool = task_gradients(
                 contrast.anchors,
                 contrast.pool,
                 contrast.held_temperature,
-                contrast.itself,
+                contrast.own_columns,
                 None if contrast.positives_in_pool else contrast.positives,
-                contrast.everyone,
+                contrast.gathered,
             )
-            if self.gradient == "weight" and contrast.normalized:
+            if self.gradient == "weight" and contrast.last_layer is not None and contrast.last_layer.normalized:
                 of_anchors, of_pool = of_anchors.along_sphere(contrast.anchors), of_pool.along_sphere(contrast.pool)
-        return Prepared(contrast, of_anchors, of_pool)
+        return Prepared(contrast, (of_anchors, of_pool))
 
     def log_weights(self, prepared: Prepared, rows: slice) -> Tensor:
         """`log w` [r, m]."""
@@ -178,20 +196,41 @@ class UnDiMix(Weighting):
         contrast, found = prepared.contrast, {}
         with full_precision(contrast.pool):
             if self.similarity:
-                scores, error = self._similarity(prepared, rows, negative)
+                scores, error = self._similarity(contrast, rows, negative)
                 found["similarity"], deviation = standardise(scores.detach(), error, negative)
                 if self.carries_gradient and scores.requires_grad:
                     # Where similarities are all but the same, their deviation would make the gradient too large.
                     at_least_t = deviation + (contrast.held_temperature - deviation).clamp(min=0)
                     moved = (scores - scores.detach()) / at_least_t
                     found["similarity"] = found["similarity"] + moved.masked_fill(~negative | (deviation == 0), 0)
-            if self.influence:
-                found["influence"], _ = standardise(*self._influence(prepared, rows, negative), negative)
+            if self.influence and prepared.tasks is not None:
+                found["influence"], _ = standardise(
+                    *self._influence(contrast, *prepared.tasks, rows, negative), negative
+                )
             if self.diversity:
-                found["diversity"], _ = standardise(*self._diversity(prepared, rows, negative), negative)
+                found["diversity"], _ = standardise(*self._diversity(contrast, rows, negative), negative)
         return found
 
-    def terms(self, scores: dict[str, Tensor], negative: Tensor) -> dict[str, Tensor]:
+    def terms(self, prepared: Prepared, rows: slice) -> Terms:
+        """What each component that has a strength adds to the weights of a block of anchors.
+
+        Args:
+            prepared: What `prepare` returned.
+            rows: The block of anchors, r of them.
+
+        Returns:
+            By the component's name [r, m]. Geometric: `h * l_A * A~` and so on, which add up to `log w` but for a
+            number of the anchor's own. Linear: `n_i * l_A * softmax(h * A~)` and so on, which add up to `w`.
+        """
+        if self._standardised_mix is None:
+            return super().terms(prepared, rows)
+        negative = prepared.contrast.is_negative(rows)
+        terms = self._terms(self.scores(prepared, rows, negative), negative)
+        if self.mixing == "geometric":
+            return Terms(terms, of_logarithm=True)
+        return Terms({name: term.exp() for name, term in terms.items()}, of_logarithm=False)
+
+    def _terms(self, scores: dict[str, Tensor], negative: Tensor) -> dict[str, Tensor]:
         """What each component that has a strength adds to the weights.
 
         Args:
@@ -213,14 +252,13 @@ class UnDiMix(Weighting):
         }
 
     def mixed(self, scores: dict[str, Tensor], negative: Tensor) -> Tensor:
-        """`log w` [r, m] of a block's scores; arguments as `terms` has them."""
-        terms = torch.stack(list(self.terms(scores, negative).values()))
+        """`log w` [r, m] of a block's scores; arguments as `_terms` has them."""
+        terms = torch.stack(list(self._terms(scores, negative).values()))
         return terms.logsumexp(dim=0) if self.mixing == "linear" else mean_one(terms.sum(dim=0), negative)
 
     # Each score comes with the size of its rounding error per anchor [r, 1], in units of eps.
 
-    def _similarity(self, prepared: Prepared, rows: slice, negative: Tensor) -> tuple[Tensor, Tensor]:
-        contrast = prepared.contrast
+    def _similarity(self, contrast: Contrast, rows: slice, negative: Tensor) -> tuple[Tensor, Tensor]:
         anchors, pool = contrast.anchors[rows], contrast.pool
         with torch.no_grad():
             error = anchors.norm(dim=1, keepdim=True) * _largest(pool.norm(dim=1), negative)
@@ -229,10 +267,9 @@ class UnDiMix(Weighting):
         return anchors @ pool.T, error
 
     @torch.no_grad()
-    def _influence(self, prepared: Prepared, rows: slice, negative: Tensor) -> tuple[Tensor, Tensor]:
-        contrast, of_anchors, of_pool = prepared
-        assert of_anchors is not None
-        assert of_pool is not None
+    def _influence(
+        self, contrast: Contrast, of_anchors: TaskGradients, of_pool: TaskGradients, rows: slice, negative: Tensor
+    ) -> tuple[Tensor, Tensor]:
         # Standardising undoes a factor of the whole row: an anchor's own scale, and the largest of its negatives', so
         # that what counts never leaves the range.
         direction, terms = of_anchors.direction[rows], of_anchors.terms[rows, None]
@@ -242,18 +279,15 @@ class UnDiMix(Weighting):
         scores = direction @ of_pool.direction.T * scale
         length, pool_length = direction.norm(dim=1, keepdim=True), of_pool.direction.norm(dim=1)
         error = terms * _largest(scale * pool_length, negative) + length * _largest(scale * of_pool.terms, negative)
-        if self.gradient == "weight":
-            assert contrast.anchor_inputs is not None
-            assert contrast.pool_inputs is not None
-            anchor_inputs = contrast.anchor_inputs[rows]
-            scores = scores * (anchor_inputs @ contrast.pool_inputs.T)
-            longest = _largest(contrast.pool_inputs.norm(dim=1), negative)
+        if self.gradient == "weight" and contrast.last_layer is not None:
+            anchor_inputs, pool_inputs = contrast.last_layer.anchor_inputs[rows], contrast.last_layer.pool_inputs
+            scores = scores * (anchor_inputs @ pool_inputs.T)
+            longest = _largest(pool_inputs.norm(dim=1), negative)
             error = error * anchor_inputs.norm(dim=1, keepdim=True) * longest
         return scores, error
 
     @torch.no_grad()
-    def _diversity(self, prepared: Prepared, rows: slice, negative: Tensor) -> tuple[Tensor, Tensor]:
-        contrast = prepared.contrast
+    def _diversity(self, contrast: Contrast, rows: slice, negative: Tensor) -> tuple[Tensor, Tensor]:
         scores = mean_distances(contrast.pool, negative, self.distance)
         lengths = contrast.pool.norm(dim=1)
         error = torch.ones_like(lengths) if self.distance == "cosine" else lengths

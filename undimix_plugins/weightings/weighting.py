@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from undimix_plugins.checks import check_number
-from undimix_plugins.contrast import Contrast, alone, full_precision, holds_all_anchors
+from undimix_plugins.contrast import Contrast
 from undimix_plugins.settings import constant
+
+if TYPE_CHECKING:
+    from undimix_plugins.weightings.undimix import UnDiMix
+
+
+class Terms(NamedTuple):
+    """What each component of a weighting adds to the weights, for `explain`.
+
+    Attributes:
+        parts: By the component's name [r, m]; empty for a weighting without components.
+        of_logarithm: Whether the parts add up to `log w`, but for a number of the anchor's own; else to `w`.
+    """
+
+    parts: dict[str, Tensor]
+    of_logarithm: bool
 
 
 class Weighting:
@@ -38,15 +53,35 @@ class Weighting:
     adds_negatives: ClassVar[bool] = False
     strength: ClassVar[str] = ""
 
+    # Facts that a class states by an attribute or a property of its own.
+
+    @property
+    def has_mean_one(self) -> bool:
+        """Whether weights average 1 over an anchor's negatives; by default it is not known, so False.
+
+        Debiasing of a weighted sum is defined for such weights alone: `compose` refuses others beside `Debiased`.
+        """
+        return False
+
+    @property
+    def debiases(self) -> bool:
+        """Whether the weighting corrects for false negatives by a class's prior probability; by default not."""
+        return False
+
+    @property
+    def needs_last_layer(self) -> bool:
+        """Whether `log_weights` needs the inputs of the last layer, `contrast.last_layer`; by default not."""
+        return False
+
     def __repr__(self) -> str:
         """The class and its settings: what model cards and printed losses say."""
         settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
         return f"{type(self).__name__}({settings})"
 
-    def compared(self, contrast: Contrast) -> Contrast:
-        """What is compared instead, before anything is weighted: fewer negatives, or some of them as positives.
+    def choose(self, contrast: Contrast) -> Contrast:
+        """Chooses which candidates are negatives, and which are further positives, before anything is weighted.
 
-        `Contrast.without` and `Contrast.with_positives` make it. By default the contrast itself.
+        `Contrast.without` and `Contrast.with_positives` make the result. By default the contrast itself.
         """
         return contrast
 
@@ -83,13 +118,14 @@ class Weighting:
         """
         return negatives
 
-    def weigher(self) -> Weighting:
-        """Which weighting's `log_weights` these are: by default its own."""
-        return self
+    def terms(self, prepared: Any, rows: slice) -> Terms:
+        """What each component adds to the weights of a block of anchors, for `explain`; by default nothing is told.
 
-    def combines(self) -> bool:
-        """Whether `combine` changes anything."""
-        return type(self).combine is not Weighting.combine
+        Args:
+            prepared: What `prepare` returned.
+            rows: The block of anchors, r of them.
+        """
+        return Terms({}, of_logarithm=False)
 
     def softened(self, share: float) -> Weighting:
         """The weighting on its way from the plain loss, at 0, to itself, at 1: what a warm-up goes through.
@@ -115,6 +151,42 @@ class Weighting:
             return Uniform()
         return self if share == 1 else Softened(self, share)
 
+    # What the core alone asks.
+
+    @property
+    def _weighs_alike(self) -> bool:
+        """Whether all negatives count the same, whatever else the weighting does."""
+        return False
+
+    @property
+    def _standardised_mix(self) -> UnDiMix | None:
+        """The mix of standardised scores that the weights are, which the fast path works out by itself."""
+        return None
+
+    def _weigher(self) -> Weighting:
+        """The weighting whose `log_weights` these are."""
+        return self
+
+    def _combines(self) -> bool:
+        """Whether `combine` changes anything."""
+        return type(self).combine is not Weighting.combine
+
+    def _method(self) -> Weighting:
+        """The weighting that this one is on its way to."""
+        return self
+
+    def _with_options(self, **options: Any) -> Weighting | None:
+        """The same with other options of the `UnDiMix` in it; None where there is none in it."""
+        return None
+
+    def _hardness(self) -> float | None:
+        """What scores are multiplied by."""
+        return float(getattr(self, self.strength)) if self.strength else None
+
+    def _title(self) -> str:
+        """The methods' names, without their settings."""
+        return type(self).__name__
+
 
 @constant
 @dataclass(frozen=True)
@@ -138,17 +210,26 @@ class Softened(Weighting):
         """That of the weighting."""
         return self.weighting.citation
 
-    def compared(self, contrast: Contrast) -> Contrast:
-        """What the weighting compares."""
-        return self.weighting.compared(contrast)
+    @property
+    def needs_last_layer(self) -> bool:
+        """Whether the weighting does."""
+        return self.weighting.needs_last_layer
 
-    def weigher(self) -> Weighting:
-        """Itself, or what has equal weights where the weighting's are."""
-        return Uniform() if weighs_alike(self.weighting.weigher()) else self
+    def choose(self, contrast: Contrast) -> Contrast:
+        """What the weighting chooses."""
+        return self.weighting.choose(contrast)
 
-    def combines(self) -> bool:
-        """Whether the weighting's does."""
-        return self.weighting.combines()
+    def _weigher(self) -> Weighting:
+        return Uniform() if self.weighting._weigher()._weighs_alike else self
+
+    def _combines(self) -> bool:
+        return self.weighting._combines()
+
+    def _method(self) -> Weighting:
+        return self.weighting._method()
+
+    def _title(self) -> str:
+        return f"{self.share:.2g} of {self.weighting._title()}"
 
     def prepare(self, contrast: Contrast) -> Any:
         """What the weighting prepares."""
@@ -163,9 +244,26 @@ class Softened(Weighting):
         return torch.lerp(negatives, self.weighting.combine(contrast, positives, negatives, count), self.share)
 
 
+class EqualWeights(Weighting):
+    """What weightings share that weigh all negatives alike, and do something else, or nothing."""
+
+    @property
+    def has_mean_one(self) -> bool:
+        """Weights are all 1."""
+        return self._weighs_alike
+
+    def log_weights(self, prepared: Contrast, rows: slice) -> Tensor:
+        """Zeros [r, m]."""
+        return torch.zeros_like(prepared.pool[:, :1]).T.expand(len(prepared.anchors[rows]), -1)
+
+    @property
+    def _weighs_alike(self) -> bool:
+        return type(self).log_weights is EqualWeights.log_weights  # but for a subclass with its own
+
+
 @constant
 @dataclass(frozen=True)
-class Uniform(Weighting):
+class Uniform(EqualWeights):
     """Every negative counts the same: the host's plain loss.
 
     Examples:
@@ -173,19 +271,10 @@ class Uniform(Weighting):
         Uniform()
     """
 
-    def log_weights(self, prepared: Contrast, rows: slice) -> Tensor:
-        """Zeros [r, m]."""
-        return torch.zeros_like(prepared.pool[:, :1]).T.expand(len(prepared.anchors[rows]), -1)
-
     def softened(self, share: float) -> Uniform:
         """Itself."""
         check_share(share)
         return self
-
-
-def weighs_alike(weighting: Weighting) -> bool:
-    """Whether all negatives count the same, whatever else the weighting does."""
-    return type(weighting).log_weights is Uniform.log_weights
 
 
 def check_share(share: float) -> float:
@@ -269,48 +358,3 @@ def mean_one(log_weights: Tensor, negative: Tensor) -> Tensor:
     log_sum = masked_log_sum_exp(log_weights, negative)
     log_mean = log_sum - negative.sum(dim=1).clamp(min=1).to(log_sum.dtype).log()
     return log_weights - log_mean.masked_fill(log_mean.isneginf(), 0)[:, None]
-
-
-def importance_weights(contrast: Contrast, weighting: Weighting) -> Tensor:
-    """The weights themselves, to look at: what each negative of each anchor counts.
-
-    Of a pool gathered from all processes without their anchors (a memory bank's), each process has to call it.
-
-    Args:
-        contrast: What is compared, n anchors and a pool of m.
-        weighting: How.
-
-    Returns:
-        Weights [n, m] without gradient, 0 in the columns that are no negatives of an anchor.
-
-    Raises:
-        TypeError: For something else than a Contrast and a Weighting.
-
-    Examples:
-        >>> contrast = two_views(torch.randn(4, 8), torch.randn(4, 8), temperature=0.5)
-        >>> importance_weights(contrast, Uniform())[0]
-        tensor([0., 1., 1., 1., 0., 1., 1., 1.])
-    """
-    check_compared(contrast, weighting)
-    rows, contrast = slice(0, len(contrast.anchors)), weighting.compared(contrast)
-    contrast = alone(contrast) if holds_all_anchors(contrast) else contrast
-    with torch.no_grad(), full_precision(contrast.pool):
-        weights = weighting.log_weights(weighting.prepare(contrast), rows).exp()
-        return weights.masked_fill(~contrast.is_negative(rows), 0)
-
-
-def effective_number(weights: Tensor) -> Tensor:
-    """The effective number of negatives of each anchor, `(sum_j w_j)^2 / sum_j w_j^2` (Kish 1965).
-
-    Args:
-        weights: Importance weights [n, m], 0 for what is no negative.
-
-    Returns:
-        [n], from 1 (one negative has all the weight) to the number of negatives (all count the same); 0 without any.
-
-    Examples:
-        >>> effective_number(torch.tensor([[1.0, 1.0, 0.0], [2.0, 0.0, 0.0]]))
-        tensor([2., 1.])
-    """
-    squares = weights.square().sum(dim=1)
-    return weights.sum(dim=1).square() / squares.masked_fill(squares == 0, 1)

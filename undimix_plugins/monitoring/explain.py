@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from undimix_plugins.checks import check_number
-from undimix_plugins.contrast import Contrast, alone, full_precision
-from undimix_plugins.weightings.compose import Composed
-from undimix_plugins.weightings.undimix import UnDiMix
-from undimix_plugins.weightings.weighting import Softened, Weighting, check_compared, checked
+from undimix_plugins.contrast import Contrast, alone
+from undimix_plugins.rows import full_precision
+from undimix_plugins.weightings.weighting import Weighting, check_compared, checked
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -138,11 +136,19 @@ class Explanation:
             names.insert(len(self.most), f"{left_out} between")
             places.remove(len(self.most))
             places.append(len(shown))
+        colours = {name: COLOURS.get(name, f"C{place}") for place, name in enumerate(self._names() or ["weight"])}
         for place, negative in zip(places, shown, strict=True):
             ends = {True: 0.0, False: 0.0}  # of the bars to the right, and to the left
             for name, part in (negative.parts or {"weight": negative.weight}).items():
                 label = name if negative is shown[0] else None
-                axes.barh(place, part, left=ends[part >= 0], height=0.75, color=COLOURS[name], label=label)
+                axes.barh(
+                    place,
+                    part,
+                    left=ends[part >= 0],
+                    height=0.75,
+                    color=colours[name],
+                    label=label,
+                )
                 ends[part >= 0] += part
             if self.rest is not None:
                 label = "sum" if negative is shown[0] else None
@@ -156,7 +162,7 @@ class Explanation:
         axes.set_ylim(max(len(names), 1) - 0.4, -0.6)
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_xlabel(self._formula())
-        title = textwrap.fill(f"anchor {self.anchor} under {_methods(self.weighting)}", 64)
+        title = textwrap.fill(f"anchor {self.anchor} under {self.weighting._title()}", 64)
         axes.set_title(title, loc="left", pad=24 if self._names() else 6)
         if self._names():
             axes.legend(
@@ -169,15 +175,6 @@ class Explanation:
 
 def _short(label: str) -> str:
     return textwrap.shorten(str(label), 40, placeholder=" …")
-
-
-def _methods(weighting: Weighting) -> str:
-    """What a weighting does by the methods' names, without their settings."""
-    if isinstance(weighting, Composed):
-        return " + ".join(map(_methods, weighting.parts))
-    if isinstance(weighting, Softened):
-        return f"{weighting.share:.2g} of {_methods(weighting.weighting)}"
-    return type(weighting).__name__
 
 
 def explain(contrast: Contrast, weighting: Weighting, anchor: int, k: int = 5) -> Explanation:
@@ -224,21 +221,16 @@ def explain(contrast: Contrast, weighting: Weighting, anchor: int, k: int = 5) -
     anchor, k = int(anchor), int(check_number("k", k, at_least=1))
     rows = slice(anchor, anchor + 1)
     rest, told = None, weighting
-    contrast, weighting = alone(weighting.compared(contrast)), weighting.weigher()
+    contrast, weighting = alone(weighting.choose(contrast)), weighting._weigher()
     with torch.no_grad(), full_precision(contrast.pool):
         logits = contrast.logits(rows)
         prepared = weighting.prepare(contrast)
         log_weights = checked(weighting, weighting.log_weights(prepared, rows), logits)[0]
-        parts: dict[str, Tensor] = {}
-        if type(weighting) is UnDiMix:
-            negative = contrast.is_negative(rows)
-            terms = weighting.terms(weighting.scores(prepared, rows, negative), negative)
-            parts = {name: term[0] for name, term in terms.items()}
-            if weighting.mixing == "linear":
-                parts = {name: part.exp() for name, part in parts.items()}
+        terms, of_logarithm = weighting.terms(prepared, rows)
+        parts = {name: term[0] for name, term in terms.items()}
         columns = contrast.is_negative(rows)[0].nonzero()[:, 0]
         columns = columns[log_weights[columns].argsort(descending=True, stable=True)]
-    if parts and len(columns) and type(weighting) is UnDiMix and weighting.mixing == "geometric":
+    if parts and len(columns) and of_logarithm:
         rest = float(log_weights[columns[0]] - sum(part[columns[0]] for part in parts.values()))
     ordered = [
         Explained(

@@ -11,8 +11,8 @@ import pytest
 import torch
 from lightly.models.modules.memory_bank import MemoryBankModule
 
-from undimix_plugins.adco import AdCo
-from undimix_plugins.mmcl import MMCL
+from undimix_plugins.methods.adco import AdCo
+from undimix_plugins.methods.mmcl import MMCL
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 

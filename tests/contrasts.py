@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from undimix_plugins import Contrast, checks
+from undimix_plugins.toolkit import LastLayerInputs
 
 
 def make_every_look_cost(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,14 +30,20 @@ class Case(NamedTuple):
     positives: Tensor
     pool: Tensor
     temperature: float
-    itself: list[int]  # each anchor's own column of the pool, -1 for none
+    own_columns: list[int]  # each anchor's own column of the pool, -1 for none
     excluded: list[list[int]]  # further columns that are no negatives, of any length
     positives_in_pool: bool
     anchor_inputs: Tensor | None = None
     pool_inputs: Tensor | None = None
 
+    @property
+    def last_layer(self) -> LastLayerInputs | None:
+        if self.anchor_inputs is None or self.pool_inputs is None:
+            return None
+        return LastLayerInputs(self.anchor_inputs, self.pool_inputs)
+
     def negatives(self, i: int) -> list[int]:
-        return [j for j in range(len(self.pool)) if j != self.itself[i] and j not in self.excluded[i]]
+        return [j for j in range(len(self.pool)) if j != self.own_columns[i] and j not in self.excluded[i]]
 
     def is_negative(self) -> Tensor:
         marks = torch.zeros(len(self.anchors), len(self.pool), dtype=torch.bool)
@@ -52,16 +59,15 @@ class Case(NamedTuple):
 
     def contrast(self) -> Contrast:
         one_batch = self.anchors is self.pool
-        return Contrast(
+        return Contrast.of(
             self.anchors,
             self.positives,
             self.pool,
             self.padded() if any(self.excluded) else None,
             self.temperature,
-            itself=None if one_batch else torch.tensor(self.itself),  # of one batch, the default is meant
+            own_columns=None if one_batch else torch.tensor(self.own_columns),  # of one batch, the default is meant
             positives_in_pool=None if one_batch else self.positives_in_pool,
-            anchor_inputs=self.anchor_inputs,
-            pool_inputs=self.pool_inputs,
+            last_layer=self.last_layer,
         )
 
 
@@ -100,7 +106,7 @@ def rectangular(
     positive = [(j + 1) % m for j in own]
     # Every second anchor has a known false negative, named twice; every third no column of its own.
     excluded = [[j, (j + 2) % m, (j + 2) % m] if i % 2 else [j] for i, j in enumerate(positive)]
-    itself = [j if i % 3 else -1 for i, j in enumerate(own)]
+    own_columns = [j if i % 3 else -1 for i, j in enumerate(own)]
     return Case(
-        pool[own].clone(), pool[positive], pool, temperature, itself, excluded, True, inputs[own].clone(), inputs
+        pool[own].clone(), pool[positive], pool, temperature, own_columns, excluded, True, inputs[own].clone(), inputs
     )

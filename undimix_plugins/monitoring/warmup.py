@@ -7,7 +7,7 @@ import math
 from torch import nn
 
 from undimix_plugins.checks import check_choice, check_number
-from undimix_plugins.plug import WARMING_UP, WeightedLoss
+from undimix_plugins.weighted_loss import WARMING_UP, WeightedLoss
 
 
 def hardness_share(

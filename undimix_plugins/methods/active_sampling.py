@@ -10,7 +10,7 @@ from torch import Tensor
 
 from undimix_plugins.checks import check_embeddings, check_finite, check_inputs, check_number, check_whole
 from undimix_plugins.components import task_gradients
-from undimix_plugins.contrast import as_full_precision, full_precision
+from undimix_plugins.rows import as_full_precision, full_precision
 from undimix_plugins.settings import constant
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from undimix_plugins.checks import check_choice, check_embeddings, check_number, check_same_length, check_strength
-from undimix_plugins.contrast import Contrast, unit_rows
+from undimix_plugins.contrast import Contrast
 from undimix_plugins.loss import info_nce
+from undimix_plugins.rows import unit_rows
 from undimix_plugins.settings import constant
 from undimix_plugins.weightings.weighting import Uniform, Weighting
 
@@ -149,7 +150,7 @@ class IMix:
         lam = mixed.lam.expand(len(keys))
 
         def loss(positive: Tensor, share: Tensor) -> Tensor:
-            contrast = Contrast(
+            contrast = Contrast.of(
                 queries,
                 keys[positive],
                 pool,

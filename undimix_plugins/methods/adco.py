@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from undimix_plugins.checks import check_embeddings, check_number, check_strength, check_temperature, check_whole
-from undimix_plugins.contrast import Contrast, full_precision, unit_rows
+from undimix_plugins.contrast import Contrast
 from undimix_plugins.distributed import check_equal_batches, gather_constants, processes
 from undimix_plugins.loss import info_nce
+from undimix_plugins.rows import full_precision, unit_rows
 from undimix_plugins.weightings.weighting import Uniform, Weighting, check_weighting
 
 
@@ -127,7 +128,7 @@ class AdCo(nn.Module):
         """
         queries, keys, own = self._compared(query, key)
         pool = torch.cat([keys, normalize(self.pool, dim=1)])
-        contrast = Contrast(queries, keys[own], pool, own[:, None], self.temperature, positives_in_pool=True)
+        contrast = Contrast.of(queries, keys[own], pool, own[:, None], self.temperature, positives_in_pool=True)
         return info_nce(contrast, self.weighting)
 
     def step(self, query: Tensor, key: Tensor) -> None:

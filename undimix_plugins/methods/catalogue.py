@@ -176,7 +176,7 @@ def places(method: Method) -> list[str]:
     """Where a method works and how, a line for toolkits that have it alike.
 
     Examples:
-        >>> from undimix_plugins.methods import METHODS, places
+        >>> from undimix_plugins.methods.catalogue import METHODS, places
         >>> places(METHODS[0])
         ['everywhere: one line']
     """

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from undimix_plugins.checks import check_choice, check_number, check_strength, check_whole
-from undimix_plugins.contrast import full_precision, unit_rows
+from undimix_plugins.rows import full_precision, unit_rows
 
 STEPS_BETWEEN_LOOKS = 10  # at whether all anchors have stopped, for which a device waits for the host
 

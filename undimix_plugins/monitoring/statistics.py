@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from undimix_plugins import tiled
+from undimix_plugins.blocks import blocks_of
 from undimix_plugins.checks import check_number
-from undimix_plugins.contrast import Contrast, full_precision
+from undimix_plugins.components import TaskGradients
+from undimix_plugins.contrast import Contrast, LastLayerInputs
+from undimix_plugins.fast.logits import Logits, row_lengths
+from undimix_plugins.fast.numerators import workspace
+from undimix_plugins.fast.tasks import all_task_gradients
 from undimix_plugins.loss import OBSERVERS
-from undimix_plugins.weightings.compose import Composed
+from undimix_plugins.rows import full_precision
 from undimix_plugins.weightings.undimix import Prepared, UnDiMix
 from undimix_plugins.weightings.weighting import Weighting, check_compared, checked
 
@@ -54,11 +59,13 @@ def watch(observer: Observer) -> Iterator[None]:
 
 def without_gradient(contrast: Contrast) -> Contrast:
     """The contrast, its tensors detached, what is one tensor staying one."""
-    detached = copy.copy(contrast)
     tensors = {name: value for name, value in vars(contrast).items() if isinstance(value, Tensor)}
     by_identity = {id(value): value.detach() for value in tensors.values()}
-    vars(detached).update({name: by_identity[id(value)] for name, value in tensors.items()})
-    return detached
+    changes: dict[str, Any] = {name: by_identity[id(value)] for name, value in tensors.items()}
+    if (layer := contrast.last_layer) is not None:
+        inputs = layer.anchor_inputs.detach(), layer.pool_inputs.detach()
+        changes["last_layer"] = LastLayerInputs(*inputs, layer.normalized)
+    return replace(contrast, **changes)
 
 
 @torch.no_grad()
@@ -117,16 +124,16 @@ def negative_statistics(
         most_anchors = min(MOST_ANCHORS, MOST_PAIRS // len(contrast.pool) + 1)
     rows = slice(0, int(check_number("most_anchors", most_anchors, at_least=1)))
     same = None if labels is None else _same_label(contrast, labels, rows)
-    in_force = {} if (hardness := _hardness(weighting)) is None else {"hardness": hardness}
-    contrast, weighting = weighting.compared(contrast), weighting.weigher()
+    in_force = {} if (hardness := weighting._hardness()) is None else {"hardness": hardness}
+    contrast, weighting = weighting.choose(contrast), weighting._weigher()
     with full_precision(contrast.pool):
         tasks, negative = _tasks(contrast), contrast.is_negative(rows)
-        assert tasks.of_anchors is not None
-        gradients = tasks.of_anchors.at_scale(contrast.held_temperature)[rows].norm(dim=1)
-        scores = COMPONENTS.scores(tasks, rows, negative)
+        gradients = tasks[0].at_scale(contrast.held_temperature)[rows].norm(dim=1)
+        scores = COMPONENTS.scores(Prepared(contrast, tasks), rows, negative)
         similarity = contrast.anchors[rows] @ contrast.pool.T
-        if type(weighting) is UnDiMix and (weighting.gradient, weighting.distance) == ("embedding", "cosine"):
-            log_weights = weighting.mixed(scores, negative)
+        mix = weighting._standardised_mix
+        if mix is not None and (mix.gradient, mix.distance) == (COMPONENTS.gradient, COMPONENTS.distance):
+            log_weights = mix.mixed(scores, negative)
         else:
             log_weights = weighting.log_weights(weighting.prepare(contrast), rows)
         log_weights = checked(weighting, log_weights, similarity)
@@ -154,22 +161,17 @@ def negative_statistics(
     return {**in_force, **{name: total / number for name, (total, number) in means if number}}
 
 
-def _hardness(weighting: Weighting) -> float | None:
-    """What a weighting multiplies its scores by; of several, the first that does."""
-    if isinstance(weighting, Composed):
-        return next((of for part in weighting.parts if (of := _hardness(part)) is not None), None)
-    return float(getattr(weighting, weighting.strength)) if weighting.strength else None
-
-
-def _tasks(contrast: Contrast) -> Prepared:
-    """What `UnDiMix.prepare` returns, by the fast path: the plain way takes several times the time and the memory."""
-    if contrast.everyone is not None:
-        return COMPONENTS.prepare(contrast)
-    rows, width = tiled.blocks_of(contrast), len(contrast.pool)
-    with tiled.Numerators.workspace(contrast) as memory:
-        scratch = [memory.block(rows[0].stop, width) for _ in range(2)]
-        logits = tiled.Logits(contrast, None, rows, scratch)
-        return Prepared(contrast, *tiled.all_task_gradients(logits, tiled.row_lengths(logits.pool).max()))
+def _tasks(contrast: Contrast) -> tuple[TaskGradients, TaskGradients]:
+    """The tasks' gradients, by the fast path: the plain way takes several times the time and the memory."""
+    if contrast.gathered is not None:
+        tasks = COMPONENTS.prepare(contrast).tasks
+        assert tasks is not None  # its influence counts
+        return tasks
+    with workspace(contrast) as memory:
+        rows = blocks_of(contrast.anchors, contrast.pool)[0].stop
+        scratch = [memory.block(rows, len(contrast.pool)) for _ in range(2)]
+        logits = Logits(contrast, None)
+        return all_task_gradients(logits, scratch, row_lengths(logits.pool).max())
 
 
 def _on_hardest(shares: Tensor, similarity: Tensor, count: Tensor) -> Tensor:
@@ -185,11 +187,11 @@ def _same_label(contrast: Contrast, labels: Tensor, rows: slice) -> Tensor:
         came = list(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
         raise ValueError(f"labels: expected a label for each sample, of shape [samples], got {came}")
     n, m, b = len(contrast.anchors), len(contrast.pool), len(labels)
-    holds_anchors = contrast.itself is not None and bool((contrast.itself >= 0).any())
+    holds_anchors = contrast.own_columns is not None and bool((contrast.own_columns >= 0).any())
     why = None
     if not (contrast.positives_in_pool or contrast.is_own_pool or holds_anchors):
         why = "a memory bank, whose entries have none"
-    elif contrast.everyone is not None:
+    elif contrast.gathered is not None:
         why = "the batches of all processes"
     elif contrast.positive_columns is not None:
         why = "several positives, so that rows are parts of samples (regions of images, nodes of graphs)"

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import undimix_plugins
-from undimix_plugins import Uniform, Weighting, methods
+from undimix_plugins import Uniform, Weighting
+from undimix_plugins.methods import catalogue
 
 MANUAL = Path(__file__).parent.parent / "docs" / "methods.md"
 
@@ -17,13 +18,13 @@ def test_the_manual_has_the_list() -> None:
     text = MANUAL.read_text(encoding="utf-8")
     _, _, rest = text.partition("<!-- methods -->\n")
     listed, _, _ = rest.partition("<!-- /methods -->")
-    assert listed == methods.markdown()
+    assert listed == catalogue.markdown()
 
 
 def test_every_weighting_is_listed() -> None:
     public = (getattr(undimix_plugins, name) for name in undimix_plugins.__all__)
     weightings = {each.__name__ for each in public if isinstance(each, type) and issubclass(each, Weighting)}
-    listed = [method.name for method in methods.METHODS]
+    listed = [method.name for method in catalogue.METHODS]
     assert weightings - {Weighting.__name__, Uniform.__name__} <= set(listed)
     assert len(set(listed)) == len(listed)
 
@@ -32,7 +33,7 @@ def test_the_command_prints_them() -> None:
     ran = subprocess.run(
         [sys.executable, "-m", "undimix_plugins", "methods"], capture_output=True, text=True, check=True
     )
-    for method in methods.METHODS:
+    for method in catalogue.METHODS:
         assert f"{method.name}, arXiv {method.source}: " in ran.stdout
         assert method.equation[:40] in ran.stdout.replace("\n    ", " ")
     assert max(map(len, ran.stdout.splitlines())) <= 80

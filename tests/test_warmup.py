@@ -13,13 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.cases import bank, in_batch, random_rows
+from tests.contrasts import bank, in_batch, random_rows
 from undimix_plugins import (
     HCL,
     Contrast,
     UnDiMix,
     Uniform,
-    WeightedLoss,
     Weighting,
     effective_number,
     hardness_share,
@@ -27,7 +26,8 @@ from undimix_plugins import (
     info_nce,
     two_views,
 )
-from undimix_plugins.schedule import set_hardness, weighted_losses
+from undimix_plugins.monitoring.warmup import set_hardness, weighted_losses
+from undimix_plugins.toolkit import WeightedLoss
 from undimix_plugins.weightings.weighting import Softened
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}

@@ -1,0 +1,1 @@
+"""Methods that are no weightings, and the catalogue of all methods."""

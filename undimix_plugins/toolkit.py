@@ -1,0 +1,82 @@
+"""What an adapter imports: the losses' base class, contrasts, losses, checks of input, and gathering.
+
+A toolkit's adapter is a package that gives each of the host's losses a subclass of `WeightedLoss`, and registers one
+function, most of it a call of `reweight`, under the entry-point group `undimix_plugins.adapters`.
+"""
+
+from undimix_plugins.checks import (
+    check_choice,
+    check_embeddings,
+    check_labels,
+    check_number,
+    check_same_length,
+    check_strength,
+    check_temperature,
+    values_are_free,
+)
+from undimix_plugins.contrast import (
+    Contrast,
+    ExcludedMask,
+    GatheredPool,
+    LastLayerInputs,
+    in_batch_negatives,
+    same_label,
+    two_views,
+)
+from undimix_plugins.distributed import check_equal_batches, gather_constants, gather_parts, processes
+from undimix_plugins.last_layer import LastLayer
+from undimix_plugins.loss import LogSums, decoupled, info_nce, log_sums, mean_loss, weighted_log_sum
+from undimix_plugins.monitoring.statistics import mean_statistics, negative_statistics, watch
+from undimix_plugins.monitoring.warmup import check_warmup, hardness_share, set_hardness, weighted_losses
+from undimix_plugins.rows import as_full_precision, to_length_one, unit_rows
+from undimix_plugins.scoped import Scoped
+from undimix_plugins.settings import constant
+from undimix_plugins.weighted_loss import WeightedLoss, chosen_weighting, joined_class, require, reweight
+from undimix_plugins.weightings.weighting import Weighting
+
+__all__ = [
+    "Contrast",
+    "ExcludedMask",
+    "GatheredPool",
+    "LastLayer",
+    "LastLayerInputs",
+    "LogSums",
+    "Scoped",
+    "WeightedLoss",
+    "Weighting",
+    "as_full_precision",
+    "check_choice",
+    "check_embeddings",
+    "check_equal_batches",
+    "check_labels",
+    "check_number",
+    "check_same_length",
+    "check_strength",
+    "check_temperature",
+    "check_warmup",
+    "chosen_weighting",
+    "constant",
+    "decoupled",
+    "gather_constants",
+    "gather_parts",
+    "hardness_share",
+    "in_batch_negatives",
+    "info_nce",
+    "joined_class",
+    "log_sums",
+    "mean_loss",
+    "mean_statistics",
+    "negative_statistics",
+    "processes",
+    "require",
+    "reweight",
+    "same_label",
+    "set_hardness",
+    "to_length_one",
+    "two_views",
+    "unit_rows",
+    "values_are_free",
+    "watch",
+    "weighted_log_sum",
+    "weighted_losses",
+]

@@ -77,8 +77,7 @@ class Candidates:
         if further is not None:
             rows, self.further = torch.cat([rows, further[0]]), further[1]
         group = groups(rows)
-        self.group = None if group is None else group[: len(centred)]
-        self.further_group = None if group is None else group[len(centred) :]
+        self.groups = None if group is None else (group[: len(centred)], group[len(centred) :])  # of rows, and further
 
     def task_gradients(self, logits: Tensor, rows: slice, out: Tensor, further: Tensor | None) -> TaskGradients:
         """As `components._gradients`, of a block of tasks.
@@ -95,15 +94,15 @@ class Candidates:
             further = further.masked_fill(outside, -torch.inf)
         # What is the label over again adds v_y - v_y; beside it, rounding would leave nothing of the other terms.
         same = None
-        if self.group is not None:
-            assert self.further_group is not None
-            group = self.group[label]
+        if self.groups is not None:
+            of_rows, of_further = self.groups
+            group = of_rows[label]
             if outside is not None:
-                group = torch.where(outside, self.further_group[rows], group)
-            same = self.group == group[:, None]
+                group = torch.where(outside, of_further[rows], group)
+            same = of_rows == group[:, None]
             copies = (logits - log_label[:, None]).exp2().masked_fill(~same, 0).sum(dim=1)
             if further is not None and outside is not None:
-                same_further = (self.further_group[rows] == group) & ~outside
+                same_further = (of_further[rows] == group) & ~outside
                 copies = copies + outside + (further - log_label).exp2().masked_fill(~same_further, 0)
                 further = further.masked_fill(same_further, -torch.inf)
             log_label = log_label + copies.log2()

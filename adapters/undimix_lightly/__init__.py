@@ -1,4 +1,4 @@
-"""UnDiMix weights for lightly's losses: `undimix(NTXentLoss())`, or the class from here."""
+"""UnDiMix weights for lightly's losses: use `undimix(NTXentLoss())`, or a class of this package."""
 
 from __future__ import annotations
 

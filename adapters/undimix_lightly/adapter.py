@@ -1,4 +1,4 @@
-"""lightly's adapter: which of its losses have negatives that can be weighted, and our class for each."""
+"""lightly's adapter: the losses whose negatives can be weighted, and our class for each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Callbacks for pytorch_lightning's Trainer: a warm-up of the hardness, what the weights do, the memory bank kept."""
+"""Callbacks for pytorch_lightning's Trainer: a warm-up, statistics of negatives, memory banks in checkpoints."""
 
 from __future__ import annotations
 
@@ -43,26 +43,27 @@ class _OfLightning(Callback):
 
 
 class HardnessWarmup(_OfLightning):
-    """Begins with the plain loss and comes to the full weighting, of all weighted losses in the LightningModule.
+    """Warms up all weighted losses of the LightningModule, from the plain loss to the full weighting.
 
-    The share of the hardness at a step (`Weighting.softened` says of what) is
+    The share of the hardness at a step (see `Weighting.softened`) is
 
         linear: x,    cosine: (1 - cos(pi * x)) / 2,    x = min(global_step / steps, 1).
 
-    It follows the Trainer's own `global_step`, which counts the optimiser's steps, so that a resumed run goes on where
-    it was, and its `share` stays that of the training as it was when it began. When training ends or fails, losses have
-    their full weighting again. Validation in between is of the loss as it is then. A loss under `torch.compile` is
-    compiled a second time, for a hardness that changes.
+    It follows the Trainer's `global_step`, which counts the optimiser's steps. So a resumed run continues where it was,
+    and `share` refers to the training as it was when it began. When training ends or fails, the losses have their full
+    weighting again. Validation uses the loss as it is at that step. A loss under `torch.compile` is compiled a second
+    time when its hardness first changes.
 
     Args:
         steps: How many steps the warm-up takes, at least 1.
-        share: How much of the training it takes instead, above 0 and at most 1, of the Trainer's
+        share: The share of the training that it takes, in place of `steps`; above 0 and at most 1, of the Trainer's
             `estimated_stepping_batches`.
         shape: "linear" or "cosine".
 
     Raises:
-        ValueError: For both or neither of `steps` and `share`, or one out of its range; another `shape`. When training
-            begins: for a module without a weighted loss, or a `share` of a training without an end.
+        ValueError: If both or neither of `steps` and `share` are given, or one is out of its range; for another
+            `shape`. When training begins: if the module has no weighted loss, or a `share` is given and the training
+            has no end.
 
     Examples:
         >>> from lightly.loss import NTXentLoss
@@ -78,15 +79,15 @@ class HardnessWarmup(_OfLightning):
 
     @property
     def state_key(self) -> str:
-        """Where checkpoints keep the state: of a warm-up with these settings."""
+        """The key of the state in checkpoints: one for each combination of settings."""
         return self._generate_state_key(steps=self.steps, share=self.share, shape=self.shape)
 
     def state_dict(self) -> dict[str, Any]:
-        """How many steps the training has that is being warmed up."""
+        """The number of steps of the training."""
         return {"total": self._total}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on with the warm-up of that training."""
+        """Continues the warm-up of that training."""
         self._total = state_dict["total"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -121,26 +122,26 @@ class HardnessWarmup(_OfLightning):
 
 
 class NegativeStatistics(_OfLightning):
-    """Logs what the weights do to the negatives, as "negatives/effective_number" and so on.
+    """Logs how the weights treat the negatives, as "negatives/effective_number" and so on.
 
-    The numbers are those of `undimix_plugins.negative_statistics`, averaged over what the losses of the step's batches
-    compare, of which there are several with `accumulate_grad_batches`. They go to the Trainer's loggers at the steps at
-    which they are worked out, whatever its `log_every_n_steps`: a row has the numbers of its own step, and a name
-    without a value then is not in it. `trainer.callback_metrics` has those of the last such step, for other callbacks.
+    The numbers are those of `undimix_plugins.negative_statistics`, averaged over all contrasts of the step (several
+    with `accumulate_grad_batches`). They go to the Trainer's loggers at the steps at which they are computed, whatever
+    `log_every_n_steps` says. A row has the numbers of its own step, and leaves out a name without a value.
+    `trainer.callback_metrics` has the last numbers, for other callbacks.
 
     Args:
-        every: At how many of the Trainer's steps they are worked out, at least 1: after this many, twice as many, and
-            so on. Steps are counted as for loggers, at several optimisers once for a batch.
-        labels: A function from the training batch to a class for each of its samples [samples], to find false negatives
-            by; None to do without.
+        every: The numbers are computed every so many steps of the Trainer, at least 1. Steps are counted as for
+            loggers: with several optimisers, once for a batch.
+        labels: A function from the training batch to the class of each sample [samples], which finds false negatives,
+            such as `lambda batch: batch[1]`; None for no such numbers.
 
     Raises:
-        ValueError: For an `every` below 1; in training, for labels that do not fit what is compared, or beside a memory
-            bank, whose entries have none.
+        ValueError: If `every` is below 1. In training: if the labels do not fit the contrast, or with a memory bank,
+            whose entries have no labels.
 
     Warns:
-        UserWarning: Where a step has no weighted loss to be seen, as one under `torch.compile` is not; when training
-            ends, where it had no step that is a multiple of `every`.
+        UserWarning: If no weighted loss is seen in a step (one under `torch.compile` is not seen). When training ends:
+            if no step was a multiple of `every`.
 
     Examples:
         >>> callback = NegativeStatistics(every=50, labels=lambda batch: batch[1])
@@ -158,7 +159,7 @@ class NegativeStatistics(_OfLightning):
         self._step = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Begins to watch the losses, at some steps."""
+        """Begins to watch the losses, every so many steps."""
         self._stop()
         # What loggers are given. `global_step` counts each optimiser's steps, several for a batch.
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
@@ -198,7 +199,7 @@ class NegativeStatistics(_OfLightning):
             logger.save()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Looks away; says so where nothing could be logged."""
+        """Stops watching; warns if nothing was logged."""
         self._stop()
         if self._step is None:
             warnings.warn(
@@ -206,7 +207,7 @@ class NegativeStatistics(_OfLightning):
             )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Looks away."""
+        """Stops watching."""
         self._stop()
 
     def _stop(self) -> None:
@@ -216,14 +217,14 @@ class NegativeStatistics(_OfLightning):
 
 
 class MemoryBankCheckpoint(_OfLightning):
-    """Keeps lightly's memory banks in the Trainer's checkpoints, so that a resumed run goes on with them.
+    """Keeps lightly's memory banks in the Trainer's checkpoints, so that a resumed run continues with them.
 
-    lightly does not save them: without this a resumed MoCo begins with a bank of random rows. With several processes,
-    checkpoints hold the first one's banks, and all go on with these.
+    lightly does not save its memory banks: without this callback, a resumed MoCo begins with a bank of random rows.
+    With several processes, a checkpoint holds the banks of the first process, and all processes continue with these.
 
     Raises:
-        ValueError: When training begins, for a module without a memory bank; when it is resumed, for a checkpoint that
-            was saved without this callback, or with banks of other names or shapes.
+        ValueError: When training begins: if the module has no memory bank. When it is resumed: if the checkpoint was
+            saved without this callback, or its banks have other names or shapes.
 
     Examples:
         >>> from lightly.loss import NTXentLoss
@@ -240,7 +241,7 @@ class MemoryBankCheckpoint(_OfLightning):
             )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds the banks and where they are filled next."""
+        """Adds the banks, and the place where each is filled next."""
         checkpoint["callbacks"][self.state_key] = {
             name: {"bank": module.bank.clone(), "bank_ptr": module.bank_ptr.clone()}
             for name, module in _banks(pl_module).items()

@@ -21,19 +21,20 @@ class DCLLoss(WeightedLoss, HostDCLLoss):
 
         loss_i = -v_i s_i+ / t + log sum over j of w_ij exp(s_ij / t),
 
-    cosines s, temperature t, weights w of mean 1 for `UnDiMix` and all 1 for `Uniform`, which is lightly's own loss;
-    v of `weight_fn`, 1 without. The positive is not in the denominator; negatives are the views of all other samples.
+    with cosines s, temperature t and weights w. The weights have mean 1 for `UnDiMix`; they are all 1 for `Uniform`,
+    which gives lightly's own loss. v comes from `weight_fn`; without one it is 1. The positive is not in the
+    denominator. Negatives are the views of all other samples.
 
     Args:
-        temperature: What cosines are divided by, a finite number above 0.
-        weight_fn: From two views of length 1, each [batch, width], to a weight of the positive term for each sample
-            [batch]; None for 1.
+        temperature: Cosines are divided by it. A finite number above 0.
+        weight_fn: A function from two views of length 1, each [batch, width], to the weight of each sample's positive
+            term [batch]; None for 1.
         gather_distributed: Whether to use the negatives of all processes.
-        weighting: How much each negative counts; defaults to `UnDiMix()`.
+        weighting: How negatives are weighted. Default: `UnDiMix()`.
 
     Raises:
-        ValueError: For a temperature that is no finite number above 0, and what lightly's class refuses.
-        TypeError: For a weighting that is no `Weighting`.
+        ValueError: If the temperature is not a finite number above 0, or if lightly's class refuses a setting.
+        TypeError: If `weighting` is not a `Weighting`.
 
     References:
         Yeh et al.: Decoupled Contrastive Learning, arXiv 2110.06848, equation 6; arXiv 2206.01197 (UnDiMix, section 3).
@@ -61,16 +62,16 @@ class DCLLoss(WeightedLoss, HostDCLLoss):
         Args:
             out0: Projections of the first views [batch, width], floating point.
             out1: Projections of the second views [batch, width].
-            labels: A class for each sample [batch], integers; samples of one class are then no negatives of each
+            labels: The class of each sample [batch], integers. Samples of one class are then no negatives of each
                 other.
 
         Returns:
-            A scalar in the projections' dtype (float32 for half precision). 0 for a batch of one pair.
+            A scalar in the projections' dtype (float32 for half precision). It is 0 for a batch of one pair.
 
         Raises:
-            ValueError: For projections that are no matrices, are empty or do not match each other, or (on the CPU) are
-                not finite; for labels that do not match; on every process, for batches to gather that differ in size.
-                On other devices, non-finite projections give a loss of NaN.
+            ValueError: If the projections are not matrices, are empty, do not match each other, or (on the CPU) are not
+                finite; if the labels do not match. On every process, if batches to gather differ in size. On other
+                devices, the loss is NaN for non-finite projections.
         """
         contrast = contrast_of_views(self, out0, out1, self.temperature, gather=self.gather_distributed, labels=labels)
         if self.weight_fn is None:
@@ -87,16 +88,16 @@ class DCLWLoss(DCLLoss, HostDCLWLoss):
 
         v_i = 2 - batch * softmax over the batch of (s_i+ / sigma)
 
-    With `gather_distributed`, that softmax is over a process's own batch, as in lightly.
+    With `gather_distributed`, this softmax is over the process's own batch, as in lightly.
 
     Args:
-        temperature: What cosines are divided by, a finite number above 0.
-        sigma: What cosines are divided by in the positives' weights.
+        temperature: Cosines are divided by it. A finite number above 0.
+        sigma: Cosines are divided by it in the positives' weights.
         gather_distributed: Whether to use the negatives of all processes.
-        weighting: How much each negative counts; defaults to `UnDiMix()`.
+        weighting: How negatives are weighted. Default: `UnDiMix()`.
 
     Raises:
-        ValueError: As `DCLLoss` does.
+        ValueError: As `DCLLoss`.
         TypeError: Likewise.
 
     References:

@@ -31,25 +31,25 @@ from undimix_plugins.toolkit import (
 class DetConSLoss(WeightedLoss, HostDetConSLoss):
     """lightly's `DetConSLoss` with its negatives weighted.
 
-    An anchor is a region r of an image in one view, its positives P_r the regions of the same mask of that image in the
-    other view: several, one or none. For each view,
+    An anchor is a region r of an image in one view. Its positives P_r are the regions of the same mask of that image in
+    the other view: several, one or none. For each view,
 
         loss_r = v_r / |P_r| * sum over p in P_r of -log( exp(s_rp / t) / Z_r ),
         Z_r = sum over p in P_r of exp(s_rp / t) + sum over j of w_rj exp(s_rj / t),
 
-    cosines s, temperature t, v_r 1 over the number of regions of its mask in its view, or 0 without positives. The
-    negatives are all other regions of all images in both views, but those of the same mask, image and view. Weights w
-    have mean 1 for `UnDiMix` and are all 1 for `Uniform`, which is lightly's own loss: the mean over all regions of a
-    view, added up for both.
+    with cosines s and temperature t. v_r is 1 over the number of regions of the anchor's mask in its view, or 0 without
+    positives. The negatives are all other regions of all images in both views, except those of the same mask, image and
+    view. Weights w have mean 1 for `UnDiMix`; they are all 1 for `Uniform`, which gives lightly's own loss. The loss is
+    the mean over all regions of a view, added up over both views.
 
     Args:
-        temperature: What cosines are divided by, a finite number above 0.
+        temperature: Cosines are divided by it. A finite number above 0.
         gather_distributed: Whether to use the negatives of all processes.
-        weighting: How much each negative counts; defaults to `UnDiMix()`.
+        weighting: How negatives are weighted. Default: `UnDiMix()`.
 
     Raises:
-        ValueError: For a temperature that is no finite number above 0, and what lightly's class refuses.
-        TypeError: For a weighting that is no `Weighting`.
+        ValueError: If the temperature is not a finite number above 0, or if lightly's class refuses a setting.
+        TypeError: If `weighting` is not a `Weighting`.
 
     References:
         Henaff et al.: Efficient Visual Pretraining with Contrastive Detection, arXiv 2103.10957, section 3;
@@ -85,9 +85,9 @@ class DetConSLoss(WeightedLoss, HostDetConSLoss):
             A scalar in the projections' dtype (float32 for half precision).
 
         Raises:
-            ValueError: For projections or masks that do not match each other, or (on the CPU) are not finite; on every
-                process, for batches to gather that differ in size. On other devices, non-finite projections give a
-                loss of NaN.
+            ValueError: If projections or masks do not match each other, or (on the CPU) are not finite. On every
+                process, if batches to gather differ in size. On other devices, the loss is NaN for non-finite
+                projections.
         """
         host: HostDetConBLoss = self.detconbloss
         views, masks = (view0, view1), (mask_view0, mask_view1)
@@ -97,16 +97,16 @@ class DetConSLoss(WeightedLoss, HostDetConSLoss):
 class DetConBLoss(WeightedLoss, HostDetConBLoss):
     """lightly's `DetConBLoss` with its negatives weighted.
 
-    As `DetConSLoss`, but that anchors are BYOL's predictions, and positives and negatives its targets.
+    As `DetConSLoss`, but anchors are BYOL's predictions, and positives and negatives are its targets.
 
     Args:
-        temperature: What cosines are divided by, a finite number above 0.
+        temperature: Cosines are divided by it. A finite number above 0.
         gather_distributed: Whether to use the negatives of all processes.
-        weighting: How much each negative counts; defaults to `UnDiMix()`.
+        weighting: How negatives are weighted. Default: `UnDiMix()`.
 
     Raises:
-        ValueError: For a temperature that is no finite number above 0, and what lightly's class refuses.
-        TypeError: For a weighting that is no `Weighting`.
+        ValueError: If the temperature is not a finite number above 0, or if lightly's class refuses a setting.
+        TypeError: If `weighting` is not a `Weighting`.
 
     References:
         Henaff et al.: Efficient Visual Pretraining with Contrastive Detection, arXiv 2103.10957, section 3;

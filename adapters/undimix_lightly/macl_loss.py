@@ -16,18 +16,19 @@ class MACLLoss(WeightedLoss, HostMACLLoss):
         loss_i = -V_i log P_i,   P_i = exp(s_i+ / t) / (exp(s_i+ / t) + sum over j of w_ij exp(s_ij / t)),
         V_i = 1 / (1 - P_i),     t = temperature * (1 + alpha * (A - A_0)),
 
-    cosines s, their mean A over the positive pairs, weights w of mean 1 for `UnDiMix` and all 1 for `Uniform`, which is
-    lightly's own loss. V and t are constants of a step: no gradient flows through them.
+    with cosines s, their mean A over the positive pairs, and weights w. The weights have mean 1 for `UnDiMix`; they are
+    all 1 for `Uniform`, which gives lightly's own loss. V and t are constants of a step: no gradient flows through
+    them.
 
     Args:
-        temperature: What cosines are divided by while A is A_0, a finite number above 0.
-        alpha: How much the temperature follows A, in [0, 1].
+        temperature: The temperature t where A is A_0, a finite number above 0.
+        alpha: How strongly the temperature follows A, in [0, 1].
         A_0: The A at which the temperature is `temperature`, in [0, 1].
-        weighting: How much each negative counts; defaults to `UnDiMix()`.
+        weighting: How negatives are weighted. Default: `UnDiMix()`.
 
     Raises:
-        ValueError: For a temperature that is no finite number above 0, and what lightly's class refuses.
-        TypeError: For a weighting that is no `Weighting`.
+        ValueError: If the temperature is not a finite number above 0, or if lightly's class refuses a setting.
+        TypeError: If `weighting` is not a `Weighting`.
 
     References:
         Huang et al.: Model-Aware Contrastive Learning, ICML 2023, arXiv 2207.07874; arXiv 2206.01197 (UnDiMix,
@@ -49,16 +50,16 @@ class MACLLoss(WeightedLoss, HostMACLLoss):
         Args:
             z0: Projections of the first views [batch, width], floating point.
             z1: Projections of the second views [batch, width].
-            labels: A class for each sample [batch], integers; samples of one class are then no negatives of each
+            labels: The class of each sample [batch], integers. Samples of one class are then no negatives of each
                 other.
 
         Returns:
-            A scalar in the projections' dtype (float32 for half precision). 0 for a batch of one pair.
+            A scalar in the projections' dtype (float32 for half precision). It is 0 for a batch of one pair.
 
         Raises:
-            ValueError: For projections that are no matrices, are empty or do not match each other, or (on the CPU) are
-                not finite; for labels that do not match; for positives so far apart that the temperature would be 0.
-                On other devices, non-finite projections give a loss of NaN.
+            ValueError: If the projections are not matrices, are empty, do not match each other, or (on the CPU) are not
+                finite; if the labels do not match; if the positives are so far apart that the temperature would be 0.
+                On other devices, the loss is NaN for non-finite projections.
         """
         first, second = unit_rows(z0=z0, z1=z1)
         alignment = (first.detach() * second.detach()).sum(dim=1).mean()

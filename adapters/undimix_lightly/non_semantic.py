@@ -1,4 +1,4 @@
-"""Negatives made of the image itself, without its semantics (Ge et al. 2021): a transform, and what weighs them."""
+"""Negatives made of the image itself, without its semantics (Ge et al. 2021): a transform and a weighting."""
 
 from __future__ import annotations
 
@@ -41,25 +41,25 @@ COLUMNS = Scoped[Tensor]("non_semantic_columns")  # embeddings of the batch's no
 
 
 class NonSemanticTransform(nn.Module):
-    """Makes of an image one with the same local features and without its layout: a negative of its own.
+    """Makes a negative of an image: the same local features, without the layout.
 
-    - "patch" tiles the image with square patches of itself, each from a random place. Their size is drawn for each
-      image.
+    - "patch" tiles the image with square patches of itself, each from a random place. The size of the patches is drawn
+      for each image.
     - "texture" synthesises a texture from two pieces of the image, its centre and a random one, of 96 pixels in 224.
-      It is image quilting: blocks of a third of a piece, laid row by row with a quarter of overlap; of two random ones
-      that which fits better, cut through the overlap where it differs least from what is laid. The paper's textures
-      come from an external program, of another algorithm: these are none of its images.
+      The algorithm is image quilting: it lays blocks of a third of a piece row by row, with a quarter of overlap. Of
+      two random blocks it takes the one that fits better, and cuts the overlap where the blocks differ least. The
+      paper's textures come from an external program with another algorithm, so these are not the same images.
 
-    Every pixel is one of the image's. Random numbers are torch's. A whole batch is as quick as one image: give it
-    batches, on their device, in the training step.
+    Every pixel comes from the image. Random numbers come from torch's generator. A batch takes as long as one image, so
+    pass whole batches, on their device, in the training step.
 
     Args:
         kind: "patch" or "texture".
-        patch_size: The least and the largest side of a patch, in pixels of an image whose shorter side is 224 (whole
-            numbers from 1 to 224); scaled to the image at hand. The paper has 16 to 72.
+        patch_size: The smallest and the largest side of a patch, in pixels of an image whose shorter side is 224 (whole
+            numbers from 1 to 224). They are scaled to the image. The paper has 16 to 72.
 
     Raises:
-        ValueError: For another kind, or sizes out of these ranges.
+        ValueError: If `kind` is another, or the sizes are out of these ranges.
 
     References:
         Ge, Mishra, Li, Wang, Jacobs: Robust Contrastive Learning Using Negative Samples with Diminished Semantics,
@@ -93,17 +93,17 @@ class NonSemanticTransform(nn.Module):
         return f"kind={self.kind!r}{patch_size}"
 
     def forward(self, images: Tensor) -> Tensor:
-        """One non-semantic image of each.
+        """Makes one non-semantic image of each image.
 
         Args:
             images: [channels, height, width] or [batch, channels, height, width], of any dtype, of at least 4 pixels
                 a side.
 
         Returns:
-            A tensor like it.
+            A tensor of the same shape, dtype and device.
 
         Raises:
-            ValueError: For what is no such tensor.
+            ValueError: If `images` is not such a tensor.
         """
         if not isinstance(images, Tensor) or images.dim() not in (3, 4):
             came = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
@@ -212,18 +212,19 @@ def _pixels(images: Tensor, places: Tensor) -> Tensor:
 
 @contextmanager
 def non_semantic_columns(*embeddings: Tensor) -> Iterator[None]:
-    """Embeddings of a batch's non-semantic images, which join their own anchors' negatives in the losses inside.
+    """Adds embeddings of non-semantic images to the negatives of their own anchors, in the losses called inside.
 
-    In this thread or task alone. On a GPU activation checkpointing runs a forward again in another thread, where they
-    are not: checkpoint the encoder, not the loss.
+    This holds in the current thread or task only. On a GPU, activation checkpointing runs a forward again in another
+    thread, which does not see them: checkpoint the encoder, not the loss.
 
     Args:
-        embeddings: One batch or several, each [samples, width], floating point, as the loss is given the views' ones;
-            brought to length 1. Of a loss that compares regions (DetCon), these are the samples. Where they carry a
-            gradient it is followed; the authors encode them by the momentum encoder, without.
+        embeddings: One batch or several, each [samples, width], floating point, from the same projection head as the
+            views. They are normalised here. For a loss that compares regions (DetCon), the regions are the samples. A
+            gradient flows through them if they carry one; the authors use the momentum encoder, without gradient.
 
     Raises:
-        ValueError: For no embeddings, what `check_embeddings` refuses, or batches that differ in length.
+        ValueError: If there are no embeddings, they are not finite matrices of one width, or the batches differ in
+            length.
 
     Examples:
         >>> z0, z1, of_patches = torch.randn(3, 8, 16)
@@ -241,22 +242,22 @@ def non_semantic_columns(*embeddings: Tensor) -> Iterator[None]:
 @constant
 @dataclass(frozen=True)
 class NonSemanticNegatives(Weighting):
-    """Non-semantic negatives: an image's own texture or patches join the denominator of its anchor.
+    """Non-semantic negatives: the anchor's denominator gets the image's own texture or patches.
 
         loss_i = -log( exp(s_i+ / t) / (exp(s_i+ / t) + sum_j exp(s_ij / t) + sum_k exp(alpha * <a_i, n_ik> / t)) )
 
-    n_ik are the embeddings of images that a `NonSemanticTransform` has made of the anchor's sample; the loss takes them
-    from `non_semantic_columns`. As in the authors' code alpha scales their similarity, not their weight. Another
-    weighting of the negatives j goes beside it: `compose(UnDiMix(), NonSemanticNegatives())`. An anchor without
-    negatives j gets none.
+    n_ik are embeddings of images that a `NonSemanticTransform` made of the anchor's sample. The loss takes them from
+    `non_semantic_columns`. As in the authors' code, alpha scales their similarity, not their weight. To weight the
+    other negatives, compose: `compose(UnDiMix(), NonSemanticNegatives())`. An anchor without negatives j gets no
+    non-semantic ones either.
 
     Attributes:
-        alpha: What the similarity of non-semantic negatives is multiplied by, above 0 and at most 1e30; the paper has
-            2 and 3 too.
+        alpha: The similarity of non-semantic negatives is multiplied by it. Above 0 and at most 1e30; the paper also
+            has 2 and 3.
 
     Raises:
-        ValueError: For an `alpha` out of this range; in a loss, outside of `non_semantic_columns`, or for columns of
-            another width or number of samples than the batch.
+        ValueError: If `alpha` is out of this range. In a loss: outside of `non_semantic_columns`, or if the columns
+            have another width or number of samples than the batch.
 
     References:
         Ge, Mishra, Li, Wang, Jacobs: Robust Contrastive Learning Using Negative Samples with Diminished Semantics,

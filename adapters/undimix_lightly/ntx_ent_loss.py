@@ -32,19 +32,19 @@ class NTXentLoss(WeightedLoss, HostNTXentLoss):
 
         loss_i = -log( exp(s_i+ / t) / (exp(s_i+ / t) + sum over j of w_ij exp(s_ij / t)) ),
 
-    cosines s, temperature t, weights w of mean 1 for `UnDiMix` and all 1 for `Uniform`, which is lightly's own loss.
-    An anchor's negatives are the views of all other samples in the batch (of all processes' batches with
-    `gather_distributed`), or the memory bank's entries.
+    with cosines s, temperature t and weights w. The weights have mean 1 for `UnDiMix`; they are all 1 for `Uniform`,
+    which gives lightly's own loss. An anchor's negatives are the views of all other samples in the batch, or the
+    entries of the memory bank. With `gather_distributed` the batch is that of all processes.
 
     Args:
-        temperature: What cosines are divided by, a finite number above 0.
+        temperature: Cosines are divided by it. A finite number above 0.
         memory_bank_size: (entries, width) of the memory bank; 0 for in-batch negatives.
         gather_distributed: Whether to use the negatives of all processes.
-        weighting: How much each negative counts; defaults to `UnDiMix()`.
+        weighting: How negatives are weighted. Default: `UnDiMix()`.
 
     Raises:
-        ValueError: For a temperature that is no finite number above 0, and what lightly's class refuses.
-        TypeError: For a weighting that is no `Weighting`.
+        ValueError: If the temperature is not a finite number above 0, or if lightly's class refuses a setting.
+        TypeError: If `weighting` is not a `Weighting`.
 
     References:
         arXiv 2002.05709 (SimCLR), 1911.05722 (MoCo), 2206.01197 (UnDiMix, section 3).
@@ -76,17 +76,17 @@ class NTXentLoss(WeightedLoss, HostNTXentLoss):
         Args:
             out0: Projections of the first views [batch, width], floating point.
             out1: Projections of the second views, or of the momentum encoder [batch, width].
-            labels: A class for each sample [batch], integers; samples of one class are then no negatives of each
-                other. Not with a memory bank, which keeps none.
+            labels: The class of each sample [batch], integers. Samples of one class are then no negatives of each
+                other. Not with a memory bank, which keeps no labels.
 
         Returns:
-            A scalar in the projections' dtype (float32 for half precision). 0 for a batch of one pair.
+            A scalar in the projections' dtype (float32 for half precision). It is 0 for a batch of one pair.
 
         Raises:
-            ValueError: For projections that are no matrices, are empty or do not match each other or the memory bank,
-                or (on the CPU) are not finite. For labels that do not match, or beside a memory bank; on every
-                process, for batches to gather that differ in size. On other devices, non-finite projections give a
-                loss of NaN. A call that raises, whatever the error, leaves the memory bank as it was.
+            ValueError: If the projections are not matrices, are empty, do not match each other or the memory bank, or
+                (on the CPU) are not finite; if the labels do not match, or there is a memory bank. On every process, if
+                batches to gather differ in size. On other devices, the loss is NaN for non-finite projections. A call
+                that raises any error leaves the memory bank as it was.
         """
         bank = self.memory_bank
         if not bank.size[0]:
@@ -146,17 +146,17 @@ def _of_bank(anchors: Tensor, entries: int) -> GatheredPool:
 
 
 class DirectCLRLoss(HostDirectCLRLoss, NTXentLoss):
-    """lightly's `DirectCLRLoss` with its negatives weighted: `NTXentLoss` on an encoding's first values.
+    """lightly's `DirectCLRLoss` with its negatives weighted: `NTXentLoss` on the first values of an encoding.
 
     Args:
-        loss_dim: How many of an encoding's values are compared.
-        temperature: What cosines are divided by, a finite number above 0.
+        loss_dim: How many values of an encoding are compared, from the first on.
+        temperature: Cosines are divided by it. A finite number above 0.
         memory_bank_size: (entries, width) of the memory bank; 0 for in-batch negatives.
         gather_distributed: Whether to use the negatives of all processes.
-        weighting: How much each negative counts; defaults to `UnDiMix()`.
+        weighting: How negatives are weighted. Default: `UnDiMix()`.
 
     Raises:
-        ValueError: As `NTXentLoss` does.
+        ValueError: As `NTXentLoss`.
         TypeError: Likewise.
 
     References:
@@ -186,7 +186,7 @@ class DirectCLRLoss(HostDirectCLRLoss, NTXentLoss):
         Args:
             out0: Encodings of the first views [batch, ...], floating point.
             out1: Encodings of the second views [batch, ...].
-            labels: As `NTXentLoss.forward` has it.
+            labels: As in `NTXentLoss.forward`.
 
         Returns:
             A scalar in the encodings' dtype (float32 for half precision).

@@ -40,7 +40,7 @@ def contrast_of_views(
         out1: Projections of the second views [batch, width].
         temperature: What cosines are divided by.
         gather: Whether to use the views of all processes.
-        labels: A class for each sample [batch]; views of a sample's own class are none of its negatives.
+        labels: The class of each sample [batch]. Views of a sample's own class are not its negatives.
 
     Returns:
         A Contrast of 2 * batch anchors, first views then second.

@@ -13,7 +13,7 @@ from undimix_pyg.infograph_loss import InfoGraphLoss
 
 
 def weighted(loss: nn.Module, weighting: Weighting | None, **settings: Any) -> nn.Module:
-    """The adapter of `undimix()` for this package's own losses; a TypeError for settings that they do not have."""
+    """The adapter of `undimix()` for this package's losses. Settings that they do not have are a TypeError."""
     ours = (GraphCLLoss, GRACELoss, InfoGraphLoss)
     by_labels = settings.pop("exclude_same_class", None)
     if by_labels is not None and isinstance(loss, ours):

@@ -1,12 +1,12 @@
 """GraphCL's four augmentations as PyG transforms, for a single graph or a whole batch at once.
 
-They work on a `Data` and on a `Batch`, on the data's own device, without a loop over graphs or nodes. What each does
-to a batch is what it would do to every graph of it on its own: no edge ever links two graphs, every graph keeps at
-least one node, and `Batch.get_example` and `Batch.to_data_list` stay right. Undirected graphs stay undirected.
+They work on a `Data` and on a `Batch`, on the data's device, without a loop over graphs or nodes. A batch is augmented
+as each of its graphs would be: no edge links two graphs, every graph keeps at least one node, and `Batch.get_example`
+and `Batch.to_data_list` stay right. Undirected graphs stay undirected.
 
-Tensors that have one row per node or edge (`x`, `edge_attr`, `pos`, `train_mask`, ...) follow their nodes and edges;
-where a graph has as many edges as nodes, or a single edge, it is those with "edge" in their name that follow edges.
-Everything else, such as graph labels `y`, stays. Of attributes that hold node numbers, only `edge_index` is renumbered.
+Tensors with one row per node or edge (`x`, `edge_attr`, `pos`, `train_mask`, ...) follow their nodes and edges. If a
+graph has as many edges as nodes, or a single edge, the tensors with "edge" in their name follow the edges. Everything
+else, such as graph labels `y`, stays. Of the attributes that hold node numbers, only `edge_index` is renumbered.
 
 Randomness comes from torch's global generator, so `torch.manual_seed` reproduces an augmentation.
 
@@ -38,16 +38,16 @@ class _Augmentation(BaseTransform):
 
 
 class NodeDropping(_Augmentation):
-    """Drops nodes, and with them their edges: part of a graph may be missing without changing what it is.
+    """Drops nodes and their edges: a missing part should not change what a graph is.
 
-    Of a graph's n nodes, `floor(ratio * n)`, chosen uniformly, go.
+    `floor(ratio * n)` of a graph's n nodes are dropped, chosen uniformly.
 
     Args:
         ratio: The share of nodes to drop, in [0, 1); 0.2 in the paper.
 
     Raises:
-        ValueError: For a ratio that is no finite number in [0, 1). On use, for a `HeteroData`, for sparse adjacency
-            matrices in place of `edge_index`, or for a `batch` vector that is not in ascending order.
+        ValueError: If the ratio is not a finite number in [0, 1). When called: for a `HeteroData`, for sparse adjacency
+            matrices in place of `edge_index`, or if the `batch` vector is not in ascending order.
 
     References:
         arXiv 2010.13902, section 3.2, "node dropping".
@@ -59,21 +59,21 @@ class NodeDropping(_Augmentation):
     """
 
     def forward(self, data: Data) -> Data:
-        """A `Data` or `Batch` without the dropped nodes; the rest keep their order."""
+        """A `Data` or `Batch` without the dropped nodes. The others keep their order."""
         batch, num_graphs = graphs_of(data)
         dropped = _floor(self.ratio, degree(batch, num_graphs, torch.long))
         return _induced_subgraph(data, batch, num_graphs, ~_choose(batch, dropped))
 
 
 class EdgePerturbation(_Augmentation):
-    """Drops edges and adds as many new ones: a graph should be robust to the pattern of its edges.
+    """Drops edges and adds as many new ones: a graph should not depend on the exact pattern of its edges.
 
-    Of a graph's m edges, `floor(ratio * m)`, chosen uniformly, go, and as many node pairs, chosen uniformly among those
-    that were no edges (nor self-loops), become edges; all such pairs where there are fewer. A new edge takes its
-    attributes from an edge of the same graph, chosen uniformly.
+    `floor(ratio * m)` of a graph's m edges are dropped, chosen uniformly. As many node pairs become edges, chosen
+    uniformly among the pairs that were neither edges nor self-loops; if there are fewer such pairs, all of them. A new
+    edge takes its attributes from an edge of the same graph, chosen uniformly.
 
-    A graph with every edge in both directions is undirected: there, an edge is the two directions together. They are
-    dropped together, and a new edge has the same attributes in both.
+    A graph with every edge in both directions is undirected. The two directions are then one edge: they are dropped
+    together, and a new edge has the same attributes in both.
 
     Args:
         ratio: The share of edges to exchange, in [0, 1); 0.2 in the paper.
@@ -92,7 +92,7 @@ class EdgePerturbation(_Augmentation):
     """
 
     def forward(self, data: Data) -> Data:
-        """A `Data` or `Batch` with the same nodes, its edges ordered by graph: the remaining ones, then the new."""
+        """A `Data` or `Batch` with the same nodes; edges are ordered by graph, the remaining ones before the new."""
         batch, num_graphs = graphs_of(data)
         edge_index = edges_of(data)
         edge_batch = batch[edge_index[0]]
@@ -122,12 +122,12 @@ class EdgePerturbation(_Augmentation):
 
 
 class AttributeMasking(_Augmentation):
-    """Masks the features of nodes: a graph should be recognisable from the context of what is missing.
+    """Masks the features of nodes: the rest of a graph should be enough to recognise it.
 
-    Of a graph's n nodes, `floor(ratio * n)`, chosen uniformly, have their row of `x` replaced by the mean row of their
-    graph. The paper leaves open by what; the mean is what the authors' code uses for semi-supervised and transfer
-    learning (its code for unsupervised learning fills in Gaussian noise). For integer `x`, the mean is truncated, as
-    in JOAO's code. A graph without `x` stays as it is.
+    `floor(ratio * n)` of a graph's n nodes, chosen uniformly, get the mean row of their graph in place of their row of
+    `x`. The paper leaves open what replaces a row. The authors' code uses the mean for semi-supervised and transfer
+    learning, and Gaussian noise for unsupervised learning. For integer `x` the mean is truncated, as in JOAO's code. A
+    graph without `x` stays as it is.
 
     Args:
         ratio: The share of nodes to mask, in [0, 1); 0.2 in the paper.
@@ -157,16 +157,16 @@ class AttributeMasking(_Augmentation):
 
 
 class RandomWalkSubgraph(_Augmentation):
-    """Keeps what a random walk visits: much of what a graph is shows in its local structure.
+    """Keeps the nodes that a random walk visits: local structure says much about a graph.
 
-    Of a graph's n nodes, `n - floor(ratio * n)` stay, with the edges among them. The walk starts at a uniformly chosen
-    node. Each step goes back to anywhere it has been and from there over an edge to a new node, all such edges equally
-    likely, their direction ignored. Where there is none, it starts again at a uniformly chosen new node; so the
-    subgraph of a connected graph is connected.
+    `n - floor(ratio * n)` of a graph's n nodes stay, with the edges among them. The walk starts at a uniformly chosen
+    node. Each step takes an edge from any visited node to a new node. All such edges are equally likely, and their
+    direction is ignored. If there is none, the walk starts again at a uniformly chosen new node. So the subgraph of a
+    connected graph is connected.
 
-    `ratio` is what goes, as in the other augmentations and in the authors' later code, for JOAO, which also restarts
-    (there, each neighbour is equally likely to be next, here, each edge to one). Their code for GraphCL instead keeps
-    a share `ratio` of the nodes at most, all of them neighbours of the first.
+    `ratio` is the share that is dropped, as in the other augmentations and in the authors' later code for JOAO. That
+    code also restarts the walk; there each neighbour is equally likely to be next, here each edge to one. Their code
+    for GraphCL keeps at most a share `ratio` of the nodes, all of them neighbours of the first node.
 
     Args:
         ratio: The share of nodes not to keep, in [0, 1).
@@ -184,7 +184,7 @@ class RandomWalkSubgraph(_Augmentation):
     """
 
     def forward(self, data: Data) -> Data:
-        """A `Data` or `Batch` without the nodes not visited; the rest keep their order."""
+        """A `Data` or `Batch` with the visited nodes, in their old order."""
         batch, num_graphs = graphs_of(data)
         edge_index = edges_of(data)
         sizes = degree(batch, num_graphs, torch.long)

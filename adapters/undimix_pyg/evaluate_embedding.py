@@ -30,12 +30,12 @@ def evaluate_embedding(
 ) -> Evaluation:
     """Cross-validates a support vector machine on frozen embeddings, as is usual for TUDatasets.
 
-    Folds are stratified and shuffled. For each held-out fold, an RBF-kernel SVC's C is chosen from 10^-3, 10^-2, ...,
-    10^3 by 5-fold cross-validation within the other folds alone, so that the held-out labels have no say.
+    Folds are stratified and shuffled. For each held-out fold, the C of an RBF-kernel SVC is chosen from 10^-3, 10^-2,
+    ..., 10^3 by 5-fold cross-validation within the other folds. The held-out labels are not used for that.
 
     Args:
         embeddings: Finite numbers [graphs, width], a tensor (on any device, with or without gradient) or an array.
-        labels: Each graph's class [graphs], of any dtype.
+        labels: The class of each graph [graphs], of any dtype.
         folds: How many folds, at least 2.
         seed: Shuffles the folds.
 
@@ -43,8 +43,9 @@ def evaluate_embedding(
         The mean and the standard deviation of the folds' accuracies, in [0, 1].
 
     Raises:
-        ValueError: For embeddings that are no matrix or are not finite, labels that are not one per embedding, fewer
-            than 2 folds or classes, or a class with fewer members than folds, or too few for 5 in every training part.
+        ValueError: If the embeddings are not a matrix or are not finite; if there is not one label per embedding; if
+            there are fewer than 2 folds or classes; if a class has fewer members than folds, or fewer than 5 in a
+            training part.
 
     References:
         You et al.: Graph Contrastive Learning with Augmentations, NeurIPS 2020, arXiv 2010.13902, section 5

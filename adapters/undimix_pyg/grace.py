@@ -19,22 +19,22 @@ class GRACE(nn.Module):
 
         z = head(encoder(view)),   head(h) = W2 elu(W1 h + b1) + b2
 
-    for two views of the graph, in which `GRACELoss` then pulls each node together with itself. A view lacks edges,
-    each removed with some probability by itself (the two directions of an undirected edge are two), and features, each
-    set to 0 for all nodes alike.
+    for two views of the graph. `GRACELoss` then pulls each node together with itself in the other view. In a view, each
+    edge is dropped with some probability (each direction of an undirected edge by itself), and each feature is set to 0
+    for all nodes with some probability.
 
     Args:
-        encoder: Called as `encoder(x, edge_index)`, with what its `forward` takes of the data's `edge_weight`,
-            `edge_attr` and `edge_type`; returns embeddings of the nodes [num_nodes, hidden_channels].
+        encoder: Called as `encoder(x, edge_index)`, with those of the data's `edge_weight`, `edge_attr` and `edge_type`
+            that its `forward` takes. Returns embeddings of the nodes [num_nodes, hidden_channels].
         hidden_channels: The width of the encoder's output and of the head, at least 1.
-        drop_edge_rate_1: The probability of an edge to be removed from the first view, in [0, 1). The defaults are
-            those of the authors' code for Cora.
-        drop_edge_rate_2: Likewise from the second.
-        drop_feature_rate_1: The probability of a feature to be masked in the first view, in [0, 1).
-        drop_feature_rate_2: Likewise in the second.
+        drop_edge_rate_1: The probability that an edge is dropped in the first view, in [0, 1). The defaults are those
+            of the authors' code for Cora.
+        drop_edge_rate_2: The same for the second view.
+        drop_feature_rate_1: The probability that a feature is masked in the first view, in [0, 1).
+        drop_feature_rate_2: The same for the second view.
 
     Raises:
-        ValueError: For a width below 1, or a probability that is no finite number in [0, 1).
+        ValueError: If a width is below 1, or a probability is not a finite number in [0, 1).
 
     References:
         Zhu et al.: Deep Graph Contrastive Representation Learning, ICML workshop on Graph Representation Learning and
@@ -78,11 +78,11 @@ class GRACE(nn.Module):
         """Projections of the nodes in two views.
 
         Args:
-            data: A graph, a `Batch` of some, or what a loader of nodes gives; with features `x`.
+            data: A graph, a `Batch` of graphs, or a batch of a loader of nodes; with features `x`.
 
         Returns:
-            Two tensors [num_nodes, hidden_channels], row i of both from node i. In what a `NeighborLoader` gives, the
-            seed nodes come first: the loss takes their rows, `z[: data.batch_size]`.
+            Two tensors [num_nodes, hidden_channels]. Row i of both belongs to node i. In a batch of a `NeighborLoader`
+            the seed nodes come first: pass their rows to the loss, `z[: data.batch_size]`.
 
         Raises:
             ValueError: As `embed`.
@@ -92,7 +92,7 @@ class GRACE(nn.Module):
         return self.head(first), self.head(second)
 
     def embed(self, data: Data | Batch) -> Tensor:
-        """The nodes' representations, without corruption or head: what is evaluated and used downstream.
+        """The embeddings of the nodes, without corruption or head: use these for evaluation and downstream tasks.
 
         Args:
             data: As `forward`.
@@ -102,9 +102,9 @@ class GRACE(nn.Module):
             `eval()` and call it under `torch.no_grad()`.
 
         Raises:
-            ValueError: For a graph without `x`, or without the edges' weights, features or types that the encoder
-                needs; for an encoder whose output is not of the shape promised. For a `HeteroData`, or for sparse
-                adjacency matrices in place of `edge_index`.
+            ValueError: If the graph has no `x`, or lacks edge weights, features or types that the encoder needs; if the
+                encoder's output has another shape. For a `HeteroData`, or for sparse adjacency matrices in place of
+                `edge_index`.
         """
         return self._encode(data, drop_edge_rate=0, drop_feature_rate=0)
 

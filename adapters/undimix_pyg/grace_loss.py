@@ -20,26 +20,27 @@ from undimix_plugins.toolkit import (
 
 
 class GRACELoss(WeightedLoss):
-    """The loss of GRACE, all other nodes in both views as weighted negatives.
+    """The loss of GRACE. An anchor's weighted negatives are all other nodes in both views.
 
         loss(u_i) = -log( e(u_i, v_i) / (e(u_i, v_i) + sum over k != i of (w_ik e(u_i, v_k) + w'_ik e(u_i, u_k))) ),
 
-    with e(u, v) = exp(cos(u, v) / t), u_i and v_i the projections of node i in the two views, and averaged over all
-    nodes and, the views changing places, both views. n nodes have 2n anchors with 2n - 2 negatives each; of a graph
-    too large for that, the parts that a loader gives are batches.
+    with e(u, v) = exp(cos(u, v) / t). u_i and v_i are the projections of node i in the two views. The loss is averaged
+    over all nodes, and over both views as anchors. n nodes make 2n anchors with 2n - 2 negatives each. If a graph is
+    too large for that, train on the parts that a loader gives.
 
-    `undimix(loss, last_layer=model.head[-1])`, of a `GRACE` model, takes gradients at that layer's weight. The loss has
-    to be given all rows of the model's projections then.
+    With a `GRACE` model, `undimix(loss, last_layer=model.head[-1])` takes gradients at that layer's weight. Then the
+    loss needs all rows of the model's projections.
 
     Args:
-        temperature: t, what cosines are divided by, a finite number above 0; 0.5 is the default of the authors' code,
+        temperature: t. Cosines are divided by it. A finite number above 0; 0.5 is the default of the authors' code,
             which sets 0.4 for Cora, 0.9 for CiteSeer, 0.7 for PubMed and DBLP.
-        weighting: How much each negative counts; defaults to `UnDiMix(**options)`. `Uniform()` is plain GRACE.
-        options: Of `UnDiMix`, such as `hardness=2.0`, instead of a weighting.
+        weighting: How negatives are weighted. Default: `UnDiMix(**options)`. `Uniform()` is plain GRACE.
+        options: Options of `UnDiMix`, such as `hardness=2.0`, in place of a weighting.
 
     Raises:
-        ValueError: For a temperature that is no finite number above 0.
-        TypeError: For a weighting that is no `Weighting`, or options beside one or that `UnDiMix` does not have.
+        ValueError: If the temperature is not a finite number above 0.
+        TypeError: If `weighting` is not a `Weighting`; if options are given with a weighting, or `UnDiMix` does not
+            have them.
 
     References:
         Zhu et al.: Deep Graph Contrastive Representation Learning, ICML workshop on Graph Representation Learning and
@@ -60,16 +61,16 @@ class GRACELoss(WeightedLoss):
         Args:
             z1: Projections in the first view [nodes, width], floating point.
             z2: Projections in the second view [nodes, width].
-            labels: A class for each node [nodes]; nodes of one class are then no negatives of each other. A node of
-                unknown class gets a label that no other has.
+            labels: The class of each node [nodes]. Nodes of one class are then no negatives of each other. Give a node
+                of unknown class a label that no other node has.
 
         Returns:
-            A scalar in the projections' dtype (float32 for half precision). A node without negatives, as in a graph
-            of one, adds 0.
+            A scalar in the projections' dtype (float32 for half precision). A node without negatives, as in a graph of
+            one node, adds 0.
 
         Raises:
-            ValueError: For projections that are no matrices, are empty or do not match each other, or (on the CPU) are
-                not finite; for labels that do not match. On other devices, non-finite projections give a loss of NaN.
+            ValueError: If the projections are not matrices, are empty, do not match each other, or (on the CPU) are not
+                finite; if the labels do not match. On other devices, the loss is NaN for non-finite projections.
         """
         first, second = unit_rows(z1=z1, z2=z2)
         check_labels(labels, z1, of="node")

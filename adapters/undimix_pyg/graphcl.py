@@ -1,4 +1,4 @@
-"""GraphCL's model: two augmented views of every graph, encoded, pooled and projected."""
+"""GraphCL's model: two augmented views of each graph, encoded, pooled and projected."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ class GraphCL(nn.Module):
 
         z = head(pool(encoder(view))),   head(h) = W2 relu(W1 h + b1) + b2
 
-    for two views of every graph, which `GraphCLLoss` then pulls together.
+    for two views of each graph. `GraphCLLoss` then pulls the two together.
 
     Args:
-        encoder: Called as `encoder(x, edge_index, batch=batch)`, with what its `forward` takes of the data's
-            `edge_weight`, `edge_attr` and `edge_type`; returns embeddings of the nodes [num_nodes, hidden_channels],
-            which are pooled here, or already of the graphs [num_graphs, hidden_channels].
+        encoder: Called as `encoder(x, edge_index, batch=batch)`, with those of the data's `edge_weight`, `edge_attr`
+            and `edge_type` that its `forward` takes. Returns embeddings of the nodes [num_nodes, hidden_channels],
+            which are pooled here, or of the graphs [num_graphs, hidden_channels].
         hidden_channels: The encoder's output width, at least 1.
         projection_channels: The head's output width, at least 1; by default `hidden_channels`, as in the authors' code.
-        augmentations: What views are made with, at least one; for each view of each batch one of them, drawn uniformly.
-        pooling: From embeddings of nodes to those of graphs, called as `pooling(h, batch, size=num_graphs)`; the sum,
-            as in the authors' code, by default.
+        augmentations: At least one transform. Each view of each batch is made by one of them, drawn uniformly.
+        pooling: A function from embeddings of nodes to those of graphs, called as `pooling(h, batch, size=num_graphs)`.
+            Default: the sum, as in the authors' code.
 
     Raises:
-        ValueError: For a width below 1, or no augmentations.
+        ValueError: If a width is below 1, or there are no augmentations.
 
     References:
         You et al.: Graph Contrastive Learning with Augmentations, NeurIPS 2020, arXiv 2010.13902, section 3.3 and
@@ -93,7 +93,7 @@ class GraphCL(nn.Module):
             data: A `Batch`, or a `Data`, which is one graph unless it has a `batch` vector; with features `x`.
 
         Returns:
-            Two tensors [num_graphs, projection_channels], row i of both from graph i.
+            Two tensors [num_graphs, projection_channels]. Row i of both belongs to graph i.
 
         Raises:
             ValueError: As `embed`.
@@ -101,7 +101,7 @@ class GraphCL(nn.Module):
         return self.head(self.embed(self._view(data))), self.head(self.embed(self._view(data)))
 
     def embed(self, data: Data | Batch) -> Tensor:
-        """The graphs' representations, without augmentation or head: what is evaluated and used downstream.
+        """The embeddings of the graphs, without augmentation or head: use these for evaluation and downstream tasks.
 
         Args:
             data: As `forward`.
@@ -111,9 +111,10 @@ class GraphCL(nn.Module):
             `eval()` and call it under `torch.no_grad()`.
 
         Raises:
-            ValueError: For graphs without `x`, or without the edges' weights, features or types that the encoder
-                needs; for an encoder whose output has neither a row per node nor one per graph, or not the width
-                promised; and what `graphs_of` raises.
+            ValueError: If the graphs have no `x`, or lack edge weights, features or types that the encoder needs; if
+                the encoder's output has neither one row per node nor one per graph, or another width. For a
+                `HeteroData`, for sparse adjacency matrices in place of `edge_index`, or if the `batch` vector is not in
+                ascending order.
         """
         batch, num_graphs = graphs_of(data)
         data = cast(Data, data)  # a Batch of Data is a Data, but its class is made at run time only

@@ -19,23 +19,24 @@ from undimix_plugins.toolkit import (
 
 
 class GraphCLLoss(WeightedLoss):
-    """The loss of GraphCL, the other graphs of the batch as weighted negatives.
+    """The loss of GraphCL. An anchor's weighted negatives are the other graphs of the batch.
 
         loss_i = -log( exp(cos(z_i, z_i') / t) / sum over j != i of w_ij exp(cos(z_i, z_j') / t) ),
 
-    z_i and z_i' two views of graph i, averaged over the batch. As in the paper and the authors' code, the positive is
-    not in the denominator (so the loss may be negative), and second views are the candidates of the first.
+    averaged over the batch. z_i and z_i' are two views of graph i. As in the paper and the authors' code, the positive
+    is not in the denominator, so the loss may be negative. The candidates of first views are second views.
 
-    `undimix(loss, last_layer=model.head[-1])`, of a `GraphCL` model, takes gradients at that layer's weight.
+    With a `GraphCL` model, `undimix(loss, last_layer=model.head[-1])` takes gradients at that layer's weight.
 
     Args:
-        temperature: t, what cosines are divided by, a finite number above 0; 0.2 is the authors' for TUDatasets.
-        weighting: How much each negative counts; defaults to `UnDiMix(**options)`. `Uniform()` is plain GraphCL.
-        options: Of `UnDiMix`, such as `hardness=2.0`, instead of a weighting.
+        temperature: t. Cosines are divided by it. A finite number above 0; 0.2 is the authors' for TUDatasets.
+        weighting: How negatives are weighted. Default: `UnDiMix(**options)`. `Uniform()` is plain GraphCL.
+        options: Options of `UnDiMix`, such as `hardness=2.0`, in place of a weighting.
 
     Raises:
-        ValueError: For a temperature that is no finite number above 0.
-        TypeError: For a weighting that is no `Weighting`, or options beside one or that `UnDiMix` does not have.
+        ValueError: If the temperature is not a finite number above 0.
+        TypeError: If `weighting` is not a `Weighting`; if options are given with a weighting, or `UnDiMix` does not
+            have them.
 
     References:
         You et al.: Graph Contrastive Learning with Augmentations, NeurIPS 2020, arXiv 2010.13902, section 3.3,
@@ -56,15 +57,15 @@ class GraphCLLoss(WeightedLoss):
         Args:
             z1: Projections of the first views [graphs, width], floating point.
             z2: Projections of the second views [graphs, width].
-            labels: A class for each graph [graphs]; graphs of one class are then no negatives of each other.
+            labels: The class of each graph [graphs]. Graphs of one class are then no negatives of each other.
 
         Returns:
             A scalar in the projections' dtype (float32 for half precision). A graph without negatives, as in a batch
             of one, adds 0.
 
         Raises:
-            ValueError: For projections that are no matrices, are empty or do not match each other, or (on the CPU) are
-                not finite; for labels that do not match. On other devices, non-finite projections give a loss of NaN.
+            ValueError: If the projections are not matrices, are empty, do not match each other, or (on the CPU) are not
+                finite; if the labels do not match. On other devices, the loss is NaN for non-finite projections.
         """
         first, second = unit_rows(z1=z1, z2=z2)
         check_labels(labels, z1, of="graph")

@@ -19,19 +19,19 @@ class InfoGraph(nn.Module):
 
         h = encoder(graph),   node_u = local_head(h_u),   graph_g = global_head(pool of the h_u of g)
 
-    A head is a feed-forward net of three layers beside a linear shortcut, f(h) = relu(W3 relu(W2 relu(W1 h))) + W4 h,
-    each with a bias. `InfoGraphLoss` then pulls graphs together with their own nodes.
+    A head is a feed-forward net of three layers with a linear shortcut, f(h) = relu(W3 relu(W2 relu(W1 h))) + W4 h;
+    each layer has a bias. `InfoGraphLoss` then pulls graphs together with their own nodes.
 
     Args:
-        encoder: Called as `encoder(x, edge_index, batch=batch)`, with what its `forward` takes of the data's
-            `edge_weight`, `edge_attr` and `edge_type`; returns embeddings of the nodes [num_nodes, hidden_channels].
-            The authors' joins those of all layers, as PyG's do with `jk="cat"`.
+        encoder: Called as `encoder(x, edge_index, batch=batch)`, with those of the data's `edge_weight`, `edge_attr`
+            and `edge_type` that its `forward` takes. Returns embeddings of the nodes [num_nodes, hidden_channels]. The
+            authors' encoder concatenates those of all layers, as PyG's models do with `jk="cat"`.
         hidden_channels: The width of the encoder's output and of the heads, at least 1.
-        pooling: From embeddings of nodes to those of graphs, called as `pooling(h, batch, size=num_graphs)`; the sum,
-            as in the authors' code, by default.
+        pooling: A function from embeddings of nodes to those of graphs, called as `pooling(h, batch, size=num_graphs)`.
+            Default: the sum, as in the authors' code.
 
     Raises:
-        ValueError: For a width below 1.
+        ValueError: If the width is below 1.
 
     References:
         Sun et al.: InfoGraph: Unsupervised and Semi-supervised Graph-Level Representation Learning via Mutual
@@ -80,7 +80,7 @@ class InfoGraph(nn.Module):
         return self.global_head(graphs), self.local_head(nodes), batch
 
     def embed(self, data: Data | Batch) -> Tensor:
-        """The graphs' representations, without the head: what is evaluated and used downstream.
+        """The embeddings of the graphs, without the head: use these for evaluation and downstream tasks.
 
         Args:
             data: As `forward`.
@@ -90,8 +90,9 @@ class InfoGraph(nn.Module):
             `eval()` and call it under `torch.no_grad()`.
 
         Raises:
-            ValueError: For graphs without `x`, or without the edges' weights, features or types that the encoder
-                needs; for an encoder whose output is not of the shape promised; and what `graphs_of` raises.
+            ValueError: If the graphs have no `x`, or lack edge weights, features or types that the encoder needs; if
+                the encoder's output has another shape. For a `HeteroData`, for sparse adjacency matrices in place of
+                `edge_index`, or if the `batch` vector is not in ascending order.
         """
         return self._encode(data)[0]
 

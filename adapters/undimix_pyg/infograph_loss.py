@@ -22,31 +22,33 @@ from undimix_plugins.toolkit import (
 
 
 class InfoGraphLoss(WeightedLoss):
-    """The loss of InfoGraph in its InfoNCE form, the nodes of a batch's other graphs as weighted negatives.
+    """InfoGraph's loss in its InfoNCE form. A graph's weighted negatives are the nodes of the other graphs.
 
         loss_g = -mean over nodes u of g of log( e(g, u) / (sum over nodes v of g of e(g, v)
                                                             + sum over all other nodes v of w_gv e(g, v)) ),
 
     with e(g, u) = exp(cos(g, u) / t) of the projections of graph g and node u, averaged over the batch's graphs. A
-    graph's positives, its own nodes, share one denominator, so that a graph of n nodes adds at least log n.
+    graph's positives are its own nodes. They share one denominator, so a graph of n nodes adds at least log n.
 
-    The paper maximises the mutual information of graphs and nodes by a Jensen-Shannon estimator, which adds up a
-    softplus for each pair, so that no negative is ever compared with another. This is the InfoNCE estimator of the
-    same, over the same pairs, in its form for several positives; Deep InfoMax, which InfoGraph carries over to graphs,
-    has both. In it negatives share a denominator, so that a hard one can count more than an easy one. Where the paper's
-    discriminator is an inner product, this takes cosines over a temperature.
+    This is not the paper's objective. The paper maximises the mutual information of graphs and nodes by a
+    Jensen-Shannon estimator. It adds up a softplus for each pair, so no negative is compared with another, and weights
+    would do nothing. This is the InfoNCE estimator of the same mutual information, over the same pairs, in its form for
+    several positives. Deep InfoMax, which InfoGraph carries over to graphs, has both estimators. Here negatives share a
+    denominator, so a hard one can count more than an easy one. The paper's discriminator is an inner product; this loss
+    takes cosines over a temperature.
 
-    Graphs and nodes are outputs of two layers, so `undimix()` takes no last layer.
+    Graphs and nodes come from two layers, so `undimix()` takes no last layer.
 
     Args:
-        temperature: t, what cosines are divided by, a finite number above 0. InfoGraph has none; 0.2 is GraphCL's for
-            the same data sets.
-        weighting: How much each negative counts; defaults to `UnDiMix(**options)`. `Uniform()` is plain InfoNCE.
-        options: Of `UnDiMix`, such as `hardness=2.0`, instead of a weighting.
+        temperature: t. Cosines are divided by it. A finite number above 0. InfoGraph has none; 0.2 is GraphCL's for the
+            same data sets.
+        weighting: How negatives are weighted. Default: `UnDiMix(**options)`. `Uniform()` is plain InfoNCE.
+        options: Options of `UnDiMix`, such as `hardness=2.0`, in place of a weighting.
 
     Raises:
-        ValueError: For a temperature that is no finite number above 0; from `undimix()` for a last layer.
-        TypeError: For a weighting that is no `Weighting`, or options beside one or that `UnDiMix` does not have.
+        ValueError: If the temperature is not a finite number above 0. From `undimix()`: if a last layer is given.
+        TypeError: If `weighting` is not a `Weighting`; if options are given with a weighting, or `UnDiMix` does not
+            have them.
 
     References:
         Sun et al.: InfoGraph, ICLR 2020, arXiv 1908.01000, section 3.2; Hjelm et al.: Deep InfoMax, ICLR 2019, arXiv
@@ -72,16 +74,16 @@ class InfoGraphLoss(WeightedLoss):
             graphs: Projections of the graphs [graphs, width], floating point.
             nodes: Projections of the nodes of all graphs [nodes, width].
             batch: The number of each node's graph [nodes], int64, in any order.
-            labels: A class for each graph [graphs]; the nodes of graphs of one class are then no negatives of these.
+            labels: The class of each graph [graphs]. Nodes of graphs of the anchor's class are then no negatives of it.
 
         Returns:
-            A scalar in the projections' dtype (float32 for half precision). A graph without nodes adds 0; one without
-            negatives, as in a batch of one, is left with the sum over its own nodes.
+            A scalar in the projections' dtype (float32 for half precision). A graph without nodes adds 0. A graph
+            without negatives, as in a batch of one, has only its own nodes in the denominator.
 
         Raises:
-            ValueError: For projections that are no matrices, are empty or differ in width, or (on the CPU) are not
-                finite; for a `batch` that does not match or (on the CPU) has other numbers than the graphs', or labels
-                that do not match. On other devices, non-finite projections give a loss of NaN.
+            ValueError: If the projections are not matrices, are empty, differ in width, or (on the CPU) are not finite;
+                if `batch` does not match, or (on the CPU) has numbers of no graph; if the labels do not match. On other
+                devices, the loss is NaN for non-finite projections.
         """
         check_embeddings(graphs=graphs, nodes=nodes)
         _check_batch(batch, graphs, nodes)

@@ -1,4 +1,4 @@
-"""UnDiMix weights for sentence-transformers' losses: `undimix(loss)`, or the class from here."""
+"""UnDiMix weights for sentence-transformers' losses: use `undimix(loss)`, or a class of this package."""
 
 from undimix_plugins.toolkit import require
 

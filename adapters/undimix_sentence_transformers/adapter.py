@@ -53,7 +53,7 @@ class Around(nn.Module):
 
 
 def weighted(loss: nn.Module, weighting: Weighting | None, **settings: Any) -> nn.Module:
-    """sentence-transformers' adapter for `undimix()`; a loss that modifies another gets that one weighted."""
+    """sentence-transformers' adapter for `undimix()`; in a loss around another one, the inner loss is weighted."""
     for package, why in REFUSED.items():
         if type(loss).__module__.startswith(package):
             raise TypeError(f"loss: {type(loss).__name__} can't be weighted: {why}")

@@ -1,4 +1,4 @@
-"""Negatives from a nearest-neighbour index of the corpus, mined anew in the background during training (ANCE)."""
+"""Hard negatives from a nearest-neighbour index of the corpus, mined again in the background during training (ANCE)."""
 
 from __future__ import annotations
 
@@ -50,62 +50,63 @@ serve(sys.argv[1])
 
 
 class ANCE(TrainerCallback):
-    """Hard negatives of the whole corpus, by the model as it was a few steps ago.
+    """Hard negatives from the whole corpus, mined by the model of a few steps ago.
 
-    With f_k the model of step k, the negatives of an anchor q are `num_negatives` texts out of
+    f_k is the model of step k. The negatives of an anchor q are `num_negatives` texts out of
 
         top(range_max; f_k(q), corpus) without q's positives,
 
-    which `mine_hard_negatives` finds with faiss's exact index of inner products, as the authors' code has it: the
-    similarity is the cosine. A process of its own does that while training goes on: at every `every` steps it is given
-    the weights of the step, saved whole, encodes corpus and anchors, and its result replaces the negatives between two
-    steps; where it takes longer than `every` steps, the next begins as it ends. The first, of the untrained model, is
-    waited for, as the authors do. Should a later one crash, or not begin for want of disk space, the negatives stay, a
-    warning has its error, and the next is tried. Its process ends with the training, however that ends, and with the
-    process that trains.
+    `mine_hard_negatives` finds them with faiss's exact index of inner products, as the authors' code does; the
+    similarity is the cosine. A refresh runs in its own process while training goes on. It begins every `every` steps:
+    it loads the weights of that step and encodes corpus and anchors. Its result replaces the negatives between two
+    steps. If it takes longer than `every` steps, the next refresh begins when it ends. Training waits for the first
+    refresh, of the untrained model, as the authors do. If a later refresh crashes, or cannot begin because the disk is
+    full, the negatives stay, a warning gives the error, and the next refresh is tried. The process ends with the
+    training, also when that fails or is killed.
 
-    `dataset` is for the Trainer: the pairs with columns negative_1, ..., whose texts are looked up at each access. A
-    batch that a data loader has read ahead (one, and `dataloader_prefetch_factor` for each worker) has the negatives of
-    when it was read. All rows of a batch have those of one refresh, except with workers *and* several datasets, where
-    the Trainer reads rows one by one. All batch samplers work; NO_DUPLICATES looks at the negatives of now (with
-    workers, a swap can come between), NO_DUPLICATES_HASHED at those that stood there when training began. Prompts of
-    the Trainer go by column; mining has its own. Each checkpoint gets its negatives as a file, and training that is
-    resumed from it goes on with these; a refresh that was under way then begins anew. Where the file cannot be written,
-    training ends with an error, as it does for the weights. An IterableDataset, several processes (`torchrun`), sparse
-    encoders and systems other than POSIX are not supported.
+    Give `dataset` to the Trainer. It has the pairs and columns negative_1, ..., whose texts are looked up at each
+    access. A batch that a data loader has read ahead (one, and `dataloader_prefetch_factor` for each worker) keeps the
+    negatives of the time when it was read. All rows of a batch have negatives of one refresh, except with workers *and*
+    several datasets, where the Trainer reads rows one by one. All batch samplers work. NO_DUPLICATES looks at the
+    current negatives (with workers, a swap can come between), NO_DUPLICATES_HASHED at those of the beginning of
+    training. The Trainer's prompts are by column; mining has its own prompts. Each checkpoint gets its negatives as a
+    file, and a resumed training continues with them. A refresh that was running begins again. If the file cannot be
+    written, training ends with an error, as for the weights. Not supported: an IterableDataset, several processes
+    (`torchrun`), sparse encoders, and systems other than POSIX.
 
-    Pass it in the Trainer's `callbacks`, not to `add_callback`: it has to see `train` begin and end.
+    Pass the callback in the Trainer's `callbacks`, not to `add_callback`: it has to see `train` begin and end.
 
     Attributes:
-        dataset: The pairs with their negatives, a Dataset with a transform.
-        mined_at: The step of the weights that mined the negatives in use; -1 while these are random.
+        dataset: The pairs with their negatives: a Dataset with a transform.
+        mined_at: The step whose weights mined the current negatives; -1 while these are random.
 
     Args:
-        pairs: A Dataset without a format of its own: anchors, positives, and labels if any. An anchor that stands twice
+        pairs: A Dataset without a format: anchors, positives, and labels if there are any. An anchor in several rows
             has several positives.
-        corpus: The texts that negatives are taken from, besides all positives; None for the positives alone. An anchor
-            that is in here can be its own negative.
-        every: How many of the Trainer's steps from the beginning of a refresh to that of the next, at least 1; 10,000
-            in the paper.
-        num_negatives: How many for each pair, at least 1. A pair for which fewer are found keeps those that it has, at
-            first random ones; a warning says how many do.
-        range_max: Among how many nearest texts, at least `num_negatives` (after a `range_min`).
-        sampling_strategy: "random" for any of these, "top" for the nearest.
-        device: Where the refresh encodes; with "cpu" it sees no GPU.
-        use_faiss: Whether to search with faiss; else with the model's own similarity.
-        seed: Of what is random; a refresh of step k has `random.seed(seed + k)`.
-        options: More of `mine_hard_negatives`: margins, scores, prompts, batch sizes, `range_min`, `use_multi_process`.
+        corpus: The texts that negatives are taken from, with all positives; None for the positives alone. An anchor
+            whose text is in the corpus can be its own negative.
+        every: A refresh begins every so many steps of the Trainer, at least 1; 10,000 in the paper.
+        num_negatives: How many negatives each pair has, at least 1. A pair for which fewer are found keeps the
+            negatives that it has, at first random ones. A warning says how many pairs do.
+        range_max: Negatives come from this many nearest texts, at least `num_negatives` (after a `range_min`).
+        sampling_strategy: "random" takes any of these texts, "top" the nearest.
+        device: The device on which the refresh encodes. With "cpu" it sees no GPU.
+        use_faiss: Whether to search with faiss. False searches with the model's own similarity.
+        seed: The seed of what is random. A refresh of step k uses `random.seed(seed + k)`.
+        options: Further arguments of `mine_hard_negatives`: margins, scores, prompts, batch sizes, `range_min`,
+            `use_multi_process`.
 
     Raises:
-        TypeError: For `pairs` that are no Dataset, a `corpus` that is no sequence, or one text; options that are not
-            those above. In training: a model that is no SentenceTransformer.
-        ValueError: For other columns or texts than those above, numbers out of their range, too small a corpus. In
-            training: for another `train_dataset`, several processes, a checkpoint whose negatives are damaged.
-        RuntimeError: In training, where the first refresh fails, a checkpoint's negatives cannot be written, or
-            `callbacks` has not got this.
+        TypeError: If `pairs` is not a Dataset, `corpus` is not a sequence or is a single text, or an option is none of
+            those above. In training: if the model is not a SentenceTransformer.
+        ValueError: If columns or texts are others than those above, a number is out of its range, or the corpus is too
+            small. In training: if `train_dataset` is another, there are several processes, or a checkpoint's negatives
+            are damaged.
+        RuntimeError: In training: if the first refresh fails, a checkpoint's negatives cannot be written, or the
+            callback was added after the Trainer was made.
 
     Warns:
-        UserWarning: Where a later refresh fails, and where pairs keep their negatives.
+        UserWarning: If a later refresh fails, or pairs keep their negatives.
 
     References:
         Xiong et al.: Approximate Nearest Neighbor Negative Contrastive Learning for Dense Text Retrieval, ICLR 2021,

@@ -1,4 +1,4 @@
-"""sentence-transformers' losses with a guide model, with the negatives that it leaves weighted."""
+"""sentence-transformers' losses with a guide model. The negatives that the guide leaves are weighted."""
 
 from __future__ import annotations
 
@@ -128,28 +128,28 @@ class GISTEmbedLoss(GuidedLoss, host.GISTEmbedLoss):
 
         loss_i = -log( exp(s_i+ / t) / (exp(s_i+ / t) + sum over c of sum over j in N_ic of w_cij exp(s_cij / t)) ),
 
-    cosines s, temperature t, c over the contrasts: anchor to documents, anchor to anchors, positive to positives. N_ic
-    are the candidates that the guide does not rate above the anchor's own pair (less the margin), without the anchor
-    or positive itself. Weights w are normalised in each contrast on their own: mean 1 over N_ic for `UnDiMix`, all 1
-    for `Uniform`, which is the host's own loss.
+    with cosines s and temperature t. c runs over the contrasts: anchor to documents, anchor to anchors, positive to
+    positives. N_ic are the candidates that the guide does not rate above the anchor's own pair (less the margin),
+    without the anchor or positive itself. Weights w are normalised in each contrast by itself: they have mean 1 over
+    N_ic for `UnDiMix`, and are all 1 for `Uniform`, which gives the host's own loss.
 
-    (The one difference: where the threshold is as high as the guide rates a text with itself, as a negative margin can
-    make it, the host counts an anchor among its own negatives.)
+    There is one difference. A negative margin can raise the threshold to the guide's rating of a text with itself. The
+    host then counts an anchor among its own negatives; this loss does not.
 
     Args:
         model: The SentenceTransformer to train.
-        guide: The SentenceTransformer that judges which candidates are no negatives.
-        temperature: What cosines are divided by, a finite number above 0.
-        margin_strategy: "absolute" or "relative", as the host has it.
-        margin: How far below its pair's rating the guide's threshold is.
+        guide: The SentenceTransformer that finds candidates that are no negatives.
+        temperature: Cosines are divided by it. A finite number above 0.
+        margin_strategy: "absolute" or "relative", as in the host.
+        margin: How far the guide's threshold is below the rating of the anchor's own pair.
         contrast_anchors: Whether to contrast anchors with anchors.
         contrast_positives: Whether to contrast positives with positives.
         gather_across_devices: Whether to use the documents of all devices.
-        weighting: How much each negative counts; defaults to `UnDiMix()`.
+        weighting: How negatives are weighted. Default: `UnDiMix()`.
 
     Raises:
-        ValueError: For a temperature that is no finite number above 0, and what the host refuses.
-        TypeError: For a weighting that is no `Weighting`.
+        ValueError: If the temperature is not a finite number above 0, or if the host refuses a setting.
+        TypeError: If `weighting` is not a `Weighting`.
 
     Inputs:
         (anchor, positive) pairs or (anchor, positive, negative) triplets.
@@ -191,15 +191,16 @@ class GISTEmbedLoss(GuidedLoss, host.GISTEmbedLoss):
         """The weighted loss of a batch of tokenised columns.
 
         Args:
-            sentence_features: What the model is given of each column: anchors, positives, and hard negatives or none.
-            labels: The samples' classes [batch] where `exclude_same_class` is set; not used else.
+            sentence_features: The model's inputs for each column: anchors, positives, and hard negatives if there are
+                any.
+            labels: The samples' classes [batch], used only if `exclude_same_class` is set.
 
         Returns:
             A scalar in the embeddings' dtype (float32 for half precision).
 
         Raises:
-            ValueError: For other than 2 or 3 columns, or (on the CPU) embeddings that are not finite; on every device,
-                for batches to gather that differ in size. On other devices, non-finite embeddings give a loss of NaN.
+            ValueError: If there are not 2 or 3 columns, or (on the CPU) embeddings are not finite. On every process, if
+                batches to gather differ in size. On other devices, the loss is NaN for non-finite embeddings.
         """
         features = list(sentence_features)
         if len(features) not in (2, 3):
@@ -228,27 +229,27 @@ class GISTEmbedLoss(GuidedLoss, host.GISTEmbedLoss):
 class CachedGISTEmbedLoss(GuidedLoss, host.CachedGISTEmbedLoss):
     """sentence-transformers' `CachedGISTEmbedLoss` with the negatives that its guide leaves weighted.
 
-    The loss of `GISTEmbedLoss`, with any number of columns of hard negatives, on batches too large for the model at
-    once: embeddings are made twice, in mini-batches, and their gradients are cached between (GradCache). The loss is
-    worked out for the whole batch; its memory grows with the batch, no faster.
+    The loss of `GISTEmbedLoss`, with any number of columns of hard negatives, for batches too large for the model at
+    once. Embeddings are made twice, in mini-batches, and their gradients are cached in between (GradCache). The loss is
+    computed for the whole batch. Its memory grows with the batch, no faster.
 
     Args:
         model: The SentenceTransformer to train.
-        guide: The SentenceTransformer that judges which candidates are no negatives.
-        temperature: What cosines are divided by, a finite number above 0.
+        guide: The SentenceTransformer that finds candidates that are no negatives.
+        temperature: Cosines are divided by it. A finite number above 0.
         mini_batch_size: How many texts the models embed at once.
-        mini_batch_num_tokens: How many tokens at once, instead; None for `mini_batch_size`.
-        show_progress_bar: Whether to show one for the mini-batches.
-        margin_strategy: "absolute" or "relative", as the host has it.
-        margin: How far below its pair's rating the guide's threshold is.
+        mini_batch_num_tokens: How many tokens at once, in place of `mini_batch_size`; None to use that.
+        show_progress_bar: Whether to show a progress bar of the mini-batches.
+        margin_strategy: "absolute" or "relative", as in the host.
+        margin: How far the guide's threshold is below the rating of the anchor's own pair.
         contrast_anchors: Whether to contrast anchors with anchors.
         contrast_positives: Whether to contrast positives with positives.
         gather_across_devices: Whether to use the documents of all devices.
-        weighting: How much each negative counts; defaults to `UnDiMix()`.
+        weighting: How negatives are weighted. Default: `UnDiMix()`.
 
     Raises:
-        ValueError: For a temperature that is no finite number above 0, and what the host refuses.
-        TypeError: For a weighting that is no `Weighting`.
+        ValueError: If the temperature is not a finite number above 0, or if the host refuses a setting.
+        TypeError: If `weighting` is not a `Weighting`.
 
     References:
         Solatorio: GISTEmbed, arXiv 2402.16829; Gao et al., arXiv 2101.06983 (GradCache); arXiv 2206.01197 (UnDiMix,
@@ -296,14 +297,14 @@ class CachedGISTEmbedLoss(GuidedLoss, host.CachedGISTEmbedLoss):
         """The weighted loss of a batch of tokenised columns, whose backward pass embeds them again.
 
         Args:
-            sentence_features: What the model is given of each column: anchors, positives, hard negatives.
-            labels: The samples' classes [batch] where `exclude_same_class` is set; not used else.
+            sentence_features: The model's inputs for each column: anchors, positives, hard negatives.
+            labels: The samples' classes [batch], used only if `exclude_same_class` is set.
 
         Returns:
             A scalar in the embeddings' dtype (float32 for half precision).
 
         Raises:
-            ValueError: As `GISTEmbedLoss.forward`, but for the number of columns, of which there are at least 2.
+            ValueError: As `GISTEmbedLoss.forward`, but there may be any number of columns from 2 on.
         """
         features = list(sentence_features)
         self.of_batch = self.known(features, labels)
@@ -319,14 +320,15 @@ class CachedGISTEmbedLoss(GuidedLoss, host.CachedGISTEmbedLoss):
 
         Args:
             reps: The embeddings of each column, in mini-batches [rows, width].
-            reps_guided: Those of the guide, likewise.
-            with_backward: Whether to take gradients at once, and return the loss without.
+            reps_guided: The guide's embeddings, in the same form.
+            with_backward: Whether to compute gradients now and return the loss without gradient.
 
         Returns:
             A scalar in the embeddings' dtype (float32 for half precision).
 
         Raises:
-            ValueError: For fewer than two columns, columns that do not match each other or (on the CPU) are not finite.
+            ValueError: If there are fewer than two columns, or columns do not match each other or (on the CPU) are not
+                finite.
         """
         loss = self.loss_of(*([torch.cat(column) for column in columns] for columns in (reps, reps_guided)))
         if with_backward:

@@ -183,32 +183,34 @@ class MultipleNegativesRankingLoss(RankingLoss, host.MultipleNegativesRankingLos
 
         loss_i = -log( exp(s_i+ * scale) / (c * exp(s_i+ * scale) + sum over j of w_ij exp(s_ij * scale)) ),
 
-    the positive counted c times, as often as the host counts it, and the weights w normalised in each direction on
-    their own: mean 1 over an anchor's negatives for `UnDiMix`, all 1 for `Uniform`, which is the host's own loss.
+    with cosines or inner products s. The positive counts c times, as often as in the host. The weights w are normalised
+    in each direction by itself: they have mean 1 over an anchor's negatives for `UnDiMix`, and are all 1 for `Uniform`,
+    which gives the host's own loss.
 
-    `undimix(loss, exclude_duplicates=True)` leaves out what is no negative by the batch's own word: a candidate that is
-    the anchor's or its positive's text over again, or is paired with it. `exclude_same_class=True` leaves out queries
-    and positives of samples with the anchor's label, where the dataset has a column "label".
+    `undimix(loss, exclude_duplicates=True)` leaves out candidates that the batch itself shows to be no negatives: the
+    anchor's or its positive's text again, or a text that is paired with it. `exclude_same_class=True` leaves out
+    queries and positives of samples with the anchor's label; the dataset needs a column "label".
 
     Args:
         model: The SentenceTransformer to train.
-        scale: What similarities are multiplied by, `1 / temperature`; a finite number above 0.
-        similarity_fct: `cos_sim` or `dot_score` of `sentence_transformers.util`, or the `model.similarity` that
-            resolves to one of them: scores must be inner products of (normalised) embeddings.
+        scale: Similarities are multiplied by it: `1 / temperature`. A finite number above 0.
+        similarity_fct: `cos_sim` or `dot_score` of `sentence_transformers.util`, or a `model.similarity` that is one of
+            them. Scores have to be inner products of (normalised) embeddings.
         gather_across_devices: Whether to use the candidates of all devices.
-        directions: As the host has it; one contrast each.
-        partition_mode: As the host has it: "joint", one softmax over all directions, or "per_direction".
-        hardness_mode: The host's own weighting of negatives (Lan et al. 2025); with `weighting=Uniform()` alone.
-        hardness_strength: Of `hardness_mode`.
-        weighting: How much each negative counts; defaults to `UnDiMix()`.
+        directions: As in the host. Each direction is one contrast.
+        partition_mode: As in the host: "joint", one softmax over all directions, or "per_direction".
+        hardness_mode: The host's own weighting of negatives (Lan et al. 2025); only with `weighting=Uniform()`.
+        hardness_strength: The strength of `hardness_mode`.
+        weighting: How negatives are weighted. Default: `UnDiMix()`.
 
     Raises:
-        ValueError: For what the host refuses, a scale that is not finite, another `similarity_fct`, or a
-            `hardness_mode` beside a weighting: both weight the same negatives.
-        TypeError: For a weighting that is no `Weighting`.
+        ValueError: If the host refuses a setting, the scale is not finite, `similarity_fct` is another, or a
+            `hardness_mode` is set with a weighting: both would weight the same negatives.
+        TypeError: If `weighting` is not a `Weighting`.
 
     Inputs:
-        (anchor, positive) pairs, or tuples with any number of hard negatives; no labels, but for `exclude_same_class`.
+        (anchor, positive) pairs, or tuples with any number of hard negatives. Labels are used only for
+        `exclude_same_class`.
 
     References:
         arXiv 1807.03748 (InfoNCE), 2308.03281 (all directions), 2206.01197 (UnDiMix, section 3).
@@ -277,14 +279,15 @@ class MultipleNegativesRankingLoss(RankingLoss, host.MultipleNegativesRankingLos
         """The weighted loss of a batch of tokenised columns.
 
         Args:
-            sentence_features: What the model is given of each column: anchors, positives, hard negatives.
-            labels: The samples' classes [batch] where `exclude_same_class` is set; not used else.
+            sentence_features: The model's inputs for each column: anchors, positives, hard negatives.
+            labels: The samples' classes [batch], used only if `exclude_same_class` is set.
 
         Returns:
             A scalar in the embeddings' dtype (float32 for half precision).
 
         Raises:
-            ValueError: As `compute_loss_from_embeddings`; for settings that ask for what the batch does not have.
+            ValueError: As `compute_loss_from_embeddings`; if a setting needs labels or texts that the batch does not
+                have.
         """
         features = list(sentence_features)
         with_known = self.known(features, labels)
@@ -299,15 +302,15 @@ class MultipleNegativesRankingLoss(RankingLoss, host.MultipleNegativesRankingLos
 
         Args:
             embeddings: Anchors, positives and any number of columns of hard negatives, each [batch, width].
-            labels: The samples' classes [batch] where `exclude_same_class` is set; not used else.
+            labels: The samples' classes [batch], used only if `exclude_same_class` is set.
 
         Returns:
             A scalar in the embeddings' dtype (float32 for half precision).
 
         Raises:
-            ValueError: For fewer than two columns, columns that are no matrices, are empty or do not match each other,
-                or (on the CPU) are not finite; on every device, for batches to gather that differ in size. On other
-                devices, non-finite embeddings give a loss of NaN.
+            ValueError: If there are fewer than two columns; if columns are not matrices, are empty, do not match each
+                other, or (on the CPU) are not finite. On every process, if batches to gather differ in size. On other
+                devices, the loss is NaN for non-finite embeddings.
         """
         if self.hardness_mode is not None:
             return super().compute_loss_from_embeddings(embeddings, labels)  # type: ignore[arg-type]  # unused there
@@ -383,13 +386,13 @@ class MultipleNegativesSymmetricRankingLoss(MultipleNegativesRankingLoss, host.M
 
     Args:
         model: The SentenceTransformer to train.
-        scale: What similarities are multiplied by, `1 / temperature`; a finite number above 0.
-        similarity_fct: As `MultipleNegativesRankingLoss` has it.
+        scale: Similarities are multiplied by it: `1 / temperature`. A finite number above 0.
+        similarity_fct: As in `MultipleNegativesRankingLoss`.
         gather_across_devices: Whether to use the candidates of all devices.
-        weighting: How much each negative counts; defaults to `UnDiMix()`.
+        weighting: How negatives are weighted. Default: `UnDiMix()`.
 
     Raises:
-        ValueError: As `MultipleNegativesRankingLoss` does.
+        ValueError: As `MultipleNegativesRankingLoss`.
         TypeError: Likewise.
 
     Examples:
@@ -416,22 +419,22 @@ class MultipleNegativesSymmetricRankingLoss(MultipleNegativesRankingLoss, host.M
 class SparseMultipleNegativesRankingLoss(MultipleNegativesRankingLoss, sparse.SparseMultipleNegativesRankingLoss):
     """sentence-transformers' `SparseMultipleNegativesRankingLoss` with its negatives weighted.
 
-    For use inside `SpladeLoss` or `CSRLoss`, as the host's; else as `MultipleNegativesRankingLoss`. Those pass
-    embeddings alone, so that there are no texts to tell duplicates by.
+    Use it inside `SpladeLoss` or `CSRLoss`, as the host's loss. Otherwise it is as `MultipleNegativesRankingLoss`. The
+    outer loss passes embeddings without texts, so `exclude_duplicates` is not possible.
 
     Args:
         model: The SparseEncoder to train.
-        scale: What similarities are multiplied by, `1 / temperature`; a finite number above 0.
-        similarity_fct: As `MultipleNegativesRankingLoss` has it.
+        scale: Similarities are multiplied by it: `1 / temperature`. A finite number above 0.
+        similarity_fct: As in `MultipleNegativesRankingLoss`.
         gather_across_devices: Whether to use the candidates of all devices.
-        directions: As the host has it; one contrast each.
-        partition_mode: As the host has it.
-        hardness_mode: The host's own weighting of negatives; with `weighting=Uniform()` alone.
-        hardness_strength: Of `hardness_mode`.
-        weighting: How much each negative counts; defaults to `UnDiMix()`.
+        directions: As in the host. Each direction is one contrast.
+        partition_mode: As in the host.
+        hardness_mode: The host's own weighting of negatives; only with `weighting=Uniform()`.
+        hardness_strength: The strength of `hardness_mode`.
+        weighting: How negatives are weighted. Default: `UnDiMix()`.
 
     Raises:
-        ValueError: As `MultipleNegativesRankingLoss` does.
+        ValueError: As `MultipleNegativesRankingLoss`.
         TypeError: Likewise.
 
     Examples:
@@ -468,33 +471,33 @@ class SparseMultipleNegativesRankingLoss(MultipleNegativesRankingLoss, sparse.Sp
         )
 
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None) -> Tensor:
-        """Refused, as by the host: an AttributeError that names `SpladeLoss` and `CSRLoss`."""
+        """Raises an AttributeError that names `SpladeLoss` and `CSRLoss`, as the host does."""
         return sparse.SparseMultipleNegativesRankingLoss.forward(self, sentence_features, labels)  # type: ignore[arg-type]
 
 
 class CachedMultipleNegativesRankingLoss(RankingLoss, host.CachedMultipleNegativesRankingLoss):
     """sentence-transformers' `CachedMultipleNegativesRankingLoss` with its negatives weighted.
 
-    The loss of `MultipleNegativesRankingLoss` on batches too large for the model at once: embeddings are made twice,
-    in mini-batches, and their gradients are cached between (GradCache). The loss itself is worked out for the whole
-    batch, since weights are normalised over all of an anchor's negatives; its memory grows with the batch, no faster.
+    The loss of `MultipleNegativesRankingLoss` for batches too large for the model at once. Embeddings are made twice,
+    in mini-batches, and their gradients are cached in between (GradCache). The loss is computed for the whole batch,
+    because weights are normalised over all of an anchor's negatives. Its memory grows with the batch, no faster.
 
     Args:
         model: The SentenceTransformer to train.
-        scale: What similarities are multiplied by, `1 / temperature`; a finite number above 0.
-        similarity_fct: As `MultipleNegativesRankingLoss` has it.
+        scale: Similarities are multiplied by it: `1 / temperature`. A finite number above 0.
+        similarity_fct: As in `MultipleNegativesRankingLoss`.
         mini_batch_size: How many texts the model embeds at once.
-        mini_batch_num_tokens: How many tokens at once, instead; None for `mini_batch_size`.
+        mini_batch_num_tokens: How many tokens at once, in place of `mini_batch_size`; None to use that.
         gather_across_devices: Whether to use the candidates of all devices.
-        directions: As the host has it; one contrast each.
-        partition_mode: As the host has it.
-        show_progress_bar: Whether to show one for the mini-batches.
-        hardness_mode: The host's own weighting of negatives; with `weighting=Uniform()` alone.
-        hardness_strength: Of `hardness_mode`.
-        weighting: How much each negative counts; defaults to `UnDiMix()`.
+        directions: As in the host. Each direction is one contrast.
+        partition_mode: As in the host.
+        show_progress_bar: Whether to show a progress bar of the mini-batches.
+        hardness_mode: The host's own weighting of negatives; only with `weighting=Uniform()`.
+        hardness_strength: The strength of `hardness_mode`.
+        weighting: How negatives are weighted. Default: `UnDiMix()`.
 
     Raises:
-        ValueError: As `MultipleNegativesRankingLoss` does, and what the host refuses.
+        ValueError: As `MultipleNegativesRankingLoss`, or if the host refuses a setting.
         TypeError: Likewise.
 
     References:
@@ -571,8 +574,8 @@ class CachedMultipleNegativesRankingLoss(RankingLoss, host.CachedMultipleNegativ
         """The weighted loss of a batch of tokenised columns, whose backward pass embeds them again.
 
         Args:
-            sentence_features: What the model is given of each column: anchors, positives, hard negatives.
-            labels: The samples' classes [batch] where `exclude_same_class` is set; not used else.
+            sentence_features: The model's inputs for each column: anchors, positives, hard negatives.
+            labels: The samples' classes [batch], used only if `exclude_same_class` is set.
 
         Returns:
             A scalar in the embeddings' dtype (float32 for half precision).
@@ -595,7 +598,7 @@ class CachedMultipleNegativesRankingLoss(RankingLoss, host.CachedMultipleNegativ
         Args:
             reps: The embeddings of each column, in mini-batches [rows, width].
             labels: Not used, as in the host.
-            with_backward: Whether to take gradients at once, and return the loss without.
+            with_backward: Whether to compute gradients now and return the loss without gradient.
 
         Returns:
             A scalar in the embeddings' dtype (float32 for half precision).
@@ -621,16 +624,16 @@ class CachedMultipleNegativesSymmetricRankingLoss(
 
     Args:
         model: The SentenceTransformer to train.
-        scale: What similarities are multiplied by, `1 / temperature`; a finite number above 0.
-        similarity_fct: As `MultipleNegativesRankingLoss` has it.
+        scale: Similarities are multiplied by it: `1 / temperature`. A finite number above 0.
+        similarity_fct: As in `MultipleNegativesRankingLoss`.
         mini_batch_size: How many texts the model embeds at once.
-        mini_batch_num_tokens: How many tokens at once, instead; None for `mini_batch_size`.
+        mini_batch_num_tokens: How many tokens at once, in place of `mini_batch_size`; None to use that.
         gather_across_devices: Whether to use the candidates of all devices.
-        show_progress_bar: Whether to show one for the mini-batches.
-        weighting: How much each negative counts; defaults to `UnDiMix()`.
+        show_progress_bar: Whether to show a progress bar of the mini-batches.
+        weighting: How negatives are weighted. Default: `UnDiMix()`.
 
     Raises:
-        ValueError: As `CachedMultipleNegativesRankingLoss` does.
+        ValueError: As `CachedMultipleNegativesRankingLoss`.
         TypeError: Likewise.
 
     Examples:

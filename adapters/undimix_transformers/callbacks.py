@@ -1,4 +1,4 @@
-"""Callbacks for transformers' and sentence-transformers' Trainers: a warm-up of the hardness, what the weights do."""
+"""Callbacks for transformers' and sentence-transformers' Trainers: a warm-up and statistics of the negatives."""
 
 from __future__ import annotations
 
@@ -37,31 +37,31 @@ class _OfTransformers(TrainerCallback):
 
 
 class HardnessWarmup(_OfTransformers, ExportableState):
-    """Begins with the plain loss and comes to the full weighting.
+    """Begins with the plain loss and ends with the full weighting.
 
-    The share of the hardness at a step (`Weighting.softened` says of what) is
+    The share of the hardness at a step (see `Weighting.softened`) is
 
         linear: x,    cosine: (1 - cos(pi * x)) / 2,    x = min(global_step / steps, 1).
 
-    It follows the Trainer's own `global_step`, which counts the optimiser's steps, so that a resumed run goes on where
-    it was. With `restore_callback_states_from_checkpoint`, the checkpoint's settings hold instead of these, and a
-    `share` stays that of the training as it was when it began. When training ends, losses have their full weighting
-    again; where it was broken off, they keep that beside the softened one, and `undimix(loss)` or the next training
-    comes to it. An evaluation in between is of the loss as it is then. A loss under `torch.compile` is compiled a
-    second time, for hardnesses in general.
+    It follows the Trainer's `global_step`, which counts the optimiser's steps, so a resumed run continues where it was.
+    With `restore_callback_states_from_checkpoint`, the checkpoint's settings replace these, and `share` refers to the
+    training as it was when it began. When training ends, the losses have their full weighting again. If it is
+    interrupted, a loss still remembers its full weighting: `undimix(loss)` returns to it, and so does the next
+    training. An evaluation uses the loss as it is at that step. A loss under `torch.compile` is compiled a second time
+    when its hardness first changes.
 
     Args:
-        of: A module that is the loss or has it inside, where it isn't found: in a function that calls it. A Trainer,
-            or None for the Trainer that trains, has its losses looked up when training begins: those of
-            sentence-transformers' trainers, the `compute_loss_func`, and what is inside the model.
+        of: The loss, or a module that contains it; needed if a function of yours calls the loss. None finds the losses
+            of the Trainer when training begins: the loss of a sentence-transformers trainer, the `compute_loss_func`,
+            and losses inside the model. You can also pass a Trainer.
         steps: How many steps the warm-up takes, at least 1.
-        share: How much of the training it takes instead, above 0 and at most 1.
+        share: The share of the training that it takes, in place of `steps`; above 0 and at most 1.
         shape: "linear" or "cosine".
 
     Raises:
-        TypeError: For what is no Trainer and no module.
-        ValueError: For both or neither of `steps` and `share`, or one out of its range; another `shape`. When training
-            begins: where there is no weighted loss.
+        TypeError: If `of` is neither a Trainer nor a module.
+        ValueError: If both or neither of `steps` and `share` are given, or one is out of its range; for another
+            `shape`. When training begins: if there is no weighted loss.
 
     Examples:
         >>> import tempfile
@@ -88,7 +88,7 @@ class HardnessWarmup(_OfTransformers, ExportableState):
         self._losses: list[WeightedLoss] = []
 
     def state(self) -> dict[str, Any]:
-        """What the Trainer puts into its checkpoints."""
+        """The state that the Trainer puts into its checkpoints."""
         settings = {"steps": self.steps, "share": self.share, "shape": self.shape}
         return {"args": settings, "attributes": {"total": self.total}}
 
@@ -136,25 +136,26 @@ def _losses(of: Trainer | nn.Module) -> list[WeightedLoss]:
 
 
 class NegativeStatistics(_OfTransformers):
-    """Logs what the weights do to the negatives, as "negatives/effective_number" and so on.
+    """Logs how the weights treat the negatives, as "negatives/effective_number" and so on.
 
-    The numbers are those of `undimix_plugins.negative_statistics`, averaged over what the losses of the step's
-    micro-batches compare. They go through `Trainer.log`, into its history and to where it reports to.
+    The numbers are those of `undimix_plugins.negative_statistics`, averaged over all contrasts of the step's
+    micro-batches. They go through `Trainer.log`, into its history and to the tools that it reports to.
 
     Args:
-        trainer: The Trainer, also one of sentence-transformers; its `compute_loss` is put where it can be watched.
-        every: At how many of the Trainer's steps they are worked out, at least 1: after this many, twice as many, and
-            so on.
-        labels: A function from the inputs of `Trainer.compute_loss` to a class for each sample that the loss compares
-            [samples], to find false negatives by; None to do without.
+        trainer: The Trainer, of transformers or sentence-transformers. Its `compute_loss` is replaced by one that can
+            be watched.
+        every: The numbers are computed every so many steps of the Trainer, at least 1.
+        labels: A function from the inputs of `Trainer.compute_loss` to the class of each sample [samples], which finds
+            false negatives: `lambda inputs: inputs["label"]` with sentence-transformers, `inputs["labels"][::2]` with
+            `TwoViews`. None for no such numbers.
 
     Raises:
-        TypeError: For what is no Trainer.
-        ValueError: For an `every` below 1; in training, for labels that do not fit what is compared.
+        TypeError: If `trainer` is not a Trainer.
+        ValueError: If `every` is below 1. In training: if the labels do not fit the contrast.
 
     Warns:
-        UserWarning: Where a step has no weighted loss to be seen, as one under `torch.compile` is not; when training
-            ends, where it had no step that is a multiple of `every`.
+        UserWarning: If no weighted loss is seen in a step (one under `torch.compile` is not seen). When training ends:
+            if no step was a multiple of `every`.
 
     Examples:
         >>> import tempfile
@@ -191,7 +192,7 @@ class NegativeStatistics(_OfTransformers):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Begins to watch the losses, at some steps."""
+        """Begins to watch the losses, every so many steps."""
         self._watching, self._seen = (state.global_step + 1) % self.every == 0, []
         self._watched_any |= self._watching
 
@@ -214,7 +215,7 @@ class NegativeStatistics(_OfTransformers):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Says so where nothing could be logged."""
+        """Warns if nothing was logged."""
         if not self._watched_any:
             warnings.warn(
                 "NegativeStatistics logged nothing: no step of this training was a multiple of `every`", stacklevel=2

@@ -1,4 +1,4 @@
-"""The loss of CLIP-type models for `transformers.Trainer`, its in-batch negatives weighted."""
+"""The loss of CLIP-type models for `transformers.Trainer`, with its in-batch negatives weighted."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ from undimix_transformers.trainer import calling_trainer, of_same_class, refuse_
 
 
 class ImageTextLoss(WeightedLoss):
-    """CLIP's loss as the Trainer's `compute_loss_func`, the other pairs of the batch as weighted negatives.
+    """CLIP's loss as the Trainer's `compute_loss_func`, with its in-batch negatives weighted.
 
         loss = mean over both directions of mean over i of
                -log( exp(s_ii / t) / (exp(s_ii / t) + sum over j != i of w_ij exp(s_ij / t)) ),
 
-    s_ij the cosine of text i and image j (or of image i and text j), t = exp(-logit_scale) with the model's own,
-    learned `logit_scale`, which gets its gradient. With `Uniform()` this is what the model gives for
-    `return_loss=True`, which need not be asked for.
+    s_ij is the cosine of text i and image j (or of image i and text j), and t = exp(-logit_scale). The model's own,
+    learned `logit_scale` gets its gradient. With `Uniform()` this is the loss that the model returns for
+    `return_loss=True`. You need not set that.
 
-    `undimix(ImageTextLoss(model), exclude_same_class=True)` leaves out pairs with the anchor's label, where batches
-    have "labels", one for each pair.
+    `undimix(ImageTextLoss(model), exclude_same_class=True)` leaves out pairs with the anchor's label. Batches then need
+    "labels", one for each pair.
 
     Args:
-        model: A model with a `logit_scale` that puts `text_embeds` and `image_embeds` out, such as `CLIPModel`,
+        model: A model that has a `logit_scale` and returns `text_embeds` and `image_embeds`, such as `CLIPModel`,
             `AltCLIPModel`, `ChineseCLIPModel` or `VisionTextDualEncoderModel`, or a PEFT model around one. In a Trainer
-            whose `model_init` makes another of its kind, that one's `logit_scale` is used.
-        weighting: How much each negative counts; defaults to `UnDiMix()`. `Uniform()` is the model's own loss.
-        options: Of `UnDiMix`, instead of a weighting: `ImageTextLoss(model, hardness=2.0)`.
+            with a `model_init`, the `logit_scale` of the new model is used.
+        weighting: How negatives are weighted. Default: `UnDiMix()`. `Uniform()` is the model's own loss.
+        options: Options of `UnDiMix`, in place of a weighting: `ImageTextLoss(model, hardness=2.0)`.
 
     Raises:
-        TypeError: For a model without a `logit_scale`, one with a `logit_bias` (SigLIP compares each pair on its own,
-            so that there is no sum over negatives), a weighting that is no `Weighting`, options that `UnDiMix` does not
-            have or beside a weighting; for a Trainer that is given the class.
+        TypeError: If the model has no `logit_scale`, or has a `logit_bias` (SigLIP scores each pair by itself, so there
+            is no sum over negatives); if `weighting` is not a `Weighting`; if options are given with a weighting, or
+            `UnDiMix` does not have them; if a Trainer is given the class in place of a loss.
 
     References:
         Radford et al.: Learning Transferable Visual Models From Natural Language Supervision, arXiv 2103.00020,
@@ -88,15 +88,15 @@ class ImageTextLoss(WeightedLoss):
 
         Args:
             outputs: The model's outputs, with `text_embeds` and `image_embeds` [pairs, width].
-            labels: The pairs' classes [pairs] where `exclude_same_class` is set; not used else.
-            num_items_in_batch: What the Trainer counts where the batch has labels; not used.
+            labels: The pairs' classes [pairs], used only if `exclude_same_class` is set.
+            num_items_in_batch: The Trainer's count of labels; not used.
 
         Returns:
-            A scalar in the embeddings' dtype (float32 for half precision). 0 for a single pair.
+            A scalar in the embeddings' dtype (float32 for half precision). It is 0 for a single pair.
 
         Raises:
-            ValueError: For outputs without these, texts and images that differ in number, or (on the CPU) embeddings
-                that are not finite; on other devices, these give a loss of NaN. Where `model_init` makes a model
+            ValueError: If the outputs lack these, texts and images differ in number, or (on the CPU) embeddings are not
+                finite. On other devices, the loss is NaN for non-finite embeddings. If `model_init` makes a model
                 without such a `logit_scale`.
         """
         embeddings = {}

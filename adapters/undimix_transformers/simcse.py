@@ -1,4 +1,4 @@
-"""SimCSE for `transformers.Trainer`, its in-batch negatives weighted."""
+"""SimCSE for `transformers.Trainer`, with its in-batch negatives weighted."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ def _check_collator(collator: object) -> None:
 
 
 class TwoViews:
-    """A data collator that gives every example to the model twice, in adjacent rows, for `SimCSELoss`.
+    """A data collator that passes each example to the model twice, in adjacent rows, for `SimCSELoss`.
 
-    The model's dropout makes two views of the two rows.
+    The model's dropout makes the two rows two views.
 
     Args:
-        collator: The collator that makes a batch of examples, such as `DataCollatorWithPadding(tokenizer)`.
+        collator: A collator that makes a batch of examples, such as `DataCollatorWithPadding(tokenizer)`.
 
     Raises:
-        TypeError: For what is no collator: a tokenizer, a class, something that can't be called.
-        ValueError: For one that is a `TwoViews` or `SentenceTuples` already.
+        TypeError: If `collator` is a tokenizer, a class, or cannot be called.
+        ValueError: If `collator` is a `TwoViews` or `SentenceTuples`.
 
     Examples:
         >>> from transformers import default_data_collator
@@ -74,18 +74,18 @@ class TwoViews:
 
 
 class SentenceTuples:
-    """A data collator that gives the sentences of each example to the model in adjacent rows, for supervised SimCSE.
+    """A data collator that passes the sentences of each example to the model in adjacent rows, for supervised SimCSE.
 
-    An example holds a list for each of its keys, an entry for each sentence: itself, its positive and, if there are
-    any, hard negatives; all examples equally many.
+    Each key of an example holds a list with one entry for each sentence: the sentence itself, its positive and, if
+    there are any, hard negatives. All examples have the same number of sentences.
 
     Args:
-        collator: The collator that makes a batch of sentences, such as `DataCollatorWithPadding(tokenizer)`.
+        collator: A collator that makes a batch of sentences, such as `DataCollatorWithPadding(tokenizer)`.
 
     Raises:
-        TypeError: For what is no collator: a tokenizer, a class, something that can't be called.
-        ValueError: For one that is a `TwoViews` or `SentenceTuples` already. In use, for examples that hold other
-            numbers of sentences than the first.
+        TypeError: If `collator` is a tokenizer, a class, or cannot be called.
+        ValueError: If `collator` is a `TwoViews` or `SentenceTuples`. When called: if an example has another number of
+            sentences than the first.
 
     Examples:
         >>> from transformers import default_data_collator
@@ -104,7 +104,7 @@ class SentenceTuples:
 
     @property
     def rows_per_example(self) -> int | None:
-        """How many sentences the examples had so far; None before the first batch, where they differ, or above 62."""
+        """How many sentences examples had so far; None before the first batch, if numbers differ, or above 62."""
         seen = self._seen.nonzero().flatten().tolist()
         return int(seen[0]) if len(seen) == 1 and seen[0] < len(self._seen) - 1 else None
 
@@ -128,51 +128,51 @@ class SentenceTuples:
 
 
 class SimCSELoss(WeightedLoss):
-    """SimCSE, unsupervised or supervised, as the Trainer's `compute_loss_func`, its in-batch negatives weighted.
+    """SimCSE as the Trainer's `compute_loss_func`, unsupervised or supervised, with its in-batch negatives weighted.
 
         loss_i = -log( exp(s_ii / t) / (exp(s_ii / t) + sum over j of w_ij exp(s_ij / t)) ),
 
-    s_ii the cosine of a sentence and its positive, s_ij those of the sentence and all other sentences' positives and
-    all hard negatives of the micro-batch. Unsupervised, the positive is the sentence in another pass, under different
-    dropout, and there are no hard negatives.
+    s_ii is the cosine of a sentence and its positive. s_ij are the cosines of the sentence with the positives of all
+    other sentences and with all hard negatives of the micro-batch. In unsupervised SimCSE the positive is the sentence
+    in another pass, under different dropout, and there are no hard negatives.
 
-    *Rows.* An example's sentences are adjacent rows of a batch, `rows_per_example` of them: a sentence's two views, as
-    the collator `TwoViews` makes them; or a sentence, its positive and hard negatives, as `SentenceTuples` does. A
-    batch of `per_device_train_batch_size` examples passes through the model as so many times as many rows. Rows that
-    are grouped wrongly cannot be told from right ones, so in a Trainer whose collator is neither the loss warns once of
-    what it takes them for.
+    *Rows.* The sentences of an example are `rows_per_example` adjacent rows of a batch. The collator `TwoViews` makes a
+    sentence's two views; `SentenceTuples` makes a sentence, its positive and hard negatives. So
+    `per_device_train_batch_size` examples are that many times `rows_per_example` rows. Rows that are grouped wrongly
+    look like right ones. If the Trainer's collator is neither of the two, the loss warns once, and says what it takes
+    the rows for.
 
     *Classes.* `undimix(SimCSELoss(), exclude_same_class=True)` leaves out the sentences of examples with the anchor's
-    label, where batches have "labels", one for each example; hard negatives stay.
+    label. Batches then need "labels", one for each example. Hard negatives stay.
 
-    *Pooling.* The Trainer passes the model's outputs and no attention mask, so a mean over tokens, which must leave
-    padding out, can't be had. "cls" takes the first token of `last_hidden_state` (the first output); "pooler" takes
-    `pooler_output`, for BERT the first token through a linear layer and tanh.
+    *Pooling.* "cls" takes the first token of `last_hidden_state` (the first output). "pooler" takes `pooler_output`:
+    for BERT, the first token after a linear layer and a tanh. A mean over tokens is not possible: it would have to
+    leave out padding, and the Trainer passes no attention mask. Use the same pooling after training.
 
-    *Gradient accumulation.* The loss is a mean per micro-batch, and gradients equal those of the mean over the
-    micro-batches of a step, with labels in the batch or without, in a last short step too. Unless told otherwise, the
-    Trainer takes a `compute_loss_func` as scaled for accumulation already; the loss sets the Trainer's own switch,
-    `loss_is_scaled_for_ga`, to False where it is None. A function of your own around this loss that does scale sets it
-    to True. In-batch negatives come from the micro-batch alone. Without labels in the batch, the Trainer warns at each
-    step that it passes none; nothing is amiss.
+    *Gradient accumulation.* The loss is a mean over a micro-batch. Gradients are those of the mean over a step's
+    micro-batches, with labels in the batch or without, and in a short last step. By default the Trainer assumes that a
+    `compute_loss_func` is already scaled for accumulation. So the loss sets the Trainer's own switch,
+    `loss_is_scaled_for_ga`, to False where it is None. If your own function around this loss scales, set the switch to
+    True. In-batch negatives come from the micro-batch alone. Without labels in the batch, the Trainer warns at each
+    step that it passes none. You can ignore that.
 
-    *`evaluate()`.* The Trainer works out an evaluation loss only where it finds labels: it reports no `eval_loss` for
-    batches without. With `TrainingArguments(label_names=["labels"])` and any "labels" in the batch (they are not
-    used) it reports this loss. Dropout is off then, so a sentence's two views are one, and the value only says how far
+    *`evaluate()`.* The Trainer computes an evaluation loss only for batches with labels. With
+    `TrainingArguments(label_names=["labels"])` and any "labels" in the batch (they are not used) it reports this loss
+    as `eval_loss`. Dropout is off then, so the two views of a sentence are the same, and the value only says how far
     apart different sentences are. Judge embeddings by a task.
 
     Args:
-        temperature: t, what cosines are divided by, a finite number above 0.
-        weighting: How much each negative counts; defaults to `UnDiMix()`. `Uniform()` is plain SimCSE.
+        temperature: t. Cosines are divided by it. A finite number above 0.
+        weighting: How negatives are weighted. Default: `UnDiMix()`. `Uniform()` is plain SimCSE.
         pooling: "cls" or "pooler".
         rows_per_example: 2 for a sentence and its positive, 3 or more with hard negatives.
-        options: Of `UnDiMix`, instead of a weighting: `SimCSELoss(hardness=2.0)`.
+        options: Options of `UnDiMix`, in place of a weighting: `SimCSELoss(hardness=2.0)`.
 
     Raises:
-        ValueError: For a temperature that is no finite number above 0, another pooling, or fewer than 2 rows an
-            example.
-        TypeError: For a weighting that is no `Weighting`, options that `UnDiMix` does not have or beside a weighting;
-            for a Trainer that is given the class.
+        ValueError: If the temperature is not a finite number above 0, the pooling is another, or `rows_per_example` is
+            below 2.
+        TypeError: If `weighting` is not a `Weighting`; if options are given with a weighting, or `UnDiMix` does not
+            have them; if a Trainer is given the class in place of a loss.
 
     References:
         Gao, Yao, Chen: SimCSE, EMNLP 2021, arXiv 2104.08821, equations 4 and 5; arXiv 2206.01197 (UnDiMix, section 3).
@@ -208,18 +208,19 @@ class SimCSELoss(WeightedLoss):
         """The weighted loss of a micro-batch.
 
         Args:
-            outputs: The model's outputs for `rows_per_example` rows an example: a `ModelOutput`, mapping or tuple.
-            labels: The examples' classes where `exclude_same_class` is set, one for each example or for each row; not
-                used else.
-            num_items_in_batch: What the Trainer counts where the batch has labels; not used.
+            outputs: The model's outputs, with `rows_per_example` rows for each example: a `ModelOutput`, mapping or
+                tuple.
+            labels: The examples' classes, one for each example or for each row; used only if `exclude_same_class` is
+                set.
+            num_items_in_batch: The Trainer's count of labels; not used.
 
         Returns:
-            A scalar in the embeddings' dtype (float32 for half precision). 0 for a single sentence.
+            A scalar in the embeddings' dtype (float32 for half precision). It is 0 for a single sentence.
 
         Raises:
-            ValueError: For a number of rows that is no multiple, labels that do not match where they are used, outputs
-                without what `pooling` takes, or (on the CPU) embeddings that are not finite. On other devices, these
-                give a loss of NaN.
+            ValueError: If the number of rows is not a multiple of `rows_per_example`, labels that are used do not
+                match, the outputs lack what `pooling` takes, or (on the CPU) embeddings are not finite. On other
+                devices, the loss is NaN for non-finite embeddings.
         """
         embeddings = self._pooled(outputs)
         count = self.rows_per_example

@@ -1,4 +1,4 @@
-"""How a contrast's loss is worked out: everything that depends on weighting, device or autograd, decided once."""
+"""The plan of a loss: every choice that depends on the weighting, the device or autograd is made here, once."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from torch import Tensor
 from undimix_plugins.blocks import blocks_of, fits
 from undimix_plugins.checks import values_are_free
 from undimix_plugins.contrast import Contrast
-from undimix_plugins.weightings.undimix import UnDiMix
+from undimix_plugins.weightings.undimix import UnDiMix, mix_of
 from undimix_plugins.weightings.weighting import Weighting
 
-AUTOGRAD_MATRICES = 8  # of a contrast, which autograd keeps of a weighted sum
+AUTOGRAD_MATRICES = 8  # matrices [anchors, pool] that autograd keeps for a weighted sum
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What is compared, and by which of the ways.
+    """What a loss compares, and how it is computed.
 
     Attributes:
-        contrast: What the weighting has chosen to compare.
-        weighting: How much each negative counts, and what else is done.
-        weigher: The weighting whose `log_weights` count.
-        prepared: What it has prepared of the contrast.
-        alike: Whether all negatives count the same.
-        mix: The mix of standardised scores that the fast path works out by itself; None for other weights.
-        by_autograd: Whether autograd follows the weighted sum, as weights that carry a gradient need; else the fast
-            path has a gradient of its own, and weights are constants or a `mix`.
-        combines: Whether the weighting changes more of an anchor's sum than weights.
-        sums_needed: Whether a loss needs each anchor's sums with their gradient, rather than the mean alone.
-        blocks: The anchors that autograd works on at once: all of them while they are few.
-        compiled: Whether `torch.compile` traces the loss; then autograd has it in one piece.
-        free: Whether values may be looked at without waiting for a device.
+        contrast: The contrast after `Weighting.choose`.
+        weighting: The weighting of the loss.
+        weigher: The weighting whose `log_weights` are used.
+        prepared: What `weigher.prepare(contrast)` returned, or None where it is not needed.
+        alike: Whether all negatives have the same weight.
+        mix: The `UnDiMix` whose standardised scores the fast path computes itself. None for other weights.
+        by_autograd: Whether autograd differentiates the weighted sum. This is needed for weights with a gradient.
+            Otherwise the fast path computes the gradient, and weights are constants or a `mix`.
+        combines: Whether `Weighting.combine` changes the sum of the negatives.
+        sums_needed: Whether the loss needs the sums of each anchor with their gradient, or only the mean loss.
+        blocks: The blocks of anchors that autograd works on. A single block if its matrices fit into memory.
+        compiled: Whether `torch.compile` traces the loss. Autograd then works on a single block.
+        free: Whether values can be read without waiting for a device.
     """
 
     contrast: Contrast
@@ -52,15 +52,23 @@ class Plan:
 
 
 def planned(contrast: Contrast, weighting: Weighting, *, one_positive: bool = False) -> Plan:
-    """The plan of a loss; call it where autocast is off.
+    """Returns the plan of a loss. Call it with autocast disabled.
 
     Args:
-        contrast: What is compared.
+        contrast: The anchors, positives and candidates.
         weighting: How much each negative counts.
-        one_positive: Whether the loss has no place for several positives.
+        one_positive: Whether the loss allows a single positive for each anchor.
+
+    Returns:
+        The plan.
 
     Raises:
-        ValueError: For a weighting that makes positives where there is no place for them, and as the weighting does.
+        ValueError: If the weighting adds positives and `one_positive` is True, or as the weighting does.
+
+    Examples:
+        >>> plan = planned(two_views(torch.randn(4, 8), torch.randn(4, 8), 0.5), Uniform())
+        >>> plan.alike, plan.sums_needed
+        (True, False)
     """
     chosen = weighting.choose(contrast)
     if one_positive and chosen.positive_columns is not contrast.positive_columns:
@@ -68,15 +76,15 @@ def planned(contrast: Contrast, weighting: Weighting, *, one_positive: bool = Fa
             f"weighting: expected one that makes no positives, for which this loss has no place, got {weighting}"
         )
     weigher, compiled = weighting._weigher(), torch.compiler.is_compiling()
-    alike, mix = weigher._weighs_alike, weigher._standardised_mix
-    # A temperature that learns has its gradient through the anchors, of which weights are to have no part.
+    alike, mix = weigher._weighs_alike, mix_of(weigher)
+    # A learned temperature has its gradient through the anchors. Weights must not contribute to it.
     learned = isinstance(chosen.temperature, Tensor) and chosen.temperature.requires_grad
     if mix is not None and learned and mix.carries_gradient and torch.is_grad_enabled():
         mix = None
     if compiled:
         prepared = weigher.prepare(chosen)  # the compiler does its own tiling
     elif mix is not None:
-        # Once, not in a backward pass again, where it waits for other processes.
+        # Once, and not again in a backward pass: it waits for other processes.
         prepared = mix.prepare(chosen) if mix.influence and chosen.gathered is not None else None
     else:
         prepared = None if alike else weigher.prepare(chosen)
@@ -100,7 +108,7 @@ def planned(contrast: Contrast, weighting: Weighting, *, one_positive: bool = Fa
 
 
 def _carries_gradient(weigher: Weighting, prepared: Any) -> bool:
-    """Whether a loss has to follow the log-weights' own gradient."""
+    """Whether the log-weights have a gradient that the loss must follow."""
     if not torch.is_grad_enabled():
         return False
     log_weights = weigher.log_weights(prepared, slice(0, 1))

@@ -20,7 +20,7 @@ from undimix_plugins.fast.numerators import workspace
 from undimix_plugins.fast.tasks import all_task_gradients
 from undimix_plugins.loss import OBSERVERS
 from undimix_plugins.rows import full_precision
-from undimix_plugins.weightings.undimix import Prepared, UnDiMix
+from undimix_plugins.weightings.undimix import Prepared, UnDiMix, mix_of
 from undimix_plugins.weightings.weighting import Weighting, check_compared, checked
 
 Observer = Callable[[Contrast, Weighting], object]
@@ -131,7 +131,7 @@ def negative_statistics(
         gradients = tasks[0].at_scale(contrast.held_temperature)[rows].norm(dim=1)
         scores = COMPONENTS.scores(Prepared(contrast, tasks), rows, negative)
         similarity = contrast.anchors[rows] @ contrast.pool.T
-        mix = weighting._standardised_mix
+        mix = mix_of(weighting)
         if mix is not None and (mix.gradient, mix.distance) == (COMPONENTS.gradient, COMPONENTS.distance):
             log_weights = mix.mixed(scores, negative)
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -133,8 +133,8 @@ class UnDiMix(Weighting):
         return self.gradient == "weight"
 
     @property
-    def _standardised_mix(self) -> UnDiMix | None:
-        return self if type(self) is UnDiMix else None  # not a subclass, which may weigh otherwise
+    def _has_scorer(self) -> bool:
+        return type(self) is UnDiMix  # not a subclass, which may weigh otherwise
 
     def _with_options(self, **options: Any) -> UnDiMix:
         return replace(self, **options)
@@ -222,7 +222,7 @@ class UnDiMix(Weighting):
             By the component's name [r, m]. Geometric: `h * l_A * A~` and so on, which add up to `log w` but for a
             number of the anchor's own. Linear: `n_i * l_A * softmax(h * A~)` and so on, which add up to `w`.
         """
-        if self._standardised_mix is None:
+        if not self._has_scorer:
             return super().terms(prepared, rows)
         negative = prepared.contrast.is_negative(rows)
         terms = self._terms(self.scores(prepared, rows, negative), negative)
@@ -292,6 +292,11 @@ class UnDiMix(Weighting):
         lengths = contrast.pool.norm(dim=1)
         error = torch.ones_like(lengths) if self.distance == "cosine" else lengths
         return scores, _largest(error, negative)
+
+
+def mix_of(weighting: Weighting) -> UnDiMix | None:
+    """The weighting whose scores the fast path works out by itself; None for others."""
+    return cast(UnDiMix, weighting) if weighting._has_scorer else None
 
 
 def standardise(scores: Tensor, error: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:

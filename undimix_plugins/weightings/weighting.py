@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,9 +11,6 @@ from torch import Tensor
 from undimix_plugins.checks import check_number
 from undimix_plugins.contrast import Contrast
 from undimix_plugins.settings import constant
-
-if TYPE_CHECKING:
-    from undimix_plugins.weightings.undimix import UnDiMix
 
 
 class Terms(NamedTuple):
@@ -159,9 +156,9 @@ class Weighting:
         return False
 
     @property
-    def _standardised_mix(self) -> UnDiMix | None:
-        """The mix of standardised scores that the weights are, which the fast path works out by itself."""
-        return None
+    def _has_scorer(self) -> bool:
+        """Whether the fast path works out the scores by itself, as those of a plain `UnDiMix`."""
+        return False
 
     def _weigher(self) -> Weighting:
         """The weighting whose `log_weights` these are."""

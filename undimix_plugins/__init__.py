@@ -1,9 +1,9 @@
-"""Hard negatives for contrastive learning: UnDiMix (UnReMix) weights behind the losses people already use.
+"""Hard negatives for contrastive learning: UnDiMix (UnReMix) weights for the losses that people already use.
 
 embeddings -> a Contrast -> a Weighting -> log-weights -> weighted log-sum over the negatives -> the loss
 
-Here is what a training script imports. `undimix_plugins.toolkit` has what an adapter imports, and
-`undimix_plugins.weightings` what a weighting of one's own does.
+A training script imports from this module. An adapter imports from `undimix_plugins.toolkit`. To write your own
+weighting, import from `undimix_plugins.weightings`.
 """
 
 from importlib.metadata import version

@@ -1,4 +1,4 @@
-"""`python -m undimix_plugins methods`: the methods that there are, where they are from and where they work."""
+"""`python -m undimix_plugins methods` lists all methods with their source, equation and supported toolkits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much is worked on at once: the one place that knows sizes, in bytes, rows and columns."""
+"""Sizes of blocks and tiles, in bytes, rows and columns. No other module defines such sizes."""
 
 from __future__ import annotations
 
@@ -6,50 +6,89 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-KEPT_BYTES = 2**29  # up to which a contrast's logits and numerators are kept
-BLOCK_BYTES = 2**22  # of a block of kept scores, so few that a cache holds them
-LONE_BLOCK_BYTES = 2**25  # of a block that is worked out whenever it is needed: more, for the products' sake
-LEAST_ROWS = 64  # of a block
-TILE = 512  # rows and columns of what is mirrored at once on the CPU, whose caches hold few
-DEVICE_TILE = 8192  # elsewhere, where each operation has to be a large one
-PAIRS_AT_ONCE = 2**22  # of rows whose logits, distances or marks are held at once
-WIDE = 64  # columns that are listed for an anchor, beyond which marks on the whole pool are cheaper
+KEPT_BYTES = 2**29  # most bytes of a contrast's logits and numerators that are kept
+BLOCK_BYTES = 2**22  # size of a block of kept scores; it fits into a cache
+LONE_BLOCK_BYTES = 2**25  # size of a block that is computed again when it is needed; larger, for fast products
+LEAST_ROWS = 64  # fewest rows of a block
+TILE = 512  # rows and columns of a tile on the CPU, so that it fits into a cache
+DEVICE_TILE = 8192  # rows and columns of a tile on other devices, which need large operations
+PAIRS_AT_ONCE = 2**22  # pairs of rows whose logits, distances or masks are held at once
+WIDE = 64  # most columns listed for an anchor; for more, a mask of the whole pool is cheaper
 
 
 def fits(anchors: Tensor, pool: Tensor, matrices: int = 2) -> bool:
-    """Whether so many matrices [anchors, pool] are kept: logits and numerators, or what autograd needs."""
+    """Whether `matrices` matrices [anchors, pool] are small enough to be kept.
+
+    Args:
+        anchors: Embeddings [n, d].
+        pool: The candidates [m, d].
+        matrices: How many matrices of that shape: logits and numerators, or what autograd needs.
+
+    Returns:
+        True if they take at most 512 MiB.
+
+    Examples:
+        >>> fits(torch.zeros(64, 8), torch.zeros(1024, 8))
+        True
+    """
     return matrices * len(anchors) * len(pool) * pool.element_size() <= KEPT_BYTES
 
 
 def blocks(count: int, row_bytes: int, kept: bool) -> list[slice]:
-    """Slices of `count` rows of `row_bytes` each, a block of scores at a time."""
-    # Beyond, not up to, the latter: more than 32 MiB is given back to the system, less may be left in pieces.
+    """Returns slices that divide `count` rows of `row_bytes` bytes each into blocks.
+
+    Args:
+        count: The number of rows.
+        row_bytes: The size of a row of scores, in bytes.
+        kept: Whether the scores of all blocks are kept. Blocks have then 4 MiB, otherwise a little more than 32 MiB,
+            and always at least 64 rows.
+
+    Returns:
+        The slices, in order.
+
+    Examples:
+        >>> blocks(100, row_bytes=2**16, kept=True)
+        [slice(0, 64, None), slice(64, 100, None)]
+    """
+    # A little more than 32 MiB, not less: the allocator returns only such blocks to the system in one piece.
     step = max(LEAST_ROWS, BLOCK_BYTES // row_bytes if kept else LONE_BLOCK_BYTES // row_bytes + 1)
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def blocks_of(anchors: Tensor, pool: Tensor) -> list[slice]:
-    """The blocks of anchors whose scores are worked out at once."""
+    """Returns the blocks of anchors whose scores are computed at once."""
     return blocks(len(anchors), len(pool) * pool.element_size(), fits(anchors, pool))
 
 
 def rows_at_once(width: int, least: int = 1) -> int:
-    """So many rows that their pairs with `width` others are about as many as are held at once."""
+    """Returns how many rows to work on at once, so that they form about 2^22 pairs with `width` others.
+
+    Args:
+        width: How many other rows each row is paired with.
+        least: The smallest result.
+
+    Returns:
+        The number of rows, at least `least`.
+
+    Examples:
+        >>> rows_at_once(2**20)
+        4
+    """
     return max(least, PAIRS_AT_ONCE // width)
 
 
 def is_wide(columns: Tensor) -> bool:
-    """Whether so many columns [n, k] are listed that marks on the whole pool are cheaper."""
+    """Whether more columns [n, k] are listed for each row than 64. A mask of the whole pool is then cheaper."""
     return columns.shape[1] > WIDE
 
 
 def tile_size(rows: Tensor) -> int:
-    """The rows and columns of a tile of the rows' products with each other."""
+    """Returns how many rows and columns a tile of the products `rows @ rows.T` has on this device."""
     return TILE if rows.device.type == "cpu" else DEVICE_TILE
 
 
 def tile_pairs(rows: Tensor) -> Iterator[tuple[slice, slice]]:
-    """The tiles, on and above the diagonal, of a square of the rows' products with each other."""
+    """Yields the tiles on and above the diagonal of `rows @ rows.T`, as pairs of slices (rows, columns)."""
     size, count = tile_size(rows), len(rows)
     tiles = [slice(start, min(start + size, count)) for start in range(0, count, size)]
     return ((rows, columns) for place, rows in enumerate(tiles) for columns in tiles[place:])

@@ -1,7 +1,7 @@
-"""One verb: `undimix(loss)` weights the negatives of a toolkit's loss.
+"""`undimix(loss)` weights the negatives of a toolkit's loss.
 
-The core knows no toolkit. An adapter is a function `weighted(loss, weighting)` that a package registers under the
-entry-point group `undimix_plugins.adapters`, named for the toolkit's import package; most are one call of `reweight`.
+The core imports no toolkit. A package registers its adapter, a function `weighted(loss, weighting)`, under the
+entry-point group `undimix_plugins.adapters`. The entry point has the name of the toolkit's import package.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from undimix_plugins.weightings.weighting import Weighting
 
 GROUP = "undimix_plugins.adapters"
 
-# What belongs to something else than the verb, and where it goes.
+# Options that belong elsewhere, and where to pass them.
 ELSEWHERE = {
     "temperature": "it belongs to the loss, as in NTXentLoss(temperature=0.2); a ranking loss has scale=5 for that",
     "scale": "it belongs to the loss, as in MultipleNegativesRankingLoss(model, scale=5)",
@@ -32,28 +32,32 @@ Loss = TypeVar("Loss")
 def undimix(
     loss: Loss, weighting: Weighting | None = None, *, last_layer: nn.Linear | None = None, **options: Any
 ) -> Loss:
-    """A drop-in for a toolkit's loss, of the same class, with its negatives weighted.
+    """Returns a drop-in replacement for a toolkit's loss that weights its negatives.
 
-    The result is a new object that shares the loss's model, memory bank and buffers; the loss itself is left as it was.
-    A loss that is weighted already (by anything but `Uniform()`, which is the plain loss) is returned as it is, or with
-    the new weighting if one is given; options change those that they name of the `UnDiMix` that it has.
+    The result is a new object of the same class. It shares the model, the memory bank and the buffers of `loss`.
+    `loss` itself is not changed.
+
+    If `loss` is weighted already, a new `weighting` replaces the old one, and options of `UnDiMix` change the `UnDiMix`
+    that the loss has. With neither, the loss is returned unchanged. A loss weighted by `Uniform()` is treated as a
+    plain loss.
 
     Args:
         loss: A loss object of a toolkit that has an adapter.
         weighting: How much each negative counts. Defaults to `UnDiMix(**options)`.
-        last_layer: The Linear whose outputs the loss is given, for `UnDiMix(gradient="weight")`, which is then the
-            default. Its inputs are remembered by a forward hook.
-        options: Of `UnDiMix`, instead of a weighting; and settings that the loss takes beside a weighting, such as
-            `exclude_duplicates=True` of sentence-transformers' losses.
+        last_layer: The `nn.Linear` whose outputs are passed to the loss. A forward hook records its inputs, which
+            `UnDiMix(gradient="weight")` needs. If given, `gradient` defaults to "weight".
+        options: Options of `UnDiMix`, to be used instead of `weighting`, and further settings of the loss, such as
+            `exclude_duplicates=True` for the losses of sentence-transformers.
 
     Returns:
         A loss with the same call, settings and class (`isinstance` holds).
 
     Raises:
-        TypeError: For what is no contrastive loss that an adapter knows (the error lists those of its toolkit, and says
-            how to weight one's own), something else than a `Weighting`, options of `UnDiMix` beside one, options that
-            neither it nor the loss has, or a last layer that is no Linear.
-        ValueError: For options that `UnDiMix` refuses, or settings of the loss that rule a weighting out.
+        TypeError: If no adapter supports `loss` (the message lists the supported losses of its toolkit and says how to
+            weight your own loss), if `weighting` is not a `Weighting`, if options of `UnDiMix` are given together with
+            `weighting`, if neither `UnDiMix` nor the loss has an option, or if `last_layer` is not an `nn.Linear`.
+        ValueError: If `UnDiMix` does not accept the value of an option, or if a setting of the loss does not allow
+            weights.
 
     Examples:
         >>> from lightly.loss import NTXentLoss
@@ -90,7 +94,7 @@ def _weighted_losses(loss: object) -> list[WeightedLoss]:
 
 
 def _weighting_in(loss: object) -> Weighting | None:
-    """The full weighting of a loss that is weighted already, or has such a one inside."""
+    """Returns the full weighting of the first weighted loss in `loss`, which may be `loss` itself, or None."""
     return next((full_weighting(weighted) for weighted in _weighted_losses(loss)), None)
 
 

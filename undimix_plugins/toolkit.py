@@ -1,7 +1,7 @@
-"""What an adapter imports: the losses' base class, contrasts, losses, checks of input, and gathering.
+"""What an adapter imports: the base class of weighted losses, contrasts, losses, input checks and gathering.
 
-A toolkit's adapter is a package that gives each of the host's losses a subclass of `WeightedLoss`, and registers one
-function, most of it a call of `reweight`, under the entry-point group `undimix_plugins.adapters`.
+An adapter is a package for one toolkit. It defines a subclass of `WeightedLoss` for each of the toolkit's losses. It
+registers one function under the entry-point group `undimix_plugins.adapters`, which usually only calls `reweight`.
 """
 
 from undimix_plugins.checks import (

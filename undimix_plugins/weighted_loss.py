@@ -1,4 +1,4 @@
-"""What every adapter's losses share, and how a host's loss object becomes one of them."""
+"""The base class of the adapters' losses, and the conversion of a toolkit's loss object to such a class."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from undimix_plugins.weightings.undimix import UnDiMix
 from undimix_plugins.weightings.weighting import Uniform, Weighting, check_weighting
 
 OPTIONS = tuple(field.name for field in fields(UnDiMix))
-WARMING_UP = "_full_and_softened"  # the attribute of a loss on its way to its full weighting
+WARMING_UP = "_full_and_softened"  # the attribute of a loss during a warm-up
 
 
 class WeightedLoss(nn.Module):
-    """What the adapters' losses share: a weighting beside the host's settings.
+    """Base class of the adapters' losses: a toolkit's loss (the host) with a weighting.
 
     Attributes:
         weighting: How much each negative counts.
-        last_layer: What remembers the inputs of the layer whose outputs the loss is given; None without such a layer.
-        settings: What `undimix()` can set beside the weighting, each an attribute of the class, and its default.
-        replaces: The host's methods that work out the loss, which the class has its own of.
+        last_layer: Records the inputs of the layer whose outputs are passed to the loss. None if no layer is set.
+        settings: The further settings that `undimix()` accepts, with their defaults. Each is an attribute of the class.
+        replaces: The methods of the host that the class overrides to compute the weighted loss.
 
     Examples:
-        A toolkit's loss gets a subclass of both, here of a loss that takes two views:
+        Subclass both `WeightedLoss` and the toolkit's loss. This loss takes two views:
 
         >>> class MyHostLoss(torch.nn.Module):
         ...     def forward(self, a, b):
@@ -48,22 +48,45 @@ class WeightedLoss(nn.Module):
 
     @property
     def no_last_layer(self) -> str:
-        """Why `undimix(loss, last_layer=...)` is refused, to follow "expected none"; empty where it is taken."""
+        """Why the loss does not accept a last layer, as the end of the message "expected none ..."; empty if it does.
+
+        Override it in a loss that cannot use the inputs of a last layer.
+        """
         return ""
 
     def weigh(self, weighting: Weighting | None, **options: Any) -> None:
-        """Sets the weighting, by default `UnDiMix(**options)`; a class extends it to check that its settings fit.
+        """Sets the weighting, by default `UnDiMix(**options)`.
 
-        A host's `temperature` is checked here: hosts take some that no weighting can work with.
+        It also checks the host's `temperature`, because hosts accept values that no weighting can use. Extend it in a
+        subclass to check further settings of the host.
+
+        Args:
+            weighting: How much each negative counts. Defaults to `UnDiMix(**options)`.
+            options: Options of `UnDiMix`, to be used instead of `weighting`.
+
+        Raises:
+            TypeError: If `weighting` is not a `Weighting`, if options are given together with it, or if `UnDiMix` does
+                not have an option.
+            ValueError: If `UnDiMix` does not accept the value of an option, or if the host's temperature is not a
+                finite number of at least 1e-10.
         """
-        of_self = vars(self)  # not a temperature that is worked out of a scale
+        of_self = vars(self)  # not a temperature that is computed from a scale
         if "temperature" in of_self and not isinstance(of_self["temperature"], Tensor):
             self.temperature = check_temperature("temperature", of_self["temperature"])
         chosen = chosen_weighting(weighting, options)
         self.weighting = UnDiMix() if chosen is None else chosen
 
     def set_options(self, **settings: Any) -> None:
-        """Sets what the class takes beside the weighting; a TypeError for what it does not."""
+        """Sets the last layer and the further settings of the class.
+
+        Args:
+            settings: `last_layer`, an `nn.Linear` or None, and any of the class's `settings`, by name.
+
+        Raises:
+            TypeError: If the class does not have a setting, if the last layer is not an `nn.Linear`, or if the
+                weighting does not use one.
+            ValueError: If the loss does not accept a last layer (`no_last_layer`).
+        """
         if "last_layer" in settings:
             layer = settings.pop("last_layer")
             if layer is not None and self.no_last_layer:
@@ -81,17 +104,19 @@ class WeightedLoss(nn.Module):
             setattr(self, name, value)
 
     def inputs_of(self, *embeddings: Tensor, normalized: bool = True) -> list[Tensor] | None:
-        """The last layer's inputs behind embeddings, as a `Contrast` takes them; None where no layer is remembered.
+        """Returns the last layer's inputs for embeddings, as `LastLayerInputs` takes them.
 
         Args:
-            embeddings: As the loss got them, each [rows, width].
-            normalized: Whether the loss brings them to length 1.
+            embeddings: The embeddings that the loss received, each [rows, width].
+            normalized: Whether the loss normalises the embeddings to length 1. The inputs are then divided by the
+                lengths of the embeddings.
 
         Returns:
-            For each its inputs [rows, h], without gradient. None also where the weighting does not use them.
+            For each tensor the inputs [rows, h], without gradient. None if no layer is set or the weighting does not
+            use it.
 
         Raises:
-            ValueError: Where the embeddings are not the layer's outputs.
+            ValueError: If the embeddings are not the outputs of the layer.
         """
         if self.last_layer is None or not self.weighting.needs_last_layer:
             return None
@@ -99,7 +124,7 @@ class WeightedLoss(nn.Module):
         return [inputs_over_lengths(*pair, normalized) for pair in zip(inputs, embeddings, strict=True)]
 
     def extra_repr(self) -> str:
-        """The weighting, beside what the host shows, and settings other than their defaults."""
+        """Returns what the host shows, the weighting, and the settings that differ from their defaults."""
         others = [
             f"{name}={getattr(self, name)!r}" for name in self.settings if getattr(self, name) != self.settings[name]
         ]
@@ -107,7 +132,7 @@ class WeightedLoss(nn.Module):
 
 
 def full_weighting(loss: WeightedLoss) -> Weighting:
-    """What a loss on its way through a warm-up comes to."""
+    """Returns the weighting that a loss has after its warm-up, or its present one if there is no warm-up."""
     full, _ = vars(loss).get(WARMING_UP, (loss.weighting, None))
     return full  # type: ignore[no-any-return]
 
@@ -115,17 +140,21 @@ def full_weighting(loss: WeightedLoss) -> Weighting:
 def chosen_weighting(
     weighting: Weighting | None, options: Mapping[str, Any], *, before: Weighting | None = None
 ) -> Weighting | None:
-    """The weighting, or `UnDiMix` with these options of it; None for neither.
+    """Returns `weighting`, or an `UnDiMix` with the given options.
 
     Args:
-        weighting: What was given as one.
-        options: Of `UnDiMix`, by name.
-        before: What a loss had before: options change an `UnDiMix` in it and leave its others as they are. `Uniform()`
-            is as good as none.
+        weighting: The weighting that the user passed, or None.
+        options: Options of `UnDiMix`, by name. Pass none together with `weighting`.
+        before: The present weighting of the loss. If it is or contains an `UnDiMix`, the options change that one and
+            keep its other options. None and `Uniform()` are replaced by a new `UnDiMix`.
+
+    Returns:
+        The weighting. None if neither `weighting` nor options are given.
 
     Raises:
-        TypeError: For both, for what is no weighting, for options that `UnDiMix` does not have, or that nothing in
-            `before` has.
+        TypeError: If both `weighting` and options are given, if `weighting` is not a `Weighting`, if `UnDiMix` does not
+            have an option, or if `before` contains no `UnDiMix`.
+        ValueError: If `UnDiMix` does not accept the value of an option.
 
     Examples:
         >>> chosen_weighting(None, {"hardness": 2.0}, before=UnDiMix(influence=0.0)).influence
@@ -160,23 +189,35 @@ def reweight(
     classes: Mapping[type[nn.Module], type[WeightedLoss]],
     **settings: Any,
 ) -> nn.Module:
-    """What an adapter does: gives a host's loss object our class for its class, and the weighting.
+    """Converts a toolkit's loss object to its weighted class. Most adapters only call this function.
+
+    The result shares the modules, parameters, buffers and hooks of `loss`.
 
     Args:
-        loss: The host's loss object; it is not changed.
-        weighting: How much each negative counts; None for `UnDiMix()`.
-        classes: The host's losses that are supported, each with our subclass of it.
-        settings: What the class takes beside the weighting.
+        loss: The toolkit's loss object. It is not changed.
+        weighting: How much each negative counts. None means `UnDiMix()` for a plain loss, and the present weighting for
+            a weighted loss.
+        classes: Maps each supported loss class of the toolkit to its weighted subclass.
+        settings: Further settings of the weighted class, and `last_layer`.
 
     Returns:
-        `loss` itself where it is weighted already, other than by `Uniform()`, and nothing is to be set; otherwise a
-        new object.
+        A new object of the weighted class. `loss` itself if it is weighted already, other than by `Uniform()`, and
+        neither a weighting nor settings are given.
 
     Raises:
-        TypeError: For a loss that is none of these, or that works out its loss by code of its own.
+        TypeError: If the class of `loss` is not in `classes` and inherits from none of them, if it overrides a method
+            that the weighted class replaces, or as `WeightedLoss.weigh` and `WeightedLoss.set_options` do.
+        ValueError: As `WeightedLoss.weigh` and `WeightedLoss.set_options` do.
 
     Examples:
-        `WeightedLoss` has one.
+        >>> class MyHostLoss(torch.nn.Module):
+        ...     def forward(self, a, b):
+        ...         return info_nce(two_views(a, b, 0.5), Uniform())
+        >>> class MyLoss(WeightedLoss, MyHostLoss):
+        ...     def forward(self, a, b):
+        ...         return info_nce(two_views(a, b, 0.5), self.weighting)
+        >>> isinstance(reweight(MyHostLoss(), UnDiMix(), {MyHostLoss: MyLoss}), MyHostLoss)
+        True
     """
     if isinstance(loss, WeightedLoss):
         full = full_weighting(loss)
@@ -188,11 +229,11 @@ def reweight(
     else:
         weighted = _weighted_class(loss, classes)
     new = weighted.__new__(weighted)
-    # Modules, parameters, buffers and hooks stay shared, but each object needs dictionaries of its own.
+    # Modules, parameters, buffers and hooks stay shared, but each object needs its own dictionaries.
     tables = set(vars(nn.Module()))
     new.__dict__.update({k: v.copy() if k in tables and hasattr(v, "copy") else v for k, v in vars(loss).items()})
     new.__dict__.pop(WARMING_UP, None)
-    new.__dict__["_compiled_call_impl"] = None  # a compiled host's would still call the host
+    new.__dict__["_compiled_call_impl"] = None  # that of a compiled host would still call the host
     for name, default in cast(WeightedLoss, new).settings.items():
         new.__dict__.setdefault(name, default)
     cast(WeightedLoss, new).weigh(weighting)
@@ -201,7 +242,7 @@ def reweight(
 
 
 def why_no_loss(loss: object) -> str:
-    """What stands for a loss by its looks, and what to do; empty where it may be one."""
+    """Returns why an object is probably not a contrastive loss, to follow its name in a message; empty if it may be."""
     cls = type(loss)
     named_so = any("loss" in base.__name__.lower() for base in cls.__mro__)
     if isinstance(loss, nn.Module) and not named_so and len(list(loss.parameters())) > 1:  # one may be a temperature
@@ -232,10 +273,29 @@ def _weighted_class(loss: nn.Module, classes: Mapping[type[nn.Module], type[Weig
 
 @cache
 def joined_class(ours: type[WeightedLoss], theirs: type[nn.Module]) -> type[nn.Module]:
-    """A class that is both, for a user's own subclass of a host's loss."""
+    """Returns a class that inherits from both, for a user's own subclass of a toolkit's loss.
+
+    Args:
+        ours: The weighted class of the toolkit's loss.
+        theirs: The user's subclass of the toolkit's loss. It must not override what `ours` replaces.
+
+    Returns:
+        A class with the name, module and docstring of `theirs`. Its objects can be pickled.
+
+    Examples:
+        >>> class MyHostLoss(torch.nn.Module):
+        ...     pass
+        >>> class MyLoss(WeightedLoss, MyHostLoss):
+        ...     pass
+        >>> class UsersLoss(MyHostLoss):
+        ...     pass
+        >>> joined = joined_class(MyLoss, UsersLoss)
+        >>> joined.__name__, issubclass(joined, MyLoss), issubclass(joined, UsersLoss)
+        ('UsersLoss', True, True)
+    """
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        # A class made here has no name that pickle could import: it is made again from its two bases.
+        # pickle cannot import a class that is made here: it is made again from its two bases.
         return _blank, (ours, theirs), self.__getstate__()  # type: ignore[no-untyped-call]
 
     namespace = {"__module__": theirs.__module__, "__doc__": theirs.__doc__, "__reduce_ex__": reduce}
@@ -248,7 +308,14 @@ def _blank(ours: type[WeightedLoss], theirs: type[nn.Module]) -> nn.Module:
 
 
 def require(toolkit: str, extra: str) -> None:
-    """Raises an ImportError that says which extra to install, where a toolkit's import package is missing.
+    """Raises an ImportError that names the extra to install if a toolkit's import package is missing.
+
+    Args:
+        toolkit: The import package, such as "torch_geometric".
+        extra: The extra of undimix-plugins that installs it, such as "pyg".
+
+    Raises:
+        ImportError: If the package cannot be imported.
 
     Examples:
         >>> require("torch", extra="lightly")

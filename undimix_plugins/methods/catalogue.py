@@ -46,7 +46,7 @@ METHODS = (
     Method(
         "Debiased",
         "2007.00224",
-        "corrects the negatives' sum for those of the anchor's class",
+        "corrects the negatives' sum for negatives of the anchor's class",
         "max((sum_j e^(s_j/t) - tau_plus N e^(s+/t)) / (1 - tau_plus), N e^(-1/t))",
     ),
     Method(
@@ -64,13 +64,13 @@ METHODS = (
     Method(
         "BCL",
         "2301.11673",
-        "weights by the posterior of a true and hard negative, by rank",
+        "weights by the probability of a true and hard negative, given its rank",
         "w_j = hard_j / ((1 - tau_plus) true_j + tau_plus false_j)",
     ),
     Method(
         "ProGCL",
         "2110.02027",
-        "weights by the probability of being true, of a mixture of similarities",
+        "weights by the probability of a true negative, from a mixture model of similarities",
         "w_j = mean-one p_j (1 + s_j) / 2",
     ),
     Method(
@@ -88,10 +88,10 @@ METHODS = (
     Method(
         "FalseNegativeAttraction",
         "2011.11765",
-        "makes them positives",
+        "turns likely false negatives into positives",
         "mean over p in {+} and F of -log(e^(s_p/t) / Z)",
-        lightly="one line, but for DCLWLoss, MACLLoss and a weight_fn",
-        sentence_transformers="one line, but for joint directions and guides",
+        lightly="one line; not DCLWLoss, MACLLoss or a weight_fn",
+        sentence_transformers="one line; not joint directions or guides",
     ),
     Method(
         "MoCHi",
@@ -102,7 +102,7 @@ METHODS = (
     Method(
         "AdCo",
         "2011.08435",
-        "a pool of negatives that learns to make the loss large",
+        "learns a pool of negatives that make the loss large",
         "r_j += lr d loss / d r_j, n_j = r_j / |r_j|",
         lightly="a loss and its step (lightly_adco.py)",
         sentence_transformers=NO_MOMENTUM,
@@ -112,7 +112,7 @@ METHODS = (
     Method(
         "MMCL",
         "2112.11450",
-        "weights by the dual variables of an SVM for each anchor; no softmax",
+        "replaces the softmax by an SVM for each anchor, and weights by its dual variables",
         "min over 0 <= a <= C of a' D a / 2 - 2 * 1'a",
         lightly="a loss (lightly_mmcl.py)",
         sentence_transformers="no, its losses are called with texts",
@@ -122,7 +122,7 @@ METHODS = (
     Method(
         "ActiveSampling",
         "2009.09805",
-        "fills a memory bank with uncertain and diverse ones",
+        "fills a memory bank with uncertain and diverse embeddings",
         "k-means++ of the gradients d l(pseudo label) / d W",
         lightly="what to enqueue (lightly_active_sampling.py)",
         sentence_transformers=NO_BANK,
@@ -162,7 +162,7 @@ METHODS = (
     Method(
         "ANCE",
         "2007.00808",
-        "hard negatives of the whole corpus, mined anew in the background",
+        "mines hard negatives in the whole corpus, in the background, again and again",
         "D- = top of f_k(q) . f_k(corpus), less q's positives",
         lightly="no, there is no corpus of texts",
         sentence_transformers="a callback (sentence_transformers_ance.py)",

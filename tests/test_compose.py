@@ -32,8 +32,8 @@ from tests.test_false_negatives import (
     plain_log_sums,
     slow_found,
 )
+from tests.test_fast import HarderHalf, Waits, blocks, total
 from tests.test_ring import outside
-from tests.test_tiled import HarderHalf, Waits, blocks, total
 from undimix_plugins import (
     BCL,
     HCL,

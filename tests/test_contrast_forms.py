@@ -18,15 +18,15 @@ from torch.nn.functional import cross_entropy, normalize
 
 from tests import references
 from tests.contrasts import Case, bank, in_batch, random_rows, rectangular
-from tests.test_tiled import (
+from tests.test_fast import (
     HarderHalf,
     all_excluded,
     blocks,
     dense_log_weights,
+    fast_log_weights,
     outcome,
     ranking,
     ring,
-    tiled_log_weights,
 )
 from undimix_plugins import (
     HCL,
@@ -470,5 +470,5 @@ def test_gradients_through_a_normalisation(name: str, mixing: str) -> None:
         last_layer=LastLayerInputs(of_anchors / lengths[0], inputs / lengths[1], normalized=True),
     )  # fmt: skip
     negative = case.is_negative()
-    for got in (dense_log_weights(contrast, method), tiled_log_weights(contrast, method)):
+    for got in (dense_log_weights(contrast, method), fast_log_weights(contrast, method)):
         torch.testing.assert_close(got[negative], want[negative], rtol=1e-9, atol=1e-9)

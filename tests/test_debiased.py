@@ -21,7 +21,7 @@ from tests.test_false_negatives import (
     plain_info_nce,
     plain_log_sums,
 )
-from tests.test_tiled import blocks, total
+from tests.test_fast import blocks, total
 from undimix_plugins import HCL, Debiased, Uniform, decoupled, importance_weights, info_nce, two_views
 from undimix_plugins.toolkit import log_sums
 

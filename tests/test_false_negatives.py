@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tests.contrasts import Case, bank, in_batch, random_rows, rectangular
-from tests.test_tiled import blocks, leaves, ring, total
+from tests.test_fast import blocks, leaves, ring, total
 from undimix_plugins import (
     Contrast,
     FalseNegativeAttraction,

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tests.contrasts import Case, bank, in_batch, make_every_look_cost, random_rows, rectangular
-from tests.test_tiled import (
+from tests.test_fast import (
     CASES,
     Apart,
     Largest,

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests import references
 from tests.contrasts import Case, bank, in_batch, random_rows, rectangular
-from tests.test_tiled import CASES, Outcome, all_excluded, assert_same, blocks, leaves, outcome, to
+from tests.test_fast import CASES, Outcome, all_excluded, assert_same, blocks, leaves, outcome, to
 from undimix_plugins import (
     Contrast,
     ProGCL,

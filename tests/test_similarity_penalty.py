@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.contrasts import Case, bank, in_batch, random_rows, rectangular
-from tests.test_tiled import CASES, Outcome, assert_equals_dense, assert_same, blocks, leaves, outcome, to
+from tests.test_fast import CASES, Outcome, assert_equals_dense, assert_same, blocks, leaves, outcome, to
 from undimix_plugins import SimilarityPenalty, Uniform, importance_weights, info_nce, two_views
 from undimix_plugins.toolkit import log_sums
 from undimix_plugins.weightings.weighting import Softened

@@ -57,7 +57,7 @@ def small(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
         yield request.param
 
 
-def tiled_log_weights(contrast: Contrast, weighting: Weighting) -> Tensor:
+def fast_log_weights(contrast: Contrast, weighting: Weighting) -> Tensor:
     """The log-weights [n, m] that the fast path works with: its scores less the logits."""
     n, m = len(contrast.anchors), len(contrast.pool)
     parts = []
@@ -338,7 +338,7 @@ def test_equals_dense(case: Case, weighting: Weighting) -> None:
 @each_case
 def test_log_weights(case: Case, weighting: Weighting) -> None:
     contrast, negative = case.contrast(), case.is_negative()
-    got, want = tiled_log_weights(contrast, weighting), dense_log_weights(contrast, weighting)
+    got, want = fast_log_weights(contrast, weighting), dense_log_weights(contrast, weighting)
     torch.testing.assert_close(got[negative], want[negative], rtol=1e-12, atol=1e-12)
 
 
@@ -512,7 +512,7 @@ class TestPrecision:
     def test_equals_dense(self, case: Case, temperature: float, together: bool, weighting: Weighting) -> None:
         case = spread(case._replace(temperature=temperature), together=together, seed=0)
         assert_equals_dense(case, weighting, info_nce, log_sums)
-        got, want = tiled_log_weights(case.contrast(), weighting), dense_log_weights(case.contrast(), weighting)
+        got, want = fast_log_weights(case.contrast(), weighting), dense_log_weights(case.contrast(), weighting)
         negative = case.is_negative()
         torch.testing.assert_close(got[negative], want[negative], rtol=1e-12, atol=1e-12)
 
@@ -534,7 +534,7 @@ class TestPrecision:
             batch = to(spread(case._replace(temperature=temperature), together=together, seed=seed), torch.float32)
             negative = batch.is_negative()
             want = dense_log_weights(precise(batch).contrast(), weighting)
-            both = (made(batch.contrast(), weighting) for made in (tiled_log_weights, dense_log_weights))
+            both = (made(batch.contrast(), weighting) for made in (fast_log_weights, dense_log_weights))
             errors.append([(got - want)[negative].abs().max() for got in both])
         ours, own = torch.tensor(errors).median(dim=0).values.tolist()
         assert ours <= max(1e-5, own)

@@ -10,7 +10,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [path for folder in ("undimix_plugins", "adapters") for path in sorted((ROOT / folder).rglob("*.py"))]
-QUOTED = re.findall(r"```text\n(.*?)\n```", (ROOT / "docs" / "faq.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+PAGE = (ROOT / "docs" / "faq.md").read_text(encoding="utf-8")
+QUOTED = [
+    " ".join(block.split()) for block in re.findall(r"```text\n(.*?)\n```", PAGE, flags=re.DOTALL)
+]  # wrapped there
 LEAST = 30  # characters that a message has to have fixed: a pattern of fewer may match by chance
 
 
@@ -44,5 +47,4 @@ def test_there_are_twenty() -> None:
 def test_message_is_in_the_source(quoted: str) -> None:
     kind, _, message = quoted.partition(": ")
     assert re.fullmatch(r"\w+(Error|Warning)", kind)
-    assert "\n" not in message
     assert any(pattern.fullmatch(message) for pattern in PATTERNS)

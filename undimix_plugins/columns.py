@@ -1,4 +1,4 @@
-"""Columns of the pool that are listed for each row, integers [n, k] padded with -1."""
+"""Functions of listed columns of the pool: integers [n, k], padded with -1."""
 
 from __future__ import annotations
 
@@ -9,22 +9,59 @@ from undimix_plugins.blocks import is_wide
 
 
 def is_not_among(columns: Tensor, width: int) -> Tensor:
-    """Which of so many columns a row of `columns` [n, k], padded with -1, does not name: bool [n, width]."""
-    # Padding goes to a column of its own, which is cut off again: no mask has to be read.
+    """Returns which of `width` columns are not listed in a row of `columns`.
+
+    Args:
+        columns: Integers [n, k], padded with -1.
+        width: The number of columns of the pool.
+
+    Returns:
+        A mask, bool [n, width], False where `columns` lists the column.
+
+    Examples:
+        >>> is_not_among(torch.tensor([[0, -1], [2, 1]]), width=3)
+        tensor([[False,  True,  True],
+                [ True, False, False]])
+    """
+    # Padding goes to one more column, which is cut off again.
     columns = torch.where(columns < 0, width, columns)
     marks = torch.ones(len(columns), width + 1, dtype=torch.bool, device=columns.device)
     return marks.scatter(1, columns, False)[:, :width]
 
 
 def sum_of_rows(rows: Tensor, columns: Tensor) -> Tensor:
-    """The sum of `rows[columns]` per row of `columns`; -1 picks nothing (a row of zeros put last)."""
+    """Returns the sum of `rows[columns]` for each row of `columns`.
+
+    Args:
+        rows: Rows [m, d], floating point.
+        columns: Integers [n, k], each at most once in a row, padded with -1.
+
+    Returns:
+        Sums [n, d], same dtype as `rows`; 0 for a row that lists no column.
+
+    Examples:
+        >>> sum_of_rows(torch.eye(3), torch.tensor([[0, 2], [1, -1]]))
+        tensor([[1., 0., 1.],
+                [0., 1., 0.]])
+    """
     if is_wide(columns):
         return (~is_not_among(columns, len(rows))).to(rows.dtype) @ rows
     return torch.cat([rows, torch.zeros_like(rows[:1])])[columns].sum(dim=1)
 
 
 def distinct(columns: Tensor) -> Tensor:
-    """Keeps a column that stands twice in a row once, so that rows can be summed over the columns."""
+    """Removes repeated columns from each row, so that rows can be summed over the columns.
+
+    Args:
+        columns: Integers [n, k], padded with -1.
+
+    Returns:
+        The same shape, in ascending order. A repetition becomes -1.
+
+    Examples:
+        >>> distinct(torch.tensor([[2, 0, 2]]))
+        tensor([[ 0,  2, -1]])
+    """
     if columns.shape[1] < 2:
         return columns
     ordered = columns.sort(dim=1).values

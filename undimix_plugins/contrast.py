@@ -1,4 +1,4 @@
-"""What is compared: anchors, their positives and the pool of negatives."""
+"""The contrast: anchors, their positives and the pool of candidates that negatives come from."""
 
 from __future__ import annotations
 
@@ -27,22 +27,35 @@ from undimix_plugins.columns import distinct, is_not_among, sum_of_rows
 from undimix_plugins.distributed import gather_parts, processes
 from undimix_plugins.rows import as_full_precision, full_precision
 
-#: From a block of r anchors to the columns of the pool that are no negatives of theirs, bool [r, m].
+#: A function from a block of r anchors (a slice) to a mask, bool [r, m]: True where a candidate is not their negative.
 ExcludedMask = Callable[[slice], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class GatheredPool:
-    """What makes a contrast with a pool gathered from all processes the same as on one process.
+    """What a contrast needs to know of a pool that is gathered from all processes.
 
-    A candidate's pseudo-labelling task is which anchor it is aligned with, among all processes' anchors. Each process
-    works out the tasks of its own candidates, and the results are gathered.
+    The weights are then the same as on one process. The pseudo-labelling task of a candidate asks which anchor it is
+    aligned with, among the anchors of all processes. Each process solves the tasks of its own candidates, and the
+    results are gathered.
 
     Attributes:
-        anchors: All processes' anchors [N, d], constants; or a function that gathers them, which all processes call.
-        own_columns: Those anchors' own columns in the pool [N], -1 where there is none; None for no anchor at all.
-        own_rows: This process's own rows of the pool [p]; the contrast's `own_columns` where these are its anchors.
-        gather: From numbers for this process's rows [p, k] to those for the whole pool [m, k], without gradient.
+        anchors: The anchors of all processes [N, d], without gradient. Or a function that gathers them, which all
+            processes call.
+        own_columns: For each of these anchors its own column in the pool [N], integers, -1 if it is not in the pool.
+            None if the pool contains no anchors.
+        own_rows: The rows of the pool that belong to this process [p], integers. Pass the contrast's `own_columns`
+            tensor itself if these rows are its anchors.
+        gather: A function from numbers for this process's rows [p, k] to numbers for the whole pool [m, k], without
+            gradient. All processes call it.
+
+    Examples:
+        A single process holds the whole pool:
+
+        >>> bank = torch.randn(16, 8)
+        >>> anchors = torch.randn(4, 8)
+        >>> gathered = GatheredPool(anchors, None, torch.arange(16), gather=lambda numbers: numbers)
+        >>> contrast = Contrast.of(anchors, torch.randn(4, 8), bank, None, temperature=1.0, gathered=gathered)
     """
 
     anchors: Tensor | Callable[[], Tensor]
@@ -53,13 +66,22 @@ class GatheredPool:
 
 @dataclass(frozen=True, eq=False)
 class LastLayerInputs:
-    """The inputs of the last layer, whose outputs are compared; `UnDiMix(gradient="weight")` needs them.
+    """The inputs of the last layer, whose outputs are the embeddings. `UnDiMix(gradient="weight")` needs them.
 
     Attributes:
-        anchor_inputs: Inputs behind the anchors [n, h].
-        pool_inputs: Inputs behind the pool [m, h].
-        normalized: Whether anchors and pool are the layer's outputs brought to length 1, and its inputs divided by
-            those outputs' lengths: gradients at its weight then go through the normalisation, too.
+        anchor_inputs: The inputs that gave the anchors [n, h], floating point.
+        pool_inputs: The inputs that gave the pool [m, h], floating point.
+        normalized: Whether anchors and pool are the layer's outputs normalised to length 1. The inputs must then be
+            divided by the lengths of the outputs, so that gradients at the weight go through the normalisation.
+
+    Examples:
+        >>> layer, h = torch.nn.Linear(6, 4), torch.randn(8, 6)
+        >>> z = layer(h)
+        >>> unit = torch.nn.functional.normalize(z, dim=1)
+        >>> inputs = h / z.detach().norm(dim=1, keepdim=True)
+        >>> last_layer = LastLayerInputs(inputs, inputs, normalized=True)
+        >>> contrast = two_views(unit[:4], unit[4:], temperature=0.5, last_layer=last_layer)
+        >>> loss = info_nce(contrast, UnDiMix(gradient="weight"))
     """
 
     anchor_inputs: Tensor
@@ -69,30 +91,34 @@ class LastLayerInputs:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Contrast:
-    """Anchors, a positive for each, and the pool that their negatives come from.
+    """Anchors, their positives, and the pool of candidates that negatives come from.
 
-    `Contrast.of` makes one: it checks what it is given, and a Contrast never changes afterwards.
+    Create one with `Contrast.of`, which checks its arguments. A Contrast never changes afterwards.
 
-    The similarity of two rows is their inner product *as they stand here*: pass rows of length 1 for cosines. Rows in
-    half precision are converted to float32 (gradients flow back through that).
+    The similarity of two rows is their inner product. The rows are *not* normalised: pass rows of length 1 for cosine
+    similarity. Rows in half precision are converted to float32, and gradients flow back through the conversion.
 
     Attributes:
-        anchors: Embeddings [n, d], floating point, of full precision like all the rest.
-        positives: Each anchor's positive [n, d]; of several in the pool their mean, 0 for none.
-        pool: The candidates [m, d]: the batch's views, a memory bank, all documents.
-        excluded: Columns of the pool that are no negatives for an anchor [n, k], int64, padded with -1, an anchor's own
-            among them; each column stands there once.
-        temperature: What similarities are divided by, a float or a scalar tensor (whose gradient is in the rows).
-        own_columns: The anchors' own columns in the pool [n], -1 where there is none; None for no anchor at all, or
-            where `anchors` and `pool` are the same tensor object: then anchor i is row i.
-        positives_in_pool: Whether the pool holds the positives, too. A memory bank holds none.
-        last_layer: The last layer's inputs; None where they are not known.
-        excluded_mask: Further columns that are no negatives: a function from a block of r anchors to a mask, bool
-            [r, m]; None for none.
-        gathered: What a pool gathered from several processes needs of them; None for this process's own contrast.
-        anchor_weights: How much each anchor's loss counts in the mean over all [n]; None for 1 each.
-        positive_columns: The positives' columns [n, p], padded with -1, where there may be several in the pool.
-        has_own_positive: Whether `positives` is a positive itself, beside those of the columns.
+        anchors: Embeddings [n, d], float32 or float64. All floating-point tensors have the same dtype.
+        positives: The positive of each anchor [n, d]. If the pool contains the positives, their mean, or 0 for an
+            anchor without any.
+        pool: The candidates [m, d]: the views of the batch, a memory bank, or all documents.
+        excluded: For each anchor the columns of the pool that are not its negatives [n, k], int64, padded with -1. They
+            include the anchor's own column. No column is listed twice for an anchor.
+        temperature: The temperature, a float or a scalar tensor. The gradient of a learned temperature flows through
+            the rows.
+        own_columns: For each anchor its own column in the pool [n], int64, -1 if it is not in the pool. None if the
+            pool contains no anchors, or if `anchors` and `pool` are the same tensor object: then anchor i is row i.
+        positives_in_pool: Whether the pool contains the positives. A memory bank does not.
+        last_layer: The inputs of the last layer, or None.
+        excluded_mask: Further columns that are not negatives, as a function from a block of r anchors to a mask, bool
+            [r, m]; or None.
+        gathered: What is known of a pool that is gathered from several processes. None for one process.
+        anchor_weights: The weight of each anchor's loss in the mean [n]. None means 1 for each.
+        positive_columns: For each anchor the columns of its positives in the pool [n, p], int64, padded with -1. None
+            if `positives` holds the only positive of each anchor.
+        has_own_positive: Whether row i of `positives` is a positive itself. False if it is only the mean of the rows
+            that `positive_columns` lists.
 
     Examples:
         >>> z = torch.nn.functional.normalize(torch.randn(6, 16), dim=1)
@@ -131,37 +157,40 @@ class Contrast:
         gathered: GatheredPool | None = None,
         anchor_weights: Tensor | None = None,
     ) -> Contrast:
-        """Makes a contrast of rows that are compared as they are, after a look at all of them.
+        """Checks its arguments and returns a contrast of them. Rows are not normalised.
 
         Args:
             anchors: Embeddings [n, d], floating point.
-            positives: Each anchor's positive [n, d]; or, where the pool holds them, their columns [n, p], integers
-                padded with -1: several, one or none. Then they are no negatives, and all stand in the denominator.
-            pool: The candidates [m, d], same dtype. Pass the anchors' own tensor object for one batch of views.
-            excluded: Columns of the pool that are no negatives for an anchor [n, k], integers, padded with -1: its
-                positive, duplicates, known false negatives. None excludes nothing. A column may stand twice.
-            temperature: What similarities are divided by, a finite number above 0, or a tensor of one (a parameter
-                that is learned, a number that another device holds), which gets its gradient.
-            own_columns: The anchors' own columns in the pool [n], -1 where there is none; None for no anchor at all,
-                except where `anchors` and `pool` are the same tensor object: then anchor i is row i. An anchor is never
-                its own negative, so these need not stand in `excluded`.
-            positives_in_pool: Whether the pool holds the positives too (those then belong in `excluded`). Defaults to
-                whether `anchors` and `pool` are the same tensor object.
-            last_layer: The inputs of the layer whose outputs anchors and pool are.
-            excluded_mask: Further columns that are no negatives, too many or too scattered to be listed (rows of the
-                same class, what a guide model finds, duplicates): a function from a block of r anchors to a mask, bool
-                [r, m]. It is called for a block several times, and has to return the same. `same_label` makes one.
-            gathered: What a pool gathered from several processes needs of them.
-            anchor_weights: How much each anchor's loss counts in the mean over all [n], constants of at least 0.
+            positives: The positive of each anchor [n, d], same dtype as `anchors`. If the pool contains the positives,
+                you can pass their columns instead [n, p], integers, padded with -1: several, one or none for each
+                anchor. They are then no negatives, and all of them are in the denominator.
+            pool: The candidates [m, d], same dtype. For one batch of views, pass the tensor object of `anchors` itself.
+            excluded: For each anchor the columns of the pool that are not its negatives [n, k], integers, padded with
+                -1: its positive, duplicates, known false negatives. A column may be listed twice. None excludes
+                nothing.
+            temperature: The temperature that similarities are divided by, a finite number above 0. A tensor with one
+                element (a learned parameter, or a number on another device) gets its gradient.
+            own_columns: For each anchor its own column in the pool [n], integers, -1 if it is not in the pool. None if
+                the pool contains no anchors, or if `anchors` and `pool` are the same tensor object: then anchor i is
+                row i. An anchor is never its own negative, so you need not list these in `excluded`.
+            positives_in_pool: Whether the pool contains the positives. If it does, list them in `excluded`. Defaults to
+                True if `anchors` and `pool` are the same tensor object, and to False otherwise.
+            last_layer: The inputs of the layer whose outputs are the anchors and the pool.
+            excluded_mask: Further columns that are not negatives, if they are too many to be listed: rows of the same
+                class, duplicates, or what a guide model finds. A function from a block of r anchors to a mask, bool
+                [r, m]. It is called several times for a block and must always return the same mask. `same_label`
+                makes one.
+            gathered: What is known of a pool that is gathered from several processes.
+            anchor_weights: The weight of each anchor's loss in the mean [n], from 0 to 1e30, without gradient.
 
         Returns:
             The contrast.
 
         Raises:
-            ValueError: For tensors that are no matrices, that are empty, or whose widths, lengths, dtypes or devices
-                differ; a temperature that is no finite number above 0. On the CPU also for non-finite rows and columns
-                out of range. On other devices, where looking would cost a synchronisation, a non-finite row makes the
-                loss NaN.
+            ValueError: If a tensor is not a matrix or is empty, if widths, lengths, dtypes or devices differ, or if the
+                temperature is not a finite number above 0. On the CPU also if a row is not finite, if a column is out
+                of range, or if logits could overflow. Values on other devices are not read, since that would cost a
+                synchronisation. There, a non-finite row gives a loss of NaN.
 
         Examples:
             >>> queries, keys, bank = (torch.nn.functional.normalize(torch.randn(n, 16), dim=1) for n in (4, 4, 64))
@@ -230,24 +259,38 @@ class Contrast:
 
     @property
     def held_temperature(self) -> float | Tensor:
-        """The temperature as a constant, which its gradient passes by, through the rows."""
+        """The temperature without gradient. The gradient of a learned temperature flows through the rows."""
         return self.temperature.detach() if isinstance(self.temperature, Tensor) else self.temperature
 
     def logits(self, rows: slice, copies: Tensor | None = None) -> Tensor:
-        """Similarities over the temperature of a block of r anchors to the whole pool: [r, m].
+        """Returns the similarities of a block of anchors to the whole pool, divided by the temperature.
 
-        With `copies`, the columns of `first_copies(pool)` [m], those of equal candidates are equal to the last digit.
+        Args:
+            rows: A block of r anchors.
+            copies: For each candidate the first candidate that equals it [m], from `first_copies(pool)`. The logits of
+                equal candidates are then exactly equal.
+
+        Returns:
+            Logits [r, m], in the dtype of the rows, also under autocast.
+
+        Examples:
+            >>> contrast = in_batch_negatives(torch.eye(3), torch.eye(3), temperature=0.5)
+            >>> contrast.logits(slice(0, 1))
+            tensor([[2., 0., 0.]])
         """
         with full_precision(self.pool):
             logits = self.anchors[rows] @ self.pool.T / self.held_temperature
         return logits if copies is None else logits[:, copies]
 
     def own_positive_logits(self) -> Tensor:
-        """The similarities of `positives` over the temperature [n]."""
+        """Returns the similarity of each anchor to its row of `positives`, divided by the temperature [n].
+
+        If `has_own_positive` is False, this is the mean over the positives in the pool.
+        """
         return (self.anchors * self.positives).sum(dim=1) / self.held_temperature
 
     def positive_logits(self) -> Tensor:
-        """The positives' similarities over the temperature [n], the mean of several, 0 for none."""
+        """Returns the logits of the positives [n]: the mean for several positives, 0 for none."""
         own, columns = self.own_positive_logits(), self.positive_columns
         if columns is None or not self.has_own_positive:
             return own
@@ -255,14 +298,18 @@ class Contrast:
         return (own + further) / (1 + (columns >= 0).sum(dim=1))
 
     def without(self, columns: Tensor | None = None, mask: ExcludedMask | None = None) -> Contrast:
-        """The same with fewer negatives.
+        """Returns a contrast with fewer negatives.
 
         Args:
-            columns: Those to leave out, for each anchor [n, k], integers, padded with -1.
-            mask: Further ones, as `excluded_mask` has them.
+            columns: For each anchor the columns of the pool to exclude [n, k], integers, padded with -1.
+            mask: Further columns to exclude: a function from a block of r anchors to a mask, bool [r, m].
 
         Returns:
-            Another Contrast of the same tensors.
+            A new Contrast of the same tensors.
+
+        Raises:
+            ValueError: If `columns` is not an integer tensor [n, k] on the pool's device or, on the CPU, if a column is
+                out of range.
 
         Examples:
             >>> contrast = in_batch_negatives(torch.randn(4, 8), torch.randn(4, 8), temperature=0.05)
@@ -278,14 +325,18 @@ class Contrast:
         return replace(self, excluded=excluded, excluded_mask=excluded_mask)
 
     def with_positives(self, columns: Tensor) -> Contrast:
-        """The same with more positives, beside those that anchors have; they are no negatives then.
+        """Returns a contrast in which some negatives are further positives.
 
         Args:
-            columns: Negatives of each anchor in the pool [n, k], integers, padded with -1; columns that are no
-                negatives are ignored.
+            columns: For each anchor the negatives that become positives [n, k], integers, padded with -1. Columns that
+                `excluded` lists for the anchor are ignored.
 
         Returns:
-            Another Contrast of the same tensors.
+            A new Contrast of the same tensors. Anchors keep the positives that they have.
+
+        Raises:
+            ValueError: If `columns` is not an integer tensor [n, k] on the pool's device or, on the CPU, if a column is
+                out of range.
 
         Examples:
             >>> contrast = in_batch_negatives(torch.randn(4, 8), torch.randn(4, 8), temperature=0.05)
@@ -304,12 +355,25 @@ class Contrast:
         return replace(new, positive_columns=columns, positives=positives)
 
     def is_negative(self, rows: slice) -> Tensor:
-        """Which columns of the pool are negatives for a block of anchors: bool [r, m]."""
+        """Returns which columns of the pool are negatives for a block of r anchors, bool [r, m].
+
+        Args:
+            rows: A block of r anchors.
+
+        Raises:
+            ValueError: If `excluded_mask` does not return a bool tensor [r, m].
+
+        Examples:
+            >>> contrast = in_batch_negatives(torch.randn(3, 8), torch.randn(3, 8), temperature=0.05)
+            >>> contrast.is_negative(slice(0, 2))
+            tensor([[False,  True,  True],
+                    [ True, False,  True]])
+        """
         negative = is_not_among(self.excluded[rows], len(self.pool))
         return negative if self.excluded_mask is None else negative & ~self._masked(self.excluded_mask, rows)
 
     def _masked(self, excluded_mask: ExcludedMask, rows: slice) -> Tensor:
-        """The mask of a block of anchors, bool [r, m]; a ValueError for what is none."""
+        """Returns the mask of a block of anchors, bool [r, m]. Raises a ValueError for any other result."""
         mask = excluded_mask(rows)
         shape = [len(self.anchors[rows]), len(self.pool)]
         if not isinstance(mask, Tensor) or list(mask.shape) != shape or mask.dtype != torch.bool:
@@ -319,12 +383,12 @@ class Contrast:
 
     @property
     def is_own_pool(self) -> bool:
-        """Whether the anchors are the pool, anchor i its row i."""
+        """Whether anchors and pool are the same rows: anchor i is row i of the pool."""
         return self.anchors is self.pool and self.own_columns is None
 
     @property
     def count(self) -> Tensor:
-        """How many negatives each anchor has: [n], in the embeddings' dtype."""
+        """The number of negatives of each anchor [n], in the dtype of the rows."""
         if self.excluded_mask is None:
             return (len(self.pool) - (self.excluded >= 0).sum(dim=1)).to(self.pool.dtype)
         step = rows_at_once(len(self.pool))
@@ -333,27 +397,28 @@ class Contrast:
 
 
 def mean_of_rows(rows: Tensor, columns: Tensor) -> Tensor:
-    """The mean of `rows[columns]` per row of `columns`, padded with -1; 0 for none."""
+    """Returns the mean of `rows[columns]` for each row of `columns` [n, k], padded with -1; 0 if it lists none."""
     return sum_of_rows(rows, columns) / (columns >= 0).sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def with_gradient_of(temperature: float | Tensor, anchors: Tensor, positives: Tensor, pool: Tensor) -> list[Tensor]:
-    """Anchors, positives and pool that carry the gradient of a temperature that is learned.
+    """Returns anchors, positives and pool with the gradient of a learned temperature.
 
-    Logits are bilinear in the rows, so that a factor of 1 on these carries the temperature's whole gradient.
+    Logits are bilinear in the rows. So the rows, multiplied by a factor of value 1 that depends on the temperature,
+    carry its whole gradient.
     """
     if not isinstance(temperature, Tensor) or not temperature.requires_grad:
         return [anchors, positives, pool]
     one = temperature.detach() / temperature
     if anchors is not pool:
         return [anchors * one, positives, pool]
-    one = one.sqrt()  # on either side
+    one = one.sqrt()  # it is a factor of both sides
     pool = pool * one
     return [pool, positives * one, pool]
 
 
 def holds_all_anchors(contrast: Contrast) -> bool:
-    """Whether what the influence needs of other processes is in the contrast, with its pool."""
+    """Whether the contrast contains the anchors of all processes, which the influence needs."""
     gathered = contrast.gathered
     if gathered is None or isinstance(gathered.anchors, Tensor):
         return True
@@ -361,7 +426,10 @@ def holds_all_anchors(contrast: Contrast) -> bool:
 
 
 def alone(contrast: Contrast) -> Contrast:
-    """The same, which asks nothing of other processes, so that they need not call; the influence may raise then."""
+    """Returns the contrast without collectives, so that one process can work on it alone.
+
+    The influence raises a ValueError if the contrast does not contain the anchors of all processes.
+    """
     gathered, pool = contrast.gathered, contrast.pool.detach()
     if gathered is None:
         return contrast
@@ -380,18 +448,19 @@ def _not_here() -> Tensor:
 
 
 def in_batch_negatives(anchors: Tensor, positives: Tensor, temperature: float | Tensor, **further: Any) -> Contrast:
-    """The contrast of every anchor against all positives, those of the others being its negatives.
+    """Returns the contrast with in-batch negatives: the positives of the other anchors are an anchor's negatives.
 
-    The rows are compared as they are, by inner products, and not normalised: pass `unit_rows(...)` for cosines.
+    The rows are compared by inner products and are *not* normalised. Pass `unit_rows(...)` for cosine similarity.
 
     Args:
-        anchors: Embeddings [n, d].
-        positives: Each anchor's positive [n, d], the pool of all.
-        temperature: What similarities are divided by, as `Contrast.of` has it.
-        further: Of `Contrast.of`: `excluded_mask`, `anchor_weights`, `last_layer`.
+        anchors: Embeddings [n, d], floating point.
+        positives: The positive of each anchor [n, d], same dtype. They are the pool of all anchors.
+        temperature: The temperature that similarities are divided by, a finite number above 0 or a tensor with one
+            element.
+        further: Further arguments of `Contrast.of`: `excluded_mask`, `anchor_weights`, `last_layer`.
 
     Returns:
-        A Contrast of n anchors with a pool of n, which holds no anchor.
+        A Contrast of n anchors with a pool of n positives.
 
     Raises:
         ValueError: As `Contrast.of` does.
@@ -415,23 +484,25 @@ def two_views(
     offset: int = 0,
     **further: Any,
 ) -> Contrast:
-    """The contrast of SimCLR: every view against all views of the other samples.
+    """Returns the contrast of SimCLR: the negatives of a view are all views of the other samples.
 
-    The rows are compared as they are, by inner products, and not normalised: pass `unit_rows(...)` for cosines.
+    The rows are compared by inner products and are *not* normalised. Pass `unit_rows(...)` for cosine similarity.
 
     Args:
-        first: A view of each sample [n, d].
-        second: The other view of each sample [n, d].
-        temperature: What similarities are divided by, as `Contrast.of` has it.
-        gathered: The two views of all processes' samples, each [N, d]; None for one process.
-        offset: The place of this process's first sample among the gathered ones.
-        further: Of `Contrast.of`: `excluded_mask`, `anchor_weights`, `last_layer`.
+        first: The first view of each sample [n, d], floating point.
+        second: The second view of each sample [n, d], same dtype.
+        temperature: The temperature that similarities are divided by, a finite number above 0 or a tensor with one
+            element.
+        gathered: The first and second views of the samples of all processes, each [N, d]. None for one process.
+        offset: The index of this process's first sample among the gathered samples.
+        further: Further arguments of `Contrast.of`: `excluded_mask`, `anchor_weights`, `last_layer`.
 
     Returns:
-        A Contrast of 2n anchors (first views, then second) with a pool of 2N (likewise).
+        A Contrast of 2n anchors with a pool of 2N candidates, N = n for one process. Both hold the first views, then
+        the second views.
 
     Raises:
-        ValueError: As `Contrast.of` does; for gathered views that differ in length, or an offset outside of them.
+        ValueError: If the gathered views differ in length, if `offset` is out of range, or as `Contrast.of` does.
 
     Examples:
         >>> contrast = two_views(torch.randn(4, 8), torch.randn(4, 8), temperature=0.5)
@@ -474,17 +545,17 @@ def _either(one: ExcludedMask, other: ExcludedMask, rows: slice) -> Tensor:
 
 
 def same_label(of_anchors: Tensor, of_pool: Tensor) -> ExcludedMask:
-    """An `excluded_mask` for a `Contrast`: a candidate with an anchor's label is no negative of it.
+    """Returns an `excluded_mask` that excludes candidates with the label of the anchor.
 
     Args:
-        of_anchors: A label for each anchor [n]: a class, or a key that a text or an image has alone.
+        of_anchors: A label for each anchor [n], of any dtype: a class, or an identifier of a text or an image.
         of_pool: A label for each candidate [m].
 
     Returns:
-        A function from a block of r anchors to a mask, bool [r, m].
+        A function from a block of r anchors to a mask, bool [r, m], as `Contrast.of` takes it.
 
     Raises:
-        ValueError: For labels that are no vectors, or on different devices.
+        ValueError: If the labels are not vectors, or are on different devices.
 
     Examples:
         >>> labels = torch.tensor([0, 1, 0])
@@ -501,7 +572,7 @@ def same_label(of_anchors: Tensor, of_pool: Tensor) -> ExcludedMask:
 
 
 def kept_mask(mask: ExcludedMask, contrast: Contrast) -> ExcludedMask:
-    """A mask that costs much, worked out once where that of the whole contrast is small enough to be kept."""
+    """Returns an expensive mask that is computed once, if the mask of all anchors is small enough to be kept."""
     if len(contrast.anchors) > rows_at_once(len(contrast.pool), least=0):
         return mask
     of_all = mask(slice(0, len(contrast.anchors)))

@@ -1,4 +1,4 @@
-"""Rows of embeddings: their precision, their length, and when they are worked on."""
+"""Precision and normalisation of the rows of embeddings."""
 
 from __future__ import annotations
 
@@ -9,9 +9,16 @@ from undimix_plugins.checks import check_embeddings, check_same_length
 
 
 def as_full_precision(rows: Tensor) -> Tensor:
-    """The rows in float32 where they came in half precision, else as they are.
+    """Converts rows in half precision to float32, and returns others unchanged.
 
-    Normalise after this, not before: in half precision the length of a tiny row is 0, or its square underflows.
+    Normalise after the conversion, not before. In half precision the square of a small row underflows, so that its
+    length is 0.
+
+    Args:
+        rows: A tensor of any shape and dtype.
+
+    Returns:
+        The same shape, in float32 for float16 and bfloat16, otherwise the tensor itself.
 
     Examples:
         >>> as_full_precision(torch.zeros(2, 4, dtype=torch.bfloat16)).dtype
@@ -21,17 +28,19 @@ def as_full_precision(rows: Tensor) -> Tensor:
 
 
 def unit_rows(**embeddings: Tensor) -> list[Tensor]:
-    """Brings embeddings to length 1, in full precision.
+    """Checks embeddings and normalises their rows to length 1, in full precision.
 
     Args:
-        embeddings: One or more tensors [rows, width], by the names that errors use.
+        embeddings: One or more tensors [rows, width], floating point. Pass each by name; error messages use the names.
 
     Returns:
-        Each of them [rows, width], as `torch.nn.functional.normalize` gives them. A row without a direction (zeros, or
-        a length below 1e-12) gets gradient 0.
+        A list of the normalised tensors [rows, width], in the order of the arguments, in float32 for half precision,
+        otherwise in the dtype of the embeddings. They equal `torch.nn.functional.normalize`. A row without a direction
+        (zeros, or a length below 1e-12, 6.1e-5 in float16) gets gradient 0.
 
     Raises:
-        ValueError: For tensors that are no matrices of finite floats, or that differ in length, width, dtype or device.
+        ValueError: If a tensor is not a matrix of floats, if lengths, widths, dtypes or devices differ, or (on the CPU)
+            if a value is not finite.
 
     Examples:
         >>> unit_rows(out0=torch.tensor([[3.0, 4.0]]))
@@ -43,16 +52,16 @@ def unit_rows(**embeddings: Tensor) -> list[Tensor]:
 
 
 def to_length_one(rows: Tensor) -> Tensor:
-    """Brings rows to length 1, in full precision, as `torch.nn.functional.normalize` does.
+    """Normalises rows to length 1, in full precision, like `torch.nn.functional.normalize`.
 
-    A row without a direction, of zeros or of a length below 1e-12 or the least normal number of its dtype (6.1e-5 in
-    float16), gets gradient 0. Otherwise the gradient is divided by next to nothing, and is infinite in half precision.
+    A row without a direction gets gradient 0. Its length is 0, or below 1e-12, or below the smallest normal number of
+    its dtype (6.1e-5 in float16). Its true gradient would be huge, and infinite in half precision.
 
     Args:
         rows: Embeddings [..., width], floating point.
 
     Returns:
-        The same shape, float32 for half precision; rows of zeros stay.
+        The same shape, in float32 for half precision, otherwise in the same dtype. Rows of zeros stay zeros.
 
     Examples:
         >>> rows = torch.zeros(2, 4, dtype=torch.float16, requires_grad=True)
@@ -66,15 +75,27 @@ def to_length_one(rows: Tensor) -> Tensor:
 
 
 def least_length(dtype: torch.dtype) -> float:
-    """The length from which on a row has a direction."""
+    """Returns the smallest length of a row that has a direction, for embeddings of this dtype."""
     return max(float(torch.finfo(dtype).tiny), 1e-12)
 
 
 def in_backward() -> bool:
-    """Whether a backward pass is running, in which activation checkpointing runs a forward again."""
+    """Whether a backward pass is running. Activation checkpointing then runs a forward pass again."""
     return int(torch._C._current_graph_task_id()) != -1  # as torch's own checkpointing asks
 
 
 def full_precision(like: Tensor) -> torch.autocast:
-    """A context in which autocast leaves matrix products alone: logits over a small temperature need all digits."""
+    """Returns a context with autocast disabled on a tensor's device.
+
+    Logits at a low temperature need matrix products in full precision.
+
+    Args:
+        like: A tensor on the device.
+
+    Examples:
+        >>> rows = torch.eye(2)
+        >>> with torch.autocast("cpu", dtype=torch.bfloat16), full_precision(rows):
+        ...     (rows @ rows).dtype
+        torch.float32
+    """
     return torch.autocast(like.device.type, enabled=False)

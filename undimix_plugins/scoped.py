@@ -1,4 +1,4 @@
-"""What holds inside of a `with` block, in one thread or task."""
+"""Values that are set inside a `with` block, for one thread or asyncio task."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ class _Block(Generic[Value]):
 
 
 class Scoped(Generic[Value]):
-    """Values that hold inside of `with` blocks, whose ends need not be in the order of their beginnings.
+    """Values that are set inside `with` blocks, for one thread or asyncio task.
 
-    A block in a generator is left when that is closed, which may be long after a later block has begun.
+    Blocks may end in any order. For example, a block in a generator ends when the generator is closed, and a later
+    block may have begun before that.
 
     Args:
-        name: What a debugger is to show.
+        name: The name of the context variable, which a debugger shows.
 
     Examples:
         >>> current = Scoped[int]("current")
@@ -38,23 +39,34 @@ class Scoped(Generic[Value]):
         self._blocks: ContextVar[tuple[_Block[Value], ...]] = ContextVar(name, default=())
 
     def values(self) -> list[Value]:
-        """What holds here, that of the innermost block last."""
+        """Returns the values of all open blocks, the innermost last."""
         return [cast(Value, block.value) for block in self._blocks.get() if not block.over]
 
     @contextmanager
     def holding(self, value: Value) -> Iterator[None]:
-        """Holds a value too, as long as the context lasts."""
+        """Context manager that adds a value.
+
+        Args:
+            value: The value that `values` returns inside the block, after those of the outer blocks.
+        """
         own = _Block(value)
         self._blocks.set((*self._blocks.get(), own))
         try:
             yield
         finally:
-            own.over, own.value = True, None  # in whichever context a generator is closed
+            own.over, own.value = True, None  # also if a generator is closed in another context
             self._blocks.set(tuple(block for block in self._blocks.get() if not block.over))
 
     @contextmanager
     def holding_nothing(self) -> Iterator[None]:
-        """Holds none of the values, as long as the context lasts."""
+        """Context manager that hides the values of all outer blocks.
+
+        Examples:
+            >>> current = Scoped[int]("current")
+            >>> with current.holding(1), current.holding_nothing():
+            ...     current.values()
+            []
+        """
         before = self._blocks.set(())
         try:
             yield

@@ -1,4 +1,4 @@
-"""Settings that go wherever a training puts its hyperparameters: copies, logs, checkpoints."""
+"""Decorators for settings that are copied, logged and saved with the hyperparameters of a training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ Class = TypeVar("Class", bound=type)
 
 
 def loadable(cls: Class) -> Class:
-    """Lets `torch.load(..., weights_only=True)` read objects of a class, which is returned as it is.
+    """Class decorator that lets `torch.load(..., weights_only=True)` load objects of the class.
+
+    Args:
+        cls: The class.
+
+    Returns:
+        The class itself.
 
     Examples:
         >>> @loadable
@@ -24,9 +30,16 @@ def loadable(cls: Class) -> Class:
 
 
 def constant(cls: Class) -> Class:
-    """Makes a frozen dataclass one that hyperparameters may hold: `loadable`, and set to what it holds already.
+    """Class decorator for frozen dataclasses that are used as hyperparameters.
 
-    Lightning copies hyperparameters field by field, and refuses dataclasses that are not to be written to at all.
+    The class becomes `loadable`, and a field can be set to the value that it already has. Lightning needs this: it
+    copies hyperparameters field by field, and fails for a dataclass that allows no assignment.
+
+    Args:
+        cls: A frozen dataclass.
+
+    Returns:
+        The class itself. Setting a field to another value still raises `dataclasses.FrozenInstanceError`.
 
     Examples:
         >>> import dataclasses

@@ -1,8 +1,7 @@
-"""What every input is checked for: each error names the argument, what came and what was expected.
+"""Input checks. Each error message names the argument, what was expected and what was passed.
 
-Shapes, dtypes and devices are checked everywhere. Values (finite rows, column numbers in range) are checked on
-the CPU alone, since reading them on another device would make it wait for the host. There, a non-finite embedding
-surfaces as a loss of NaN: nothing on the way replaces it.
+Shapes, dtypes and devices are always checked. Values (finite rows, columns in range) are only checked on the CPU, since
+the host would have to wait for any other device. There, a non-finite embedding gives a loss of NaN.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-LEAST_TEMPERATURE = 1e-10  # float32 does not tell cosines apart that differ by less
-LARGEST = 1e30  # of what is multiplied by: beyond it, products could overflow float32
+LEAST_TEMPERATURE = 1e-10  # float32 cannot represent smaller differences of cosines
+LARGEST = 1e30  # largest factor: products with larger ones could overflow float32
 WARM = 2.0  # the temperature above which all candidates count nearly the same
 INTEGERS = (
     *(torch.int8, torch.int16, torch.int32, torch.int64),
@@ -24,11 +23,16 @@ INTEGERS = (
 )
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-LOOKED: set[str] = set()  # what has been looked at once although that costs
+LOOKED: set[str] = set()  # warnings for which a device's values have been read once
 
 
 def may_look(tensor: Tensor, what: str) -> bool:
-    """Whether to read a tensor's values for a warning: where that is free, and elsewhere the first time alone."""
+    """Whether to read a tensor's values for a warning: always on the CPU, on other devices only the first time.
+
+    Args:
+        tensor: The tensor to read.
+        what: The name of the warning.
+    """
     if values_are_free(tensor):
         return True
     if torch.compiler.is_compiling() or what in LOOKED:
@@ -38,31 +42,37 @@ def may_look(tensor: Tensor, what: str) -> bool:
 
 
 def values_are_free(tensor: Tensor) -> bool:
-    """Whether reading a tensor's values costs no device-host synchronisation and no graph break."""
+    """Whether reading a tensor's values costs no device-host synchronisation and no graph break.
+
+    Examples:
+        >>> values_are_free(torch.zeros(3))
+        True
+    """
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def largest_product(dtype: torch.dtype) -> float:
-    """What lengths of rows, and their inner products over the temperature, may come to: squares are summed of them."""
+    """Returns the largest row length and logit that are accepted, so that sums of their squares do not overflow."""
     return 1e150 if dtype == torch.float64 else 1e15
 
 
 def length_of_all(rows: Tensor) -> float:
-    """The length of all rows as one vector, in full precision."""
+    """Returns the length of all rows as one vector, computed in full precision."""
     dtype = torch.promote_types(rows.dtype, torch.float32)
     return float(torch.linalg.vector_norm(rows.detach(), dtype=dtype))
 
 
 def check_embeddings(**embeddings: Tensor) -> None:
-    """Checks that the named tensors are matrices of finite floats of one width, dtype and device.
+    """Checks that tensors are matrices of finite floats with the same width, dtype and device.
 
     Args:
-        embeddings: One or more tensors [rows, width], by the name that an error is to use.
+        embeddings: One or more tensors [rows, width]. Pass each by name; error messages use the names.
 
     Raises:
-        ValueError: For a rank other than 2, no rows, no columns, what is not dense and in memory, a dtype that is none
-            of float16, bfloat16, float32 and float64, widths, dtypes or devices that differ, or (on the CPU) a row that
-            is not finite or longer than 1e15 (1e150 in float64), whose inner products could overflow.
+        ValueError: If a tensor does not have two dimensions, is empty, is sparse, nested or on the meta device, if its
+            dtype is not float16, bfloat16, float32 or float64, or if widths, dtypes or devices differ. On the CPU also
+            if a value is not finite, or if a row is longer than 1e15 (1e150 in float64): its inner products could
+            overflow.
 
     Examples:
         >>> check_embeddings(out0=torch.zeros(4, 8), out1=torch.zeros(4, 9))
@@ -73,7 +83,14 @@ def check_embeddings(**embeddings: Tensor) -> None:
 
 
 def check_kinds(**embeddings: Tensor) -> None:
-    """As `check_embeddings`, without a look at values."""
+    """Checks like `check_embeddings`, but reads no values.
+
+    Args:
+        embeddings: One or more tensors [rows, width]. Pass each by name; error messages use the names.
+
+    Raises:
+        ValueError: As `check_embeddings` does, except for values.
+    """
     first_name, first = next(iter(embeddings.items()))
     for name, rows in embeddings.items():
         if not isinstance(rows, Tensor):
@@ -101,16 +118,27 @@ def check_kinds(**embeddings: Tensor) -> None:
 
 
 def check_finite(**embeddings: Tensor) -> dict[str, float]:
-    """As `check_embeddings`, for rows of any length.
+    """Checks like `check_embeddings`, but allows rows of any length.
+
+    Args:
+        embeddings: One or more tensors [rows, width]. Pass each by name; error messages use the names.
 
     Returns:
-        The length of each tensor as one vector, infinite where it overflows, of those whose values are free to look at.
+        By name, the length of each tensor as one vector, infinite if it overflows. Empty for tensors on devices other
+        than the CPU.
+
+    Raises:
+        ValueError: As `check_embeddings` does, except for long rows.
+
+    Examples:
+        >>> check_finite(z=torch.tensor([[3.0, 4.0]]))
+        {'z': 5.0}
     """
     check_kinds(**embeddings)
     lengths = {}
     for name, rows in embeddings.items():
         if values_are_free(rows):
-            lengths[name] = length_of_all(rows)  # what is not finite shows in it; it can also overflow by itself
+            lengths[name] = length_of_all(rows)  # not finite if a value is not finite, or if the length overflows
             if not math.isfinite(lengths[name]):
                 finite = rows.isfinite().all(dim=1)
                 if not finite.all():
@@ -120,7 +148,15 @@ def check_finite(**embeddings: Tensor) -> dict[str, float]:
 
 
 def check_lengths(embeddings: Mapping[str, Tensor], lengths: Mapping[str, float]) -> None:
-    """Checks that no row is so long that inner products could overflow; `lengths` are those of `check_finite`."""
+    """Checks that no row is so long that its inner products could overflow.
+
+    Args:
+        embeddings: Tensors [rows, width], by name.
+        lengths: What `check_finite` returned for them.
+
+    Raises:
+        ValueError: If a row is longer than 1e15 (1e150 in float64).
+    """
     for name, length in lengths.items():
         most = largest_product(embeddings[name].dtype)
         if length <= most:
@@ -140,14 +176,17 @@ def check_columns(name: str, columns: Tensor, *, shape: tuple[int | None, ...], 
     """Checks columns of the pool, padded with -1, and returns them as int64.
 
     Args:
-        name: What an error is to call them.
-        columns: Integers of any width, signed or not.
-        shape: Their shape, None where any length will do.
+        name: The name of the argument, for error messages.
+        columns: A tensor of any integer dtype.
+        shape: The expected shape. None in it allows any length of that dimension.
         pool: The candidates [m, d].
 
+    Returns:
+        The columns, same shape, int64.
+
     Raises:
-        ValueError: For what is no tensor of integers of that shape, on the pool's device, or (on the CPU) a column that
-            is neither -1 nor one of the pool's.
+        ValueError: If `columns` is not an integer tensor of this shape on the pool's device, or (on the CPU) if a
+            column is not from -1 to m - 1.
 
     Examples:
         >>> columns = check_columns("own_columns", torch.tensor([0, 7]), shape=(2,), pool=torch.zeros(3, 4))
@@ -174,7 +213,19 @@ def check_columns(name: str, columns: Tensor, *, shape: tuple[int | None, ...], 
 
 
 def check_same_length(**tensors: Tensor) -> None:
-    """Checks that the named tensors have equally many rows; a ValueError names the first that differs."""
+    """Checks that tensors have the same number of rows.
+
+    Args:
+        tensors: One or more tensors [rows, ...]. Pass each by name; error messages use the names.
+
+    Raises:
+        ValueError: If a tensor has another number of rows than the first.
+
+    Examples:
+        >>> check_same_length(z0=torch.zeros(4, 8), z1=torch.zeros(3, 8))
+        Traceback (most recent call last):
+        ValueError: z1: expected 4 rows, as z0 has, got 3
+    """
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
         if len(tensor) != len(first):
@@ -182,7 +233,21 @@ def check_same_length(**tensors: Tensor) -> None:
 
 
 def check_labels(labels: Tensor | None, rows: Tensor, of: str) -> None:
-    """Checks that there is a label on the rows' device for each of them, or None; a ValueError says of what (`of`)."""
+    """Checks that there is an integer label for each row, or that there are no labels.
+
+    Args:
+        labels: Labels [rows], of an integer or bool dtype, on the device of `rows`, or None.
+        rows: Embeddings [rows, ...].
+        of: What a row is, such as "sample", for error messages.
+
+    Raises:
+        ValueError: If the labels have another shape, device or kind of dtype.
+
+    Examples:
+        >>> check_labels(torch.zeros(3), torch.zeros(3, 8), of="sample")
+        Traceback (most recent call last):
+        ValueError: labels: expected integers, got torch.float32
+    """
     if labels is None:
         return
     if not isinstance(labels, Tensor) or labels.shape != rows.shape[:1]:
@@ -195,7 +260,18 @@ def check_labels(labels: Tensor | None, rows: Tensor, of: str) -> None:
 
 
 def check_inputs(anchors: Tensor, pool: Tensor, anchor_inputs: Tensor | None, pool_inputs: Tensor | None) -> None:
-    """Checks the last layer's inputs: for anchors and pool both, a row each, or for neither; else a ValueError."""
+    """Checks the inputs of the last layer.
+
+    Args:
+        anchors: Embeddings [n, d].
+        pool: The candidates [m, d].
+        anchor_inputs: The inputs of the last layer [n, h] that gave the anchors, or None.
+        pool_inputs: The inputs of the last layer [m, h] that gave the pool, or None.
+
+    Raises:
+        ValueError: If only one of the inputs is given, if they do not have a row for each anchor and candidate, if they
+            are on another device, or as `check_embeddings` does.
+    """
     if anchor_inputs is None and pool_inputs is None:
         return
     if anchor_inputs is None or pool_inputs is None:
@@ -211,7 +287,16 @@ def check_inputs(anchors: Tensor, pool: Tensor, anchor_inputs: Tensor | None, po
 def check_that_logits_fit(
     rows: Mapping[str, Tensor], lengths: Mapping[str, float], temperature: float | Tensor
 ) -> None:
-    """A ValueError for rows and a temperature whose logits could overflow; from bounds, if these are low enough."""
+    """Checks that logits cannot overflow.
+
+    Args:
+        rows: Anchors, positives and pool, by name, each [rows, width].
+        lengths: What `check_finite` returned for them.
+        temperature: The temperature, a number or a scalar tensor.
+
+    Raises:
+        ValueError: If a logit could exceed 1e15 (1e150 in float64).
+    """
     held = temperature.detach() if isinstance(temperature, Tensor) else temperature
     bound = largest_product(torch.promote_types(rows["pool"].dtype, torch.float32))
     others = [name for name in lengths if name != "anchors"]
@@ -227,14 +312,18 @@ def check_that_logits_fit(
 
 
 def check_scalar_temperature(temperature: float | Tensor, dtype: torch.dtype) -> float | Tensor:
-    """Returns a temperature as a float or, of a tensor, as a scalar in a dtype's full precision.
+    """Checks a temperature, and returns it as a float or as a scalar tensor in full precision.
 
     Args:
-        temperature: A number, or a tensor of one.
-        dtype: Of the embeddings.
+        temperature: A number, or a floating-point tensor with one element.
+        dtype: The dtype of the embeddings.
+
+    Returns:
+        A float for a number. For a tensor a scalar, in float32 if `dtype` is half precision, otherwise in `dtype`.
 
     Raises:
-        ValueError: For another number of them, for what is no number, or (on the CPU) not finite or not above 0.
+        ValueError: If the temperature is not a finite number above 0, or not a floating-point tensor with one element.
+            The value of a tensor is only checked on the CPU.
     """
     if not isinstance(temperature, Tensor):
         return check_number("temperature", temperature, above=0)
@@ -250,7 +339,19 @@ def check_scalar_temperature(temperature: float | Tensor, dtype: torch.dtype) ->
 
 
 def check_anchor_weights(weights: Tensor, anchors: Tensor) -> Tensor:
-    """Weights [n] in the anchors' dtype; a ValueError for another shape, or (on the CPU) below 0 or not finite."""
+    """Checks weights of anchors, and returns them in the anchors' dtype, without gradient.
+
+    Args:
+        weights: A weight for each anchor [n], a real dtype.
+        anchors: Embeddings [n, d].
+
+    Returns:
+        The weights [n].
+
+    Raises:
+        ValueError: If the weights have another shape or device, if they are complex or sparse, or (on the CPU) if one
+            is not from 0 to 1e30.
+    """
     if not isinstance(weights, Tensor) or weights.shape != anchors.shape[:1]:
         came = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
         raise ValueError(f"anchor_weights: expected a tensor of shape [{len(anchors)}], got {came}")
@@ -276,19 +377,29 @@ def check_number(
 ) -> float:
     """Checks that `value` is a finite real number in a range, and returns it as a float.
 
+    Args:
+        name: The name of the argument, for the error message.
+        value: The number. A bool is not accepted.
+        at_least: The smallest value that is accepted.
+        above: The value must be larger than this bound.
+        below: The value must be smaller than this bound.
+
+    Returns:
+        The number as a float. Under `torch.compile`, `value` itself, unchecked.
+
     Raises:
-        ValueError: Naming the argument, what came and what was expected.
+        ValueError: If `value` is not a finite real number in the range.
 
     Examples:
         >>> check_number("temperature", 0.0, above=0)
         Traceback (most recent call last):
         ValueError: temperature: expected a finite number above 0, got 0.0
     """
-    if torch.compiler.is_compiling():  # where a setting may be a symbol, of which nothing can be asked
+    if torch.compiler.is_compiling():  # a setting may be a symbol, whose value cannot be read
         return value
     try:
         number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
-    except OverflowError:  # an integer beyond all floats
+    except OverflowError:  # an integer larger than any float
         number = math.inf
     if not (math.isfinite(number) and at_least <= number < below and number > above):
         bounds = [
@@ -302,13 +413,21 @@ def check_number(
 
 
 def check_temperature(name: str, value: float, *, inverse: bool = False) -> float:
-    """Checks a temperature, or with `inverse` what similarities are multiplied by, and returns it as a float.
+    """Checks a temperature, or its inverse (a scale), and returns it as a float.
+
+    Args:
+        name: The name of the argument, for messages.
+        value: The temperature, or the scale that similarities are multiplied by.
+        inverse: Whether `value` is a scale, the inverse of the temperature.
+
+    Returns:
+        The number as a float.
 
     Raises:
-        ValueError: For what is no finite number above 0, or a temperature below 1e-10.
+        ValueError: If `value` is not a finite number above 0, or if the temperature is below 1e-10.
 
     Warns:
-        UserWarning: For a temperature above 2.
+        UserWarning: If the temperature is above 2.
 
     Examples:
         >>> check_temperature("scale", 20, inverse=True)
@@ -332,10 +451,18 @@ def check_temperature(name: str, value: float, *, inverse: bool = False) -> floa
 
 
 def check_strength(name: str, value: float, *, above: float | None = None) -> float:
-    """Checks that `value` is a number from 0 (or above `above`) to 1e30, and returns it as a float.
+    """Checks that `value` is a number from 0 to 1e30, and returns it as a float.
+
+    Args:
+        name: The name of the argument, for the error message.
+        value: The number.
+        above: If given, the value must be larger than this bound instead of at least 0.
+
+    Returns:
+        The number as a float.
 
     Raises:
-        ValueError: Naming the argument, what came and what was expected.
+        ValueError: If `value` is not a finite real number in the range.
 
     Examples:
         >>> check_strength("beta", 1e39)
@@ -349,10 +476,19 @@ def check_strength(name: str, value: float, *, above: float | None = None) -> fl
 
 
 def check_whole(name: str, value: float, *, at_least: float, below: float = math.inf) -> int:
-    """Checks that `value` is a whole number in a range, as `check_number` does, and returns it as an int.
+    """Checks that `value` is a whole number in a range, and returns it as an int.
+
+    Args:
+        name: The name of the argument, for the error message.
+        value: The number. A float without a fractional part is accepted.
+        at_least: The smallest value that is accepted.
+        below: The value must be smaller than this bound.
+
+    Returns:
+        The number as an int.
 
     Raises:
-        ValueError: Naming the argument, what came and what was expected.
+        ValueError: If `value` is not a whole number in the range.
 
     Examples:
         >>> check_whole("k", 2.5, at_least=1)
@@ -365,6 +501,20 @@ def check_whole(name: str, value: float, *, at_least: float, below: float = math
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Checks that `value` is one of `choices`; a ValueError names the argument and lists them."""
+    """Checks that `value` is one of several choices.
+
+    Args:
+        name: The name of the argument, for the error message.
+        value: The value.
+        choices: The values that are accepted.
+
+    Raises:
+        ValueError: If `value` is not one of them. The message lists them.
+
+    Examples:
+        >>> check_choice("mixing", "cubic", ("linear", "geometric"))
+        Traceback (most recent call last):
+        ValueError: mixing: expected one of 'linear', 'geometric', got 'cubic'
+    """
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -1,6 +1,7 @@
-"""The three properties of a useful hard negative, a score each (arXiv 2206.01197, section 3).
+"""The scores of the three properties of a useful hard negative (arXiv 2206.01197, section 3).
 
-Plain functions on tensors, in closed form. The rows are used as they stand: pass rows of length 1 for cosines.
+They are plain functions of tensors, in closed form. Rows are not normalised: pass rows of length 1 for cosine
+similarity.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from undimix_plugins.columns import is_not_among
 from undimix_plugins.contrast import GatheredPool
 from undimix_plugins.rows import full_precision
 
-LEAST_ROWS = 16  # of a block of tasks or distances
+LEAST_ROWS = 16  # fewest rows of a block of tasks or distances
 
 
 def anchor_similarity(anchors: Tensor, pool: Tensor) -> Tensor:
-    """P1, anchor vicinity: `A_ij = <z_i, z_j>`.
+    """Returns the similarity of each candidate to each anchor (P1, anchor vicinity): `A_ij = <z_i, z_j>`.
 
     Args:
         anchors: Embeddings [n, d], floating point.
@@ -39,7 +40,10 @@ def anchor_similarity(anchors: Tensor, pool: Tensor) -> Tensor:
         Inner products [n, m], same dtype; in [-1, 1] for rows of length 1.
 
     Raises:
-        ValueError: For shapes, dtypes or devices that do not fit, or (on the CPU) non-finite rows.
+        ValueError: If shapes, dtypes or devices do not match, or (on the CPU) if a row is not finite.
+
+    References:
+        UnDiMix, arXiv 2206.01197, section 3.1.
 
     Examples:
         >>> z = torch.eye(3)
@@ -61,37 +65,40 @@ def influence(
     anchor_inputs: Tensor | None = None,
     pool_inputs: Tensor | None = None,
 ) -> Tensor:
-    """P2, model uncertainty and influence: `I_ij = <g_i, g_j>`, inner products of last-layer gradients.
+    """Returns the influence of each candidate on each anchor (P2, model uncertainty and influence).
 
-    Each row's pseudo-labelling task is "which candidate am I aligned with?": its probabilities p are the softmax of
-    its similarities over the temperature t, its pseudo-label y is the argmax, its loss the cross-entropy with that
-    label. The gradient of that loss at the row itself (the candidates held fixed) is
+    It is the inner product of their last-layer gradients, `I_ij = <g_i, g_j>`. Each row has a pseudo-labelling task:
+    "Which candidate am I aligned with?". The probabilities p are the softmax of its similarities divided by the
+    temperature t. The pseudo-label y is the most likely candidate, and the loss is the cross-entropy with y. The
+    gradient of this loss with respect to the row, with fixed candidates v, is
 
-        delta = (1/t) * sum over j != y of p_j (v_j - v_y),
+        delta = (1/t) * sum over j != y of p_j (v_j - v_y)
 
-    a small one where the model is confident. An anchor's candidates are the pool but itself, plus its positive where
-    that is no row of the pool; a pool row's candidates are the anchors but itself. `influence(z, z, temperature=t)` is
-    the self-contrast of one batch of views: each pseudo-labels itself against all others.
+    It is small if the model is confident. The candidates of an anchor are all rows of the pool except itself, and its
+    positive if that is not in the pool. The candidates of a row of the pool are all anchors except itself. In
+    `influence(z, z, temperature=t)`, each view of a batch is compared with all other views.
 
-    With the last layer's inputs h, the gradient at its weight is `delta (outer) h`, so
+    If the last layer has inputs h, the gradient with respect to its weight is `delta (outer) h`, so that
     `I_ij = <delta_i, delta_j> <h_i, h_j>`.
 
     Args:
         anchors: Embeddings [n, d], floating point.
         pool: The candidates [m, d], same dtype.
-        temperature: A finite number above 0.
-        own_columns: The anchors' own columns in the pool [n], integers, -1 where there is none. None for no anchor at
-            all, except where `anchors` and `pool` are the same tensor object: then anchor i is row i.
-        positives: The anchors' positives [n, d] where these are no rows of the pool (a memory bank), else None.
-        anchor_inputs: The last layer's inputs [n, h] behind `anchors`; None for the gradient at the embedding.
-        pool_inputs: Likewise for the pool [m, h].
+        temperature: The temperature t, a finite number above 0.
+        own_columns: For each anchor its own column in the pool [n], integers, -1 if it is not in the pool. None if the
+            pool contains no anchors, or if `anchors` and `pool` are the same tensor object: then anchor i is row i.
+        positives: The positive of each anchor [n, d] if the pool does not contain them (a memory bank), otherwise None.
+        anchor_inputs: The inputs of the last layer [n, h] that gave `anchors`. None for gradients with respect to the
+            embedding.
+        pool_inputs: The inputs of the last layer [m, h] that gave `pool`. Pass both inputs or none.
 
     Returns:
-        Inner products of gradients [n, m], same dtype. A row without candidates has gradient 0.
+        Inner products of gradients [n, m], same dtype. A row with fewer than two candidates has gradient 0.
 
     Raises:
-        ValueError: For shapes, dtypes or devices that do not fit, a temperature that is no finite number above 0,
-            inputs of the last layer for one side alone, or (on the CPU) non-finite rows or columns out of range.
+        ValueError: If shapes, dtypes or devices do not match, if the temperature is not a finite number above 0, if
+            only one of `anchor_inputs` and `pool_inputs` is given, or (on the CPU) if a row is not finite or a column
+            is out of range.
 
     References:
         UnDiMix, arXiv 2206.01197, section 3.1 (model-based component).
@@ -118,15 +125,21 @@ def influence(
 
 
 class TaskGradients(NamedTuple):
-    """Gradients of the pseudo-labelling tasks, with their scale apart: `delta = exp(log_scale) * direction / t`.
+    """Gradients of pseudo-labelling tasks with a separate scale: `delta = exp(log_scale) * direction / t`.
 
-    A confident row's gradient is as small as `exp(-1/t)`, below float32 at a temperature of .01, and products of two
-    are smaller still. Weights only need gradients relative to each other, so these never leave the range.
+    The gradient of a confident row can be as small as `exp(-1/t)`. At a temperature of .01 this is below the range of
+    float32, and products of two gradients are smaller still. Weights depend only on the ratio of gradients, so they
+    are computed within the range.
 
     Attributes:
         direction: [rows, d].
         log_scale: [rows], at most 0; -inf for a row with fewer than two candidates, whose gradient is 0.
-        terms: [rows], the length of the terms summed in `direction`: times eps, its rounding error.
+        terms: [rows], the length of the terms summed in `direction`. Multiplied by eps, it is the rounding error.
+
+    Examples:
+        >>> gradients = TaskGradients(torch.ones(1, 2), torch.zeros(1), torch.ones(1))
+        >>> gradients.at_scale(temperature=0.5)
+        tensor([[2., 2.]])
     """
 
     direction: Tensor
@@ -134,11 +147,19 @@ class TaskGradients(NamedTuple):
     terms: Tensor
 
     def at_scale(self, temperature: float | Tensor) -> Tensor:
-        """The gradients themselves, delta [rows, d]."""
+        """Returns the gradients delta [rows, d] at this temperature."""
         return self.log_scale.exp()[:, None] * self.direction / temperature
 
     def along_sphere(self, rows: Tensor) -> TaskGradients:
-        """The same through the normalisation that made the rows [rows, d], but for their lengths before it."""
+        """Returns the gradients with respect to the rows before their normalisation, without their lengths.
+
+        Args:
+            rows: The normalised rows [rows, d].
+
+        Returns:
+            The gradients projected onto the tangent space of the sphere. To obtain the exact gradients, divide them by
+            the lengths of the rows before normalisation.
+        """
         along = self.direction - rows * (rows * self.direction).sum(dim=1, keepdim=True)
         return self._replace(direction=along)
 
@@ -151,7 +172,19 @@ def task_gradients(
     positives: Tensor | None,
     gathered: GatheredPool | None = None,
 ) -> tuple[TaskGradients, TaskGradients]:
-    """The gradients of the anchors' tasks and of the pool's; arguments as `influence` and `Contrast` have them."""
+    """Returns the gradients of the tasks of the anchors and of the pool.
+
+    Args:
+        anchors: Embeddings [n, d], floating point.
+        pool: The candidates [m, d], same dtype.
+        temperature: The temperature, a number above 0 or a scalar tensor.
+        own_columns: For each anchor its own column in the pool [n], or None, as in `influence`.
+        positives: The positive of each anchor [n, d] if the pool does not contain them, otherwise None.
+        gathered: What is known of a pool that is gathered from several processes, as in `Contrast`.
+
+    Returns:
+        The gradients of the n anchors and of the m candidates. With `gathered`, all processes have to call it.
+    """
     self_contrast = own_columns is None and anchors is pool
     columns = torch.arange(len(pool), device=pool.device)
     if self_contrast:
@@ -165,7 +198,7 @@ def task_gradients(
         return _gradients(logits, pool, own, anchors[rows], temperature)
 
     first = _by_block(of_anchors, len(anchors), len(pool))
-    # A row's task is the same on either side of one batch with itself.
+    # In the self-contrast of a batch, a row has the same task as an anchor and as a candidate.
     if self_contrast and positives is None:
         return first, first
     of_all_anchors, own_rows, all_anchors = own_columns, columns, anchors
@@ -180,12 +213,12 @@ def task_gradients(
             logits = logits.masked_fill(own_rows[rows, None] == of_all_anchors, -torch.inf)
         return _gradients(logits, all_anchors, None, candidates[rows], temperature)
 
-    # Where a process's candidates are its anchors, their tasks are these.
+    # If a process's candidates are its anchors, they have the same tasks.
     own_views = gathered is not None and gathered.own_rows is own_columns and positives is None
     second = first if own_views else _by_block(of_pool, len(candidates), len(all_anchors))
     if gathered is None:
         return first, second
-    # In one piece: a collective for each would cost as many waits.
+    # In one tensor, so that there is a single collective.
     width = second.direction.shape[1]
     together = gathered.gather(torch.cat([second.direction, second.log_scale[:, None], second.terms[:, None]], dim=1))
     return first, TaskGradients(together[:, :width], together[:, width], together[:, width + 1])
@@ -204,8 +237,11 @@ def _gradients(
     rows: Tensor,
     temperature: float | Tensor,
 ) -> TaskGradients:
-    """`logits` [rows, candidates] of the shared candidates, -inf for the row itself; `positives` a further one each."""
-    # Differences of candidates are all that counts: taken about the mean, they keep their digits when concentrated.
+    """Returns the gradients of the tasks of `rows`.
+
+    `logits` [rows, candidates] are -inf in the column of the row itself. `positives` are a further candidate for each.
+    """
+    # Only differences of candidates count. The mean is subtracted, so that close candidates keep their digits.
     m, centre, longest = len(candidates), candidates.mean(dim=0), candidates.norm(dim=1).amax()
     candidates, key = candidates - centre, _keys(candidates)
     keys = key.T[:, None]
@@ -219,10 +255,10 @@ def _gradients(
     if positives is not None:
         most_likely = torch.where(label < m, most_likely, positives)
         label_key = torch.where(label < m, label_key, own_key)
-    # What is the label over again adds v_y - v_y; beside it, rounding would leave nothing of the other terms.
+    # Copies of the label add v_y - v_y = 0. Their rounding error would exceed the other terms.
     is_label = (keys == label_key.T[:, :, None]).all(dim=0).scatter(1, label, True)
     others = logits.masked_fill(is_label, -torch.inf)
-    # Probabilities relative to the second likeliest: 1 - p_label is never formed, so that nothing cancels.
+    # Probabilities are relative to the second most likely one. 1 - p_label is not computed: its digits would cancel.
     second = others.amax(dim=1, keepdim=True)
     second = second.masked_fill(second.isneginf(), 0)
     relative = (others - second).exp()
@@ -247,8 +283,11 @@ def _keys(rows: Tensor) -> Tensor:
 
 
 def equality_key(rows: Tensor, number: int) -> Tensor:
-    """A number for each row [rows] that equal rows share; two of them (0 and 1) no others share, but for a freak."""
-    # Sums along each row, not matrix products or sums across rows, whose rounding depends on where a row stands.
+    """Returns a key for each row [rows], floating point. Equal rows have equal keys.
+
+    Different rows differ in key 0 or in key 1, except by an unlikely coincidence.
+    """
+    # Sums along each row. The rounding of matrix products, or of sums across rows, depends on the place of a row.
     rows = rows.contiguous()
     if number == 0:
         return rows.sum(dim=1)
@@ -256,7 +295,10 @@ def equality_key(rows: Tensor, number: int) -> Tensor:
 
 
 def groups(rows: Tensor) -> Tensor | None:
-    """A number for each row [rows] that equal ones share, or None where a look is free and shows none equal."""
+    """Returns a group number for each row [rows], int64. Equal rows have equal numbers.
+
+    The result is None if no two rows are equal. This is only found on the CPU, where values can be read at no cost.
+    """
     first = equality_key(rows, 0)
     ordered = first.sort().values
     if values_are_free(rows) and bool((ordered[1:] != ordered[:-1]).all()):
@@ -272,9 +314,15 @@ def groups(rows: Tensor) -> Tensor | None:
 
 @torch.no_grad()
 def first_copies(rows: Tensor) -> Tensor | None:
-    """For each row the first that equals it [rows], or None where a look is free and shows no equal ones.
+    """Returns for each row the index of the first row that equals it.
 
-    Products with equal rows may differ by rounding, on which no rank and no cut is to depend.
+    Inner products with equal rows may differ by rounding. Ranks and thresholds must not depend on that.
+
+    Args:
+        rows: Rows [m, d], floating point.
+
+    Returns:
+        Indices [m], int64. None if no two rows are equal, which is only found on the CPU.
 
     Examples:
         >>> first_copies(torch.tensor([[1.0, 2.0], [0.0, 1.0], [1.0, 2.0]]))
@@ -288,24 +336,25 @@ def first_copies(rows: Tensor) -> Tensor | None:
 
 
 def diversity(pool: Tensor, excluded: Tensor, *, distance: str = "cosine") -> Tensor:
-    """P3, diversity ("representativeness" in UnReMix): mean distance to the anchor's other negatives.
+    """Returns the mean distance of each negative to the anchor's other negatives (P3, diversity).
 
-        V_ij = 1 / (n_i - 1) * sum over k in N_i, k != j, of distance(z_j, z_k),
+        V_ij = 1 / (n_i - 1) * sum over k in N_i, k != j, of distance(z_j, z_k)
 
-    with N_i the n_i negatives of anchor i: the pool but its excluded columns.
+    N_i are the n_i negatives of anchor i: all columns of the pool except the excluded ones. UnReMix calls this score
+    "representativeness".
 
     Args:
         pool: The candidates [m, d], floating point.
-        excluded: Columns of the pool that are no negatives for an anchor [n, k], integers, padded with -1.
-        distance: "cosine" (1 minus the cosine, which is 0 with a row of zeros) or "euclidean".
+        excluded: For each anchor the columns of the pool that are not its negatives [n, k], integers, padded with -1.
+        distance: "cosine" (1 minus the cosine similarity, which is 0 for a row of zeros) or "euclidean".
 
     Returns:
-        Mean distances [n, m], at least 0 up to rounding; 0 where an anchor has fewer than two negatives. Columns
-        that are no negatives of an anchor hold no meaningful value.
+        Mean distances [n, m], same dtype, at least 0 up to rounding; 0 if an anchor has fewer than two negatives.
+        Ignore the values in columns that are not negatives of an anchor.
 
     Raises:
-        ValueError: For a pool that is no matrix of floats, columns that are no integers [n, k] or (on the CPU) out of
-            range, or an unknown distance.
+        ValueError: If the pool is not a matrix of floats, if `excluded` is not an integer tensor [n, k], if `distance`
+            is unknown, or (on the CPU) if a row is not finite or a column is out of range.
 
     References:
         UnDiMix, arXiv 2206.01197, section 3.1 (density-based component).
@@ -323,14 +372,14 @@ def diversity(pool: Tensor, excluded: Tensor, *, distance: str = "cosine") -> Te
 
 
 def mean_distances(pool: Tensor, negative: Tensor, distance: str) -> Tensor:
-    """`diversity`, given which columns are an anchor's negatives, bool [n, m]."""
+    """Returns `diversity` [n, m] for the negatives marked in a mask, bool [n, m]."""
     among = negative.to(pool.dtype)
     count = among.sum(dim=1, keepdim=True)
     others = (count - 1).clamp(min=1)
     if distance == "cosine":
         unit = torch.nn.functional.normalize(pool, dim=1)
-        # About their mean, rows keep their digits when concentrated: <z_j, sum> = <x_j, sum> + <mean, sum>, and the
-        # last is the same for every j. A row's own distance to itself, which is left out, is 1 less its squared length.
+        # The mean is subtracted, so that close rows keep their digits: <z_j, sum> = <x_j, sum> + <mean, sum>, and the
+        # last term is the same for every j. The distance of a row to itself, 1 - |z_j|^2, is left out.
         mean = unit.mean(dim=0)
         total = among @ unit
         own = unit.square().sum(dim=1)
@@ -346,5 +395,8 @@ def mean_distances(pool: Tensor, negative: Tensor, distance: str) -> Tensor:
 
 
 def euclidean_distances(left: Tensor, right: Tensor) -> Tensor:
-    """Distances [l, r], each formed from differences: `|a|^2 + |b|^2 - 2ab` is noise for near-duplicates."""
+    """Returns Euclidean distances [l, r], computed from differences.
+
+    `|a|^2 + |b|^2 - 2ab` would be dominated by rounding errors for near-duplicates.
+    """
     return torch.cdist(left, right, compute_mode="donot_use_mm_for_euclid_dist")

@@ -1,4 +1,4 @@
-"""What gathering across processes needs beside the hosts' own collectives."""
+"""Gathering across processes, and checks before it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ REFUSED = -1  # the count of a batch that a process has refused
 
 
 def processes() -> int:
-    """How many processes there are, 1 where none have been started.
+    """Returns the number of processes of the default process group, or 1 if torch.distributed is not initialised.
 
     Examples:
         >>> processes()
@@ -28,23 +28,25 @@ def processes() -> int:
 def check_equal_batches(
     name: str, check: Callable[[], Checked], rows: Callable[[Checked], Tensor], *, labels: Tensor | None = None
 ) -> Checked:
-    """Checks a batch on all processes at once, before a collective on it would hang or abort.
+    """Checks the batches of all processes before a collective.
 
-    An error of one process is an error on all: else the others would wait for it. Sizes travel between hosts alone, so
-    that no device is waited for.
+    A collective would hang or abort if one process raised an error or if sizes differed. So an error on one process
+    raises an error on all processes. Sizes are exchanged between the CPUs: no process waits for its device. All
+    processes have to call it.
 
     Args:
-        name: What an error is to call the batch.
-        check: Checks this process's batch and returns what is made of it; raises what is wrong with it.
-        rows: From what `check` returned to this process's rows [n, ...].
-        labels: What is gathered beside the rows where it is given, which every process has to have then, or none.
+        name: The name of the batch, for error messages.
+        check: Checks this process's batch and returns the checked batch, or raises an error.
+        rows: A function from the checked batch to its rows [n, ...].
+        labels: Labels that are gathered together with the rows, or None. All processes must have labels, or none.
 
     Returns:
         What `check` returned.
 
     Raises:
-        ValueError: On every process, where sizes differ, labels are given on some alone, or another process's `check`
-            raised; what this process's own raised is raised on as it is.
+        ValueError: On every process, if the numbers of rows differ, if only some processes have labels, or if `check`
+            raised an error on another process.
+        Exception: What `check` raised on this process.
 
     Examples:
         >>> (z0,) = check_equal_batches("out0", lambda: unit_rows(out0=torch.randn(8, 4)), lambda checked: checked[0])
@@ -79,20 +81,20 @@ def check_equal_batches(
 
 
 def _of_all(*numbers: int) -> list[list[int]]:
-    """All processes' numbers: for each a list by rank."""
+    """Returns the numbers of all processes: for each number a list by rank."""
     of_ranks = [torch.zeros(len(numbers), dtype=torch.long, device="cpu") for _ in range(processes())]
     dist.all_gather(of_ranks, torch.tensor(numbers, device="cpu"), group=_between_hosts())
     by_number: list[list[int]] = torch.stack(of_ranks, dim=1).tolist()
     return by_number
 
 
-# Weak on both sides, as a DDP module may hold the world for longer than torch: threads of a group that outlives
-# destroy_process_group may abort the process as it ends.
+# Keys and values are weak references, since a DDP module may hold the default group longer than torch does. The threads
+# of a group that outlives destroy_process_group may abort the process when it ends.
 _OF_WORLD: WeakKeyDictionary[dist.ProcessGroup, ref[dist.ProcessGroup]] = WeakKeyDictionary()
 
 
 def _between_hosts() -> dist.ProcessGroup:
-    """A group that sends tensors of the CPU: the default one where it can, else one of its own, made once."""
+    """Returns a group that can send CPU tensors: the default group if it can, otherwise a new one, made once."""
     world = dist.group.WORLD
     assert world is not None
     if "gloo" in str(dist.get_backend_config(world)):
@@ -107,7 +109,13 @@ def _between_hosts() -> dist.ProcessGroup:
 
 
 def gather_constants(rows: Tensor) -> Tensor:
-    """All processes' rows [processes * n, ...], without gradient; as they are with one process.
+    """Gathers rows from all processes, without gradient. All processes have to call it.
+
+    Args:
+        rows: This process's rows [n, ...]. The shape and dtype must be the same on all processes.
+
+    Returns:
+        The rows of all processes [processes * n, ...], in order of their ranks. With one process, `rows` itself.
 
     Examples:
         >>> gather_constants(torch.arange(3))
@@ -122,14 +130,16 @@ def gather_constants(rows: Tensor) -> Tensor:
 
 
 def gather_parts(rows: Tensor, parts: int) -> Tensor:
-    """All processes' rows without gradient, of each of a number of equal parts (views, columns) together.
+    """Gathers rows that consist of equal parts (such as views), without gradient. All processes have to call it.
 
     Args:
-        rows: This process's rows of the first part, then those of the next, ... [parts * n, k].
-        parts: How many parts there are.
+        rows: This process's rows [parts * n, k]: the n rows of the first part, then the n rows of the next part, and
+            so on. The shape and dtype must be the same on all processes.
+        parts: The number of parts.
 
     Returns:
-        All processes' rows of the first part, then those of the next, ... [parts * processes * n, k].
+        [parts * processes * n, k]: the rows of the first part from all processes, then those of the next part, and so
+        on.
 
     Examples:
         >>> gather_parts(torch.arange(4.0)[:, None], parts=2).shape

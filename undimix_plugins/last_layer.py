@@ -1,4 +1,4 @@
-"""The inputs of the layer whose outputs a loss compares, for gradients at that layer's weight."""
+"""Records the inputs of the layer whose outputs a loss compares, for gradients with respect to its weight."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from undimix_plugins.checks import values_are_free
 from undimix_plugins.rows import as_full_precision, least_length
 
-MOST_BYTES = 2**30  # of inputs and outputs, before a loss has shown how many it needs
+MOST_BYTES = 2**30  # most bytes of inputs and outputs that are kept before the first loss
 
 
 class Call(NamedTuple):
-    """A call of the layer: inputs [rows, h], outputs [rows, width], and how often these had been changed in place."""
+    """A call of the layer: inputs [rows, h], outputs [rows, width], and the version counter of the outputs."""
 
     inputs: Tensor
     outputs: Tensor
@@ -23,17 +23,17 @@ class Call(NamedTuple):
 
 
 class LastLayer:
-    """Remembers what a Linear was given and gave, for a loss that asks for what lies behind its embeddings.
+    """Records the inputs and outputs of an `nn.Linear`, so that a loss can look up the inputs of its embeddings.
 
-    A loss's batch is remembered until the layer is called again. Of calls that no loss has asked for yet, the latest
-    are kept: as many rows as twice the largest batch, before the first one 1 GiB; none under `torch.inference_mode()`.
-    Once nobody holds the object, its hook does nothing.
+    A forward hook records the calls of the layer. It keeps the latest calls, up to twice as many rows as the largest
+    batch, or 1 GiB before the first batch. After a loss has read a batch, the next call of the layer deletes the older
+    ones. Nothing is recorded under `torch.inference_mode()`, or once this object is deleted.
 
     Args:
-        layer: The Linear whose outputs the embeddings are, before they are normalised.
+        layer: The `nn.Linear` whose outputs are the embeddings before normalisation.
 
     Raises:
-        TypeError: For what is no `nn.Linear`.
+        TypeError: If `layer` is not an `nn.Linear`.
 
     Examples:
         >>> layer = torch.nn.Linear(4, 2)
@@ -51,13 +51,18 @@ class LastLayer:
             )
         self.layer = layer
         self.calls: list[Call] = []  # the latest last
-        self.asked = False  # whether a loss has had them
-        self.most: int | None = None  # rows that are kept
-        self.compared = False  # whether copies have once been seen to be this layer's outputs
+        self.asked = False  # whether a loss has read them
+        self.most: int | None = None  # most rows that are kept
+        self.compared = False  # whether copies have been compared with the outputs once
         layer.register_forward_hook(_Hook(self))
 
     def record(self, inputs: Tensor, outputs: Tensor) -> None:
-        """Remembers a call of the layer."""
+        """Records a call of the layer. The forward hook calls it.
+
+        Args:
+            inputs: The layer's inputs [..., h].
+            outputs: The layer's outputs [..., width].
+        """
         if torch.is_inference_mode_enabled():
             return
         if self.asked:
@@ -69,18 +74,20 @@ class LastLayer:
             del self.calls[0]
 
     def inputs_of(self, *embeddings: Tensor) -> list[Tensor]:
-        """The layer's inputs behind embeddings, which are its outputs of the latest calls.
+        """Returns the inputs of the layer for embeddings that are its latest outputs.
 
         Args:
-            embeddings: One or more tensors [rows, width]; as they came from the layer, or in another precision, or
-                merged or cut across calls, then all of them in the order of the calls.
+            embeddings: One or more tensors [rows, width]. They may be the outputs themselves, rows of them, or copies
+                (in another precision, or concatenated or split). Copies must together be all outputs of the latest
+                calls, in the order of the calls.
 
         Returns:
-            For each its inputs [rows, h], without gradient.
+            For each tensor the inputs [rows, h], without gradient.
 
         Raises:
-            ValueError: Where the latest calls did not give as many rows of that width; where outputs were changed in
-                place; or where copies have other values (on devices other than the CPU, the first are compared).
+            ValueError: If the latest calls gave another number of rows or another width, if outputs were changed in
+                place, or if copies have other values. On devices other than the CPU, only the first copies are
+                compared.
         """
         calls, rows = self.calls, sum(map(len, embeddings))
         self.asked, self.most = True, max(self.most or 0, 2 * rows)
@@ -108,12 +115,12 @@ class LastLayer:
         return list(torch.split(given, list(map(len, embeddings))))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what is remembered, which belongs to one step."""
+        """Returns the state without the recorded calls, which belong to a single step."""
         return {**vars(self), "calls": [], "asked": False}
 
 
 def _in_memory_of(calls: list[Call], embeddings: Tensor) -> Tensor | None:
-    """The inputs behind embeddings that are outputs, or rows of them, in the same memory; None for copies."""
+    """Returns the inputs of embeddings that are outputs, or rows of them, in the same memory. None for copies."""
     memory, width = embeddings.untyped_storage().data_ptr(), embeddings.shape[1]
     for inputs, outputs, _ in calls:
         alike = outputs.dtype == embeddings.dtype and outputs.shape[1] == width and outputs.is_contiguous()
@@ -129,12 +136,12 @@ def _in_memory_of(calls: list[Call], embeddings: Tensor) -> Tensor | None:
 
 
 def rows_of(features: Tensor) -> Tensor:
-    """Features of any rank as rows [rows, width], without gradient."""
+    """Returns features [..., width] as rows [rows, width], without gradient."""
     return features.detach().reshape(-1, features.shape[-1])
 
 
 class _Hook:
-    """Calls `record` of a LastLayer as long as there is one."""
+    """A forward hook that calls `LastLayer.record` as long as the LastLayer exists."""
 
     def __init__(self, last_layer: LastLayer) -> None:
         self.last_layer = weakref.ref(last_layer)
@@ -150,14 +157,23 @@ class _Hook:
 
 
 class _Nothing:
-    """What a hook becomes in a copy, once nobody holds its LastLayer."""
+    """A hook that does nothing. A copied hook becomes one if its LastLayer no longer exists."""
 
     def __call__(self, *args: Any) -> None:
         return None
 
 
 def inputs_over_lengths(inputs: Tensor, embeddings: Tensor, normalized: bool) -> Tensor:
-    """The last layer's inputs [rows, h] as a `Contrast` takes them: over the lengths of what is normalised."""
+    """Returns the inputs of the last layer as `LastLayerInputs` takes them.
+
+    Args:
+        inputs: The inputs of the layer [rows, h].
+        embeddings: The outputs of the layer [rows, width].
+        normalized: Whether the loss normalises the embeddings to length 1.
+
+    Returns:
+        The inputs [rows, h] in full precision, divided by the lengths of the embeddings if these are normalised.
+    """
     inputs = as_full_precision(inputs)
     if not normalized:
         return inputs

@@ -1,4 +1,4 @@
-"""The weighted contrastive loss, top to bottom: a loss, its plan, two numbers per anchor that carry every loss."""
+"""The weighted contrastive losses. Every loss is a function of two numbers for each anchor (`log_sums`)."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ from undimix_plugins.rows import full_precision, in_backward
 from undimix_plugins.scoped import Scoped
 from undimix_plugins.weightings.weighting import Weighting, check_compared, checked, masked_log_sum_exp
 
-# What `undimix_plugins.monitoring.statistics.watch` has put here is shown each contrast before its loss is worked out.
+# Functions registered by `undimix_plugins.monitoring.statistics.watch`, called with each contrast before its loss.
 OBSERVERS = Scoped[Callable[[Contrast, Weighting], None]]("watch")
 
 
 class LogSums(NamedTuple):
-    """The terms of an anchor's loss, in logarithms, with gradient.
+    """The two log-sums of each anchor that a loss is computed from, with gradient.
 
     Attributes:
-        positives: The positives' logits [n]; of several, the log of the sum of their exponentials, -inf for none.
-        negatives: The log of the weighted sum of the negatives' exponentials [n]; -inf for an anchor without any.
+        positives: The logit of the positive [n]. For several positives the log-sum-exp of their logits; -inf for an
+            anchor without positives.
+        negatives: The log of the weighted sum of the negatives' exponentials [n]; -inf for an anchor without negatives.
 
     Examples:
         >>> positives, negatives = log_sums(two_views(torch.randn(4, 8), torch.randn(4, 8), 0.5), Uniform())
@@ -43,30 +44,32 @@ class LogSums(NamedTuple):
 
 
 def info_nce(contrast: Contrast, weighting: Weighting) -> Tensor:
-    """The weighted InfoNCE (NT-Xent) loss, averaged over the anchors.
+    """Computes the weighted InfoNCE (NT-Xent) loss, averaged over the anchors.
 
         loss_i = -log( exp(s_i+ / t) / (exp(s_i+ / t) + sum over j of w_ij exp(s_ij / t)) )
 
-    The weights are used as they come and never rescaled. An anchor without negatives adds 0.
+    The weights are not rescaled. An anchor without negatives adds 0 to the mean.
 
     Args:
-        contrast: What is compared.
-        weighting: How much each negative counts; `Uniform()` gives the plain loss.
+        contrast: The anchors, positives and candidates.
+        weighting: How much each negative counts. `Uniform()` gives the plain loss.
 
     Returns:
         A scalar, in the embeddings' dtype (float32 for half precision, also under autocast).
 
     Raises:
-        ValueError: For log-weights of the wrong shape, or (on the CPU) whose sum is no number; bad embeddings are
-            refused by `Contrast`. On devices other than the CPU, where looking for them would cost a synchronisation,
-            non-finite embeddings give a loss of NaN.
+        ValueError: If the log-weights do not have the shape [anchors, pool] and a floating-point dtype, or (on the CPU)
+            if their sum is NaN or infinite. `Contrast.of` checks the embeddings. Values on other devices are not read,
+            since that would cost a synchronisation. There, non-finite embeddings give a loss of NaN.
+        TypeError: If `contrast` is not a `Contrast` or `weighting` is not a `Weighting`.
 
     Warns:
-        UserWarning: Where labels leave no anchor of a batch a negative (elsewhere than on the CPU, of the first alone).
+        UserWarning: If no anchor of a batch has a negative because all have the same label. On devices other than the
+            CPU, only the first batch is checked.
 
     References:
-        van den Oord et al., arXiv 1807.03748, equation 4; Chen et al., arXiv 2002.05709, equation 1; the weights:
-        arXiv 2206.01197, section 3.
+        van den Oord et al., arXiv 1807.03748, equation 4; Chen et al., arXiv 2002.05709, equation 1. The weights are
+        from arXiv 2206.01197, section 3.
 
     Examples:
         >>> contrast = two_views(torch.randn(8, 16), torch.randn(8, 16), temperature=0.5)
@@ -76,21 +79,26 @@ def info_nce(contrast: Contrast, weighting: Weighting) -> Tensor:
 
 
 def decoupled(contrast: Contrast, weighting: Weighting) -> Tensor:
-    """The weighted decoupled loss, whose denominator leaves the positive out, averaged over the anchors.
+    """Computes the weighted decoupled contrastive loss, averaged over the anchors.
 
         loss_i = -log( exp(s_i+ / t) / sum over j of w_ij exp(s_ij / t) )
 
-    An anchor without negatives adds 0; with several positives, what `mean_loss` adds for these. Else as `info_nce`.
+    The denominator does not contain the positive. Otherwise the loss is computed like `info_nce`. An anchor without
+    negatives adds 0 to the mean, or the term of `mean_loss` for several positives.
 
     Args:
-        contrast: What is compared.
-        weighting: How much each negative counts; `Uniform()` gives the plain loss.
+        contrast: The anchors, positives and candidates.
+        weighting: How much each negative counts. `Uniform()` gives the plain loss.
 
     Returns:
         A scalar, in the embeddings' dtype (float32 for half precision, also under autocast).
 
     Raises:
         ValueError: As `info_nce` does.
+        TypeError: As `info_nce` does.
+
+    Warns:
+        UserWarning: As `info_nce` does.
 
     References:
         Yeh et al.: Decoupled Contrastive Learning, arXiv 2110.06848, equation 6.
@@ -111,25 +119,33 @@ def _identity(margin: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mean_loss(contrast: Contrast, weighting: Weighting, loss: Margin, *, one_positive: bool = False) -> Tensor:
-    """The mean over the anchors of a loss that is a function of their margins, `neg - pos` as `log_sums` has them.
+    """Computes the mean over the anchors of a loss that is a function of their margins.
 
-    With several positives, a loss adds what their log-sum is above the mean of their logits: `info_nce` is then the
-    mean over the positives of each one's negative log-probability. An anchor without positives adds 0.
+        margin_i = neg_i - pos_i
+
+    pos_i and neg_i are the two numbers of `log_sums`. For an anchor with several positives, the difference between the
+    log-sum-exp and the mean of their logits is added to the loss. `info_nce` is then the mean of the negative
+    log-probabilities of the positives. An anchor without positives adds 0.
 
     Args:
-        contrast: What is compared; its `anchor_weights` weight the anchors' losses, whose number is not weighted.
+        contrast: The anchors, positives and candidates. The losses are multiplied by its `anchor_weights`, if any, and
+            their sum is divided by the number of anchors.
         weighting: How much each negative counts.
-        loss: From margins [r], -inf for an anchor without negatives, to losses [r] and their derivatives [r]: those
-            that autograd takes of the losses, of which a part may be detached.
-        one_positive: Whether the loss has no meaning with several positives: a weighting that makes more of them is
-            refused.
+        loss: A function from margins [r] to losses [r] and their derivatives [r]. The margin of an anchor without
+            negatives is -inf. The derivatives must be those that autograd finds for the losses, which may be partly
+            detached.
+        one_positive: Whether the loss is defined for a single positive only. Weightings that add positives then raise a
+            ValueError.
 
     Returns:
         A scalar, in the embeddings' dtype (float32 for half precision, also under autocast).
 
     Raises:
-        ValueError: As `info_nce` does.
-        TypeError: Likewise.
+        ValueError: As `info_nce` does, or if `one_positive` is True and the weighting adds positives.
+        TypeError: As `info_nce` does.
+
+    Warns:
+        UserWarning: As `info_nce` does.
 
     Examples:
         >>> contrast = two_views(torch.randn(8, 16), torch.randn(8, 16), temperature=0.5)
@@ -145,24 +161,28 @@ def mean_loss(contrast: Contrast, weighting: Weighting, loss: Margin, *, one_pos
 
 
 def log_sums(contrast: Contrast, weighting: Weighting) -> LogSums:
-    """What every loss is made of: InfoNCE is `logaddexp(pos, neg) - pos`, the decoupled loss `neg - pos`.
+    """Computes the two log-sums of each anchor that a loss is made of.
 
-        pos_i = s_i+ / t,   neg_i = log sum over j of w_ij exp(s_ij / t),
+        pos_i = s_i+ / t,   neg_i = log sum over j of w_ij exp(s_ij / t)
 
-    with several positives pos_i = log sum over p of exp(s_ip / t), and neg_i as the weighting combines it with pos_i
-    (less the log of their number) and the number of negatives (debiasing).
+    The InfoNCE loss is `logaddexp(pos, neg) - pos`, the decoupled loss is `neg - pos`. With several positives, pos_i is
+    log sum over p of exp(s_ip / t). If the weighting debiases or adds negatives, neg_i is what `Weighting.combine`
+    returns.
 
     Args:
-        contrast: What is compared.
+        contrast: The anchors, positives and candidates.
         weighting: How much each negative counts.
 
     Returns:
-        Both numbers for each anchor [n], in the contrast's dtype, also under autocast.
+        Both numbers for each anchor, each [n], in the contrast's dtype, also under autocast.
 
     Raises:
-        ValueError: For log-weights that are no floating-point tensor [anchors, pool].
-        TypeError: For something else than a Contrast and a Weighting.
-        ValueError: Also for a weighting that makes positives of negatives, of which the two numbers tell no mean.
+        ValueError: As `info_nce` does, or if the weighting adds positives (`FalseNegativeAttraction`): the two numbers
+            do not give the mean over several positives.
+        TypeError: If `contrast` is not a `Contrast` or `weighting` is not a `Weighting`.
+
+    Warns:
+        UserWarning: As `info_nce` does.
 
     References:
         van den Oord et al., arXiv 1807.03748, equation 4; Yeh et al., arXiv 2110.06848, equation 6 (decoupled).
@@ -180,7 +200,7 @@ def log_sums(contrast: Contrast, weighting: Weighting) -> LogSums:
 
 
 def _fast_mean(plan: Plan, loss: Margin) -> Tensor:
-    """The mean by the fast path, which has no way back from it to an anchor's sum."""
+    """Returns the mean loss by the fast path, which computes no sums with gradient."""
     mean = fast.mean_loss(plan, loss)
     if not plan.free:
         mean = mean + _not_a_number_if_not_finite(plan.contrast)
@@ -221,7 +241,7 @@ def _log_sums(plan: Plan) -> LogSums:
 
 
 def _positives(plan: Plan) -> tuple[Tensor, Tensor]:
-    """The log of the sum of the positives' exponentials [n], and how many there are [n], at least 1."""
+    """Returns the log-sum-exp of the positives' logits [n], and the number of positives [n], at least 1."""
     contrast, columns = plan.contrast, plan.contrast.positive_columns
     if columns is None:
         logits = contrast.own_positive_logits()
@@ -239,13 +259,13 @@ def _positives(plan: Plan) -> tuple[Tensor, Tensor]:
 
 
 def _positive_log_sum(contrast: Contrast, columns: Tensor, rows: slice) -> Tensor:
-    """The log of the sum of the exponentials of a block's positives [r], where these are many, from all logits."""
+    """Returns the log-sum-exp of the positives' logits [r] for a block of anchors, from the logits of the pool."""
     of_positive = ~is_not_among(columns[rows], len(contrast.pool))
     return masked_log_sum_exp(contrast.logits(rows), of_positive)
 
 
 def _by_block(of_rows: Callable[..., Tensor], plan: Plan, *further: Any) -> Tensor:
-    """`of_rows(contrast, *further, rows)` of all anchors, in blocks where autograd would keep too much of it."""
+    """Returns `of_rows(contrast, *further, rows)` for all anchors, in blocks if autograd would keep too much memory."""
     if len(plan.blocks) == 1:
         return of_rows(plan.contrast, *further, plan.blocks[0])
     parts = [
@@ -256,23 +276,24 @@ def _by_block(of_rows: Callable[..., Tensor], plan: Plan, *further: Any) -> Tens
 
 
 def weighted_log_sum(contrast: Contrast, weighting: Weighting, prepared: Any, rows: slice) -> Tensor:
-    """The plain reference of a weighted sum, with gradient, which the fast path equals.
-
-    What a weighting does beside weights is not in it: pass `weighting.choose(contrast)`, and `combine` comes after.
+    """Computes the weighted log-sum over the negatives of a block of anchors, with gradient.
 
         neg_i = log sum over j in N_i of exp(log w_ij + <a_i, v_j> / t)
 
+    This is the reference implementation: the fast path gives the same numbers. It uses the weights only. Pass
+    `weighting.choose(contrast)` as the contrast, and call `weighting.combine` on the result.
+
     Args:
-        contrast: What is compared.
+        contrast: The anchors, positives and candidates.
         weighting: How much each negative counts.
         prepared: What `weighting.prepare(contrast)` returned.
         rows: A block of r anchors.
 
     Returns:
-        [r], -inf for an anchor without negatives.
+        [r], in the contrast's dtype, -inf for an anchor without negatives.
 
     Raises:
-        ValueError: For log-weights that are no floating-point tensor [anchors, pool].
+        ValueError: If the log-weights are not a floating-point tensor [r, m].
 
     Examples:
         >>> contrast, weighting = two_views(torch.randn(4, 8), torch.randn(4, 8), 0.5), UnDiMix()
@@ -286,7 +307,7 @@ def weighted_log_sum(contrast: Contrast, weighting: Weighting, prepared: Any, ro
 
 
 def _check_sums(negatives: Tensor, weighting: Weighting) -> None:
-    """A ValueError for log-sums that are NaN or infinite, of embeddings that are finite and do not overflow."""
+    """Raises a ValueError if a log-sum is NaN or infinite although the embeddings are finite and do not overflow."""
     if not bool((negatives < torch.inf).all()):
         raise ValueError(
             f"weighting: expected weights that are numbers, got NaN or too large ones from {weighting!r}; look at its "
@@ -295,10 +316,10 @@ def _check_sums(negatives: Tensor, weighting: Weighting) -> None:
 
 
 def _warn_of_no_negatives(contrast: Contrast, perhaps: Tensor) -> None:
-    """Warns where labels, or other marks, leave no anchor of a batch a negative; `perhaps` is true everywhere then."""
+    """Warns if labels, or another mask, exclude all negatives of a batch; only if `perhaps` is True everywhere."""
     if contrast.excluded_mask is None or not may_look(perhaps, "negatives") or not bool(perhaps.all()):
         return
-    candidates = len(contrast.pool) - (contrast.excluded >= 0).sum(dim=1)  # that are not marked
+    candidates = len(contrast.pool) - (contrast.excluded >= 0).sum(dim=1)  # without the mask
     if bool(candidates.any()) and not bool(contrast.count.any()):
         warnings.warn(
             "labels: no anchor of this batch has a negative, since all samples have one label or are marked as no "
@@ -309,17 +330,17 @@ def _warn_of_no_negatives(contrast: Contrast, perhaps: Tensor) -> None:
 
 
 def _show(contrast: Contrast, weighting: Weighting, plan: Plan) -> None:
-    """Shows observers what is compared, once a weighting that learns has learnt of it."""
+    """Calls the observers with the contrast, after the weighting has been prepared (and, if it learns, fitted)."""
     if plan.compiled:
         return
-    # What activation checkpointing runs again in the backward pass has been shown before.
+    # Activation checkpointing runs the forward pass again in the backward pass: it has been shown before.
     if (observers := OBSERVERS.values()) and not in_backward():
-        with OBSERVERS.holding_nothing():  # they may work out losses, too
+        with OBSERVERS.holding_nothing():  # they may compute losses, too
             for observer in observers:
                 observer(contrast, weighting)
 
 
 @torch.no_grad()
 def _not_a_number_if_not_finite(contrast: Contrast) -> Tensor:
-    """0, or NaN where any embedding is not finite: an infinite one could else give a finite, wrong loss."""
+    """Returns 0, or NaN if an embedding is not finite. An infinite one could otherwise give a finite, wrong loss."""
     return sum((rows * 0).sum() for rows in (contrast.anchors, contrast.positives, contrast.pool))  # type: ignore[return-value]

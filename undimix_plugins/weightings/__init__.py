@@ -1,4 +1,4 @@
-"""How much each negative counts: a class per method, and what a weighting of one's own needs."""
+"""The weightings, one class for each method, and what you need to write your own."""
 
 from undimix_plugins.weightings.bcl import BCL
 from undimix_plugins.weightings.compose import compose

@@ -1,4 +1,4 @@
-"""Several methods at once."""
+"""Several methods as one weighting."""
 
 from __future__ import annotations
 
@@ -14,25 +14,27 @@ from undimix_plugins.weightings.weighting import Uniform, Weighting, check_share
 
 
 def compose(*weightings: Weighting) -> Weighting:
-    """Several methods as one weighting.
+    """Combines several methods into one weighting.
 
-    1. What chooses negatives (`Ring`, `FalseNegativeElimination`, `FalseNegativeAttraction`) does so first, in the
-       order given: the next sees what the last has left.
-    2. What weights them (`UnDiMix`, `HCL`, `BCL`, `ProGCL`, `SimilarityPenalty`) does that with those that are left; of
-       several the weights are multiplied.
-    3. What changes their sum (`Debiased`, `HCL`, `MoCHi`) does so in the order given.
+    The methods are applied in this order:
+
+    1. `Ring`, `FalseNegativeElimination` and `FalseNegativeAttraction` choose the negatives, in the order given. Each
+       method chooses from the negatives that the one before it kept.
+    2. `UnDiMix`, `HCL`, `BCL`, `ProGCL` and `SimilarityPenalty` weight the negatives that are left. The weights of
+       several methods are multiplied.
+    3. `Debiased`, `HCL` and `MoCHi` change the sum of the negatives, in the order given.
 
     Args:
-        weightings: At least one.
+        weightings: One or more weightings.
 
     Returns:
-        A weighting; for one, itself.
+        The combined weighting. A single weighting is returned unchanged.
 
     Raises:
-        TypeError: For what is no weighting.
-        ValueError: For none, or for what makes no sense together: a method twice, two that debias, false negatives that
-            are left out and attracted, debiasing of weights that are not of mean 1, debiasing of a sum with synthetic
-            negatives in it (`MoCHi` before `Debiased`).
+        TypeError: If an argument is not a `Weighting`.
+        ValueError: If there is no argument, if a method is given twice, if two methods debias, if false negatives are
+            both eliminated and attracted, if a sum is debiased whose weights do not have mean 1, or if a sum is
+            debiased after synthetic negatives were added (`MoCHi` before `Debiased`).
 
     Examples:
         >>> weighting = compose(UnDiMix(), Debiased(tau_plus=0.1), FalseNegativeElimination(k=8))
@@ -54,7 +56,7 @@ def compose(*weightings: Weighting) -> Weighting:
 
 
 def _against(parts: Sequence[Weighting]) -> str | None:
-    """Why they make no sense together; None where they do."""
+    """Returns why the weightings cannot be combined, or None if they can."""
     parts = [part._method() for part in parts]
     kinds = [type(part) for part in parts]
     if len(set(kinds)) < len(kinds):
@@ -80,21 +82,26 @@ def _against(parts: Sequence[Weighting]) -> str | None:
 
 @loadable
 class Composed(Weighting):
-    """What `compose` returns.
+    """A weighting that combines several methods, as `compose` returns it.
 
     Attributes:
-        parts: The weightings, at least two.
+        parts: The weightings, two or more.
+
+    Examples:
+        >>> compose(UnDiMix(), Debiased()).parts
+        (UnDiMix(similarity=0.5, influence=0.25, diversity=0.25, hardness=1.0, mixing='geometric', \
+gradient='embedding', distance='cosine', detached=False), Debiased(tau_plus=0.1))
     """
 
     def __init__(self, parts: Sequence[Weighting]) -> None:
         self.parts = tuple(parts)
 
     def __repr__(self) -> str:
-        """As it is written."""
+        """Returns the call of `compose` that makes it."""
         return f"compose({', '.join(map(repr, self.parts))})"
 
     def __eq__(self, other: object) -> bool:
-        """Whether the same methods are composed in the same order."""
+        """Whether the other combines equal weightings in the same order."""
         return isinstance(other, Composed) and self.parts == other.parts
 
     def __hash__(self) -> int:
@@ -102,30 +109,30 @@ class Composed(Weighting):
 
     @property
     def citation(self) -> str:  # type: ignore[override]
-        """Those of the parts."""
+        """The citations of all parts."""
         return "".join(f"{citation}\n" for part in self.parts if (citation := part.citation.strip("\n")))
 
     @property
     def has_mean_one(self) -> bool:
-        """Where a single part weighs, whether its weights do; a product's do not."""
+        """Whether a single part weights the negatives, with mean 1. Products of weights do not have mean 1."""
         weighing = self._weighing()
         return len(weighing) == 1 and weighing[0].has_mean_one
 
     @property
     def debiases(self) -> bool:
-        """Whether any part does."""
+        """Whether a part debiases."""
         return any(part.debiases for part in self.parts)
 
     @property
     def needs_last_layer(self) -> bool:
-        """Whether any part does."""
+        """Whether a part needs the inputs of the last layer."""
         return any(part.needs_last_layer for part in self.parts)
 
     def _weighing(self) -> list[Weighting]:
         return [part for part in self.parts if not part._weigher()._weighs_alike] or [Uniform()]
 
     def _weigher(self) -> Weighting:
-        """The one part that weighs, or equal weights; of several, itself."""
+        """Returns the only part with weights, `Uniform()` if there is none, or itself if there are several."""
         weighing = self._weighing()
         return self if len(weighing) > 1 else weighing[0]._weigher()
 
@@ -139,35 +146,35 @@ class Composed(Weighting):
         return compose(*(new or part for new, part in zip(changed, self.parts, strict=True)))
 
     def _hardness(self) -> float | None:
-        """That of the first part that has any."""
+        """Returns the hardness of the first part that has one."""
         return next((of for part in self.parts if (of := part._hardness()) is not None), None)
 
     def _title(self) -> str:
         return " + ".join(part._title() for part in self.parts)
 
     def choose(self, contrast: Contrast) -> Contrast:
-        """What one part after the other leaves."""
+        """Returns the contrast after each part has chosen in turn."""
         for part in self.parts:
             contrast = part.choose(contrast)
         return contrast
 
     def prepare(self, contrast: Contrast) -> Any:
-        """What each part that weighs prepares."""
+        """Returns a list of what each part that weights the negatives prepares."""
         return [part.prepare(contrast) for part in self._weighing()]
 
     def log_weights(self, prepared: Any, rows: slice) -> Tensor:
-        """Their sum [r, m]."""
+        """Returns the sum of the parts' log-weights [r, m]."""
         first, *others = (part.log_weights(of, rows) for part, of in zip(self._weighing(), prepared, strict=True))
         return sum(others, start=first)
 
     def combine(self, contrast: Contrast, positives: Tensor, negatives: Tensor, count: Tensor) -> Tensor:
-        """What one part after the other makes of them [n]."""
+        """Returns the log-sum after each part has changed it in turn [n]."""
         for part in self.parts:
             negatives = part.combine(contrast, positives, negatives, count)
         return negatives
 
     def softened(self, share: float) -> Weighting:
-        """The parts, each on its way."""
+        """Returns the parts, each at this share of its strength, a number from 0 to 1."""
         check_share(share)
         softened = [part.softened(share) for part in self.parts]
         return Composed([part for part in softened if type(part) is not Uniform]) if share else Uniform()

@@ -1,4 +1,4 @@
-"""What a weighting is, the plain one, and what weightings share."""
+"""The base class of weightings, the plain weighting, and functions that weightings share."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ from undimix_plugins.settings import constant
 
 
 class Terms(NamedTuple):
-    """What each component of a weighting adds to the weights, for `explain`.
+    """The contribution of each component of a weighting to the weights, for `explain`.
 
     Attributes:
-        parts: By the component's name [r, m]; empty for a weighting without components.
-        of_logarithm: Whether the parts add up to `log w`, but for a number of the anchor's own; else to `w`.
+        parts: The contribution of each component by name, each [r, m]. Empty for a weighting without components.
+        of_logarithm: True if the parts add up to `log w`, up to a constant for each anchor. False if they add up to
+            `w`.
+
+    Examples:
+        >>> Terms({"similarity": torch.zeros(1, 4)}, of_logarithm=True).parts["similarity"].shape
+        torch.Size([1, 4])
     """
 
     parts: dict[str, Tensor]
@@ -26,16 +31,18 @@ class Terms(NamedTuple):
 
 
 class Weighting:
-    """How much each negative of an anchor counts. A subclass needs `log_weights`; the rest has defaults.
+    """Base class of weightings: how much each negative of an anchor counts.
+
+    To write your own weighting, subclass it and define `log_weights`. All other methods have defaults.
 
     Attributes:
-        citation: BibTeX of the method, for model cards; empty where there is none.
-        adds_negatives: Whether `combine` adds further negatives, which are none of the contrast's.
-        strength: The name of the attribute that scores are multiplied by, which statistics show as the hardness in
-            force; empty where there is none.
+        citation: BibTeX of the method, for model cards. Empty if there is none.
+        adds_negatives: Whether `combine` adds negatives that are not in the contrast's pool.
+        strength: The name of the attribute that scores are multiplied by. Statistics report its value as `hardness`.
+            Empty if there is none.
 
     Examples:
-        A weighting of one's own, twice the weight on the more similar half of the anchor's negatives:
+        This weighting doubles the weights of the more similar half of an anchor's negatives:
 
         >>> class HarderHalf(Weighting):
         ...     def log_weights(self, contrast, rows):
@@ -50,94 +57,111 @@ class Weighting:
     adds_negatives: ClassVar[bool] = False
     strength: ClassVar[str] = ""
 
-    # Facts that a class states by an attribute or a property of its own.
+    # Facts about the weighting: a subclass overrides them by an attribute or a property.
 
     @property
     def has_mean_one(self) -> bool:
-        """Whether weights average 1 over an anchor's negatives; by default it is not known, so False.
+        """Whether the mean weight of an anchor's negatives is 1. False by default.
 
-        Debiasing of a weighted sum is defined for such weights alone: `compose` refuses others beside `Debiased`.
+        Debiasing of a weighted sum is only defined for such weights. `compose` does not combine others with `Debiased`.
         """
         return False
 
     @property
     def debiases(self) -> bool:
-        """Whether the weighting corrects for false negatives by a class's prior probability; by default not."""
+        """Whether the weighting corrects for false negatives by the prior probability of a class. False by default."""
         return False
 
     @property
     def needs_last_layer(self) -> bool:
-        """Whether `log_weights` needs the inputs of the last layer, `contrast.last_layer`; by default not."""
+        """Whether `log_weights` needs the inputs of the last layer, `contrast.last_layer`. False by default."""
         return False
 
     def __repr__(self) -> str:
-        """The class and its settings: what model cards and printed losses say."""
+        """Returns the class and its settings, as model cards and printed losses show them."""
         settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
         return f"{type(self).__name__}({settings})"
 
     def choose(self, contrast: Contrast) -> Contrast:
-        """Chooses which candidates are negatives, and which are further positives, before anything is weighted.
+        """Chooses which candidates are negatives, and which are further positives. It is called before weighting.
 
-        `Contrast.without` and `Contrast.with_positives` make the result. By default the contrast itself.
+        Args:
+            contrast: The anchors, positives and candidates.
+
+        Returns:
+            A contrast with fewer negatives (`Contrast.without`) or more positives (`Contrast.with_positives`). By
+            default `contrast` itself.
         """
         return contrast
 
     def prepare(self, contrast: Contrast) -> Any:
-        """What `log_weights` needs of the whole contrast, worked out once; by default the contrast itself."""
+        """Computes once what `log_weights` needs of the whole contrast.
+
+        Args:
+            contrast: What `choose` returned.
+
+        Returns:
+            Any object; `log_weights` receives it as `prepared`. By default `contrast` itself.
+        """
         return contrast
 
     def log_weights(self, prepared: Any, rows: slice) -> Tensor:
-        """Log-weights of the whole pool for a block of anchors.
+        """Computes the log-weights of all candidates for a block of anchors.
 
-        It may be asked for the same block again, in the backward pass, and has to return the same.
+        It may be called again for the same block in the backward pass, and must then return the same values.
 
         Args:
-            prepared: What `prepare` returned.
-            rows: The block of anchors, r of them.
+            prepared: What `prepare` returned. By default the contrast.
+            rows: The block of r anchors.
 
         Returns:
-            [r, m] for a pool of m, in the embeddings' dtype. Columns that are no negatives of an anchor are ignored.
-            A gradient flows through them unless they are detached.
+            Log-weights [r, m] for a pool of m candidates, floating point. Values in columns that are not negatives of
+            an anchor are ignored. A gradient flows through the weights unless you detach them.
         """
         raise NotImplementedError(f"{type(self).__name__} needs a method log_weights(prepared, rows)")
 
     def combine(self, contrast: Contrast, positives: Tensor, negatives: Tensor, count: Tensor) -> Tensor:
-        """The negatives' part of the denominator, where a method changes more than weights (debiasing).
+        """Computes the negatives' part of the denominator, for methods that change more than weights (debiasing).
 
         Args:
-            contrast: What is compared.
-            positives: The positives' logits [n].
-            negatives: The log of the weighted sum of the negatives' exponentials [n]; finite.
-            count: How many negatives each anchor has [n], at least 1.
+            contrast: What `choose` returned.
+            positives: The logits of the positives [n]. For several positives the log of their mean exponential.
+            negatives: The log of the weighted sum of the negatives' exponentials [n], finite.
+            count: The number of negatives of each anchor [n], at least 1, in the embeddings' dtype.
 
         Returns:
-            What stands for `negatives` [n]; by default itself. Ignored for an anchor without negatives.
+            The logarithm that replaces `negatives` in the loss [n]. By default `negatives` itself. Values of anchors
+            without negatives are ignored.
         """
         return negatives
 
     def terms(self, prepared: Any, rows: slice) -> Terms:
-        """What each component adds to the weights of a block of anchors, for `explain`; by default nothing is told.
+        """Returns the contribution of each component to the weights of a block of anchors, for `explain`.
 
         Args:
             prepared: What `prepare` returned.
-            rows: The block of anchors, r of them.
+            rows: The block of r anchors.
+
+        Returns:
+            The contributions by name, each [r, m]. By default none.
         """
         return Terms({}, of_logarithm=False)
 
     def softened(self, share: float) -> Weighting:
-        """The weighting on its way from the plain loss, at 0, to itself, at 1: what a warm-up goes through.
+        """Returns the weighting at a share of its strength, for a warm-up from the plain loss to the full weighting.
 
-        By default in between are `w ** share`, as these come, and likewise what `combine` changes: in logarithms, that
-        share of it. A negative of weight 0 has none at any share above 0.
+        By default the weights are `w ** share`, not rescaled. The change that `combine` makes to the log-sum is
+        multiplied by `share`, too. A negative of weight 0 has weight 0 at every share above 0.
 
         Args:
-            share: From 0 to 1.
+            share: The share of the full weighting, from 0 to 1.
 
         Returns:
-            `Uniform()` at 0 (or what has its values), the weighting at 1, something in between else.
+            `Uniform()`, or a weighting with the same values, for 0. The weighting itself for 1. Otherwise a weighting
+            in between.
 
         Raises:
-            ValueError: For a share that is no number from 0 to 1.
+            ValueError: If `share` is not a number from 0 to 1.
 
         Examples:
             >>> UnDiMix(hardness=2.0).softened(0.25).hardness
@@ -148,11 +172,11 @@ class Weighting:
             return Uniform()
         return self if share == 1 else Softened(self, share)
 
-    # What the core alone asks.
+    # Only the core calls these.
 
     @property
     def _weighs_alike(self) -> bool:
-        """Whether all negatives count the same, whatever else the weighting does."""
+        """Whether all negatives have the same weight. The weighting may still choose negatives or change their sum."""
         return False
 
     @property
@@ -161,7 +185,7 @@ class Weighting:
         return False
 
     def _weigher(self) -> Weighting:
-        """The weighting whose `log_weights` these are."""
+        """Returns the weighting that defines the `log_weights`."""
         return self
 
     def _combines(self) -> bool:
@@ -169,26 +193,30 @@ class Weighting:
         return type(self).combine is not Weighting.combine
 
     def _method(self) -> Weighting:
-        """The weighting that this one is on its way to."""
+        """Returns the full weighting if this is a softened one, otherwise itself."""
         return self
 
     def _with_options(self, **options: Any) -> Weighting | None:
-        """The same with other options of the `UnDiMix` in it; None where there is none in it."""
+        """Returns the weighting with changed options of the `UnDiMix` in it, or None if it contains no `UnDiMix`."""
         return None
 
     def _hardness(self) -> float | None:
-        """What scores are multiplied by."""
+        """Returns the number that scores are multiplied by, or None if there is none."""
         return float(getattr(self, self.strength)) if self.strength else None
 
     def _title(self) -> str:
-        """The methods' names, without their settings."""
+        """Returns the names of the methods, without their settings."""
         return type(self).__name__
 
 
 @constant
 @dataclass(frozen=True)
 class Softened(Weighting):
-    """A share of a weighting, above 0 and below 1, as `Weighting.softened` has it.
+    """A weighting at a share of its strength, as `Weighting.softened` returns it.
+
+    Attributes:
+        weighting: The full weighting.
+        share: The share of it, above 0 and below 1.
 
     Examples:
         >>> HCL(beta=2.0, tau_plus=0.0).softened(0.5) == HCL(beta=1.0, tau_plus=0.0)
@@ -204,16 +232,16 @@ class Softened(Weighting):
 
     @property
     def citation(self) -> str:  # type: ignore[override]
-        """That of the weighting."""
+        """The citation of the full weighting."""
         return self.weighting.citation
 
     @property
     def needs_last_layer(self) -> bool:
-        """Whether the weighting does."""
+        """Whether the full weighting needs the inputs of the last layer."""
         return self.weighting.needs_last_layer
 
     def choose(self, contrast: Contrast) -> Contrast:
-        """What the weighting chooses."""
+        """Returns what the full weighting chooses."""
         return self.weighting.choose(contrast)
 
     def _weigher(self) -> Weighting:
@@ -229,53 +257,66 @@ class Softened(Weighting):
         return f"{self.share:.2g} of {self.weighting._title()}"
 
     def prepare(self, contrast: Contrast) -> Any:
-        """What the weighting prepares."""
+        """Returns what the full weighting prepares."""
         return self.weighting.prepare(contrast)
 
     def log_weights(self, prepared: Any, rows: slice) -> Tensor:
-        """The share of the weighting's own [r, m]."""
+        """Returns the log-weights of the full weighting, multiplied by `share` [r, m]."""
         return self.share * self.weighting.log_weights(prepared, rows)
 
     def combine(self, contrast: Contrast, positives: Tensor, negatives: Tensor, count: Tensor) -> Tensor:
-        """Between `negatives` and what the weighting makes of them [n]."""
+        """Interpolates between `negatives` and the result of the full weighting [n]."""
         return torch.lerp(negatives, self.weighting.combine(contrast, positives, negatives, count), self.share)
 
 
 class EqualWeights(Weighting):
-    """What weightings share that weigh all negatives alike, and do something else, or nothing."""
+    """Base class of weightings that give all negatives the same weight.
+
+    Subclasses choose negatives (`Ring`) or change their sum (`Debiased`).
+
+    Examples:
+        This weighting leaves out the first candidate:
+
+        >>> class WithoutFirst(EqualWeights):
+        ...     def choose(self, contrast):
+        ...         first = torch.zeros(len(contrast.anchors), 1, dtype=torch.long)
+        ...         return contrast.without(first)
+        >>> loss = info_nce(two_views(torch.randn(8, 4), torch.randn(8, 4), 0.5), WithoutFirst())
+    """
 
     @property
     def has_mean_one(self) -> bool:
-        """Weights are all 1."""
+        """True, since all weights are 1. False if a subclass defines `log_weights`."""
         return self._weighs_alike
 
     def log_weights(self, prepared: Contrast, rows: slice) -> Tensor:
-        """Zeros [r, m]."""
+        """Returns zeros [r, m]."""
         return torch.zeros_like(prepared.pool[:, :1]).T.expand(len(prepared.anchors[rows]), -1)
 
     @property
     def _weighs_alike(self) -> bool:
-        return type(self).log_weights is EqualWeights.log_weights  # but for a subclass with its own
+        return type(self).log_weights is EqualWeights.log_weights  # a subclass may override it
 
 
 @constant
 @dataclass(frozen=True)
 class Uniform(EqualWeights):
-    """Every negative counts the same: the host's plain loss.
+    """Gives every negative the weight 1: the plain loss.
 
     Examples:
         >>> Uniform()
         Uniform()
+        >>> loss = info_nce(two_views(torch.randn(8, 4), torch.randn(8, 4), 0.5), Uniform())
     """
 
     def softened(self, share: float) -> Uniform:
-        """Itself."""
+        """Returns the weighting itself: the plain loss has no warm-up."""
         check_share(share)
         return self
 
 
 def check_share(share: float) -> float:
-    """Returns `share` as a float; a ValueError unless it is a number from 0 to 1."""
+    """Returns `share` as a float. Raises a ValueError if it is not a number from 0 to 1."""
     check_number("share", share, at_least=0)
     if share > 1:
         raise ValueError(f"share: expected a number from 0 to 1, got {share!r}")
@@ -300,7 +341,10 @@ def check_weighting(weighting: object) -> None:
 
 
 def checked(weighting: Weighting, log_weights: object, logits: Tensor) -> Tensor:
-    """The log-weights of a block in its logits' dtype; a ValueError unless they are floats of its shape."""
+    """Returns the log-weights of a block in the dtype of its logits.
+
+    Raises a ValueError if they are not a floating-point tensor with the shape of the logits.
+    """
     if not isinstance(log_weights, Tensor) or log_weights.shape != logits.shape:
         came = list(log_weights.shape) if isinstance(log_weights, Tensor) else type(log_weights).__name__
         raise ValueError(
@@ -313,14 +357,14 @@ def checked(weighting: Weighting, log_weights: object, logits: Tensor) -> Tensor
 
 
 def masked_log_sum_exp(scores: Tensor, mask: Tensor) -> Tensor:
-    """The log of the sum of exponentials over the columns that `mask` marks; -inf, with gradient 0, for none.
+    """Computes the log-sum-exp over the columns that a mask selects.
 
     Args:
-        scores: [r, m].
-        mask: bool [r, m].
+        scores: [r, m], floating point.
+        mask: The columns of the sum, bool [r, m].
 
     Returns:
-        [r], same dtype as `scores`.
+        [r], same dtype as `scores`. A row without selected columns gives -inf, with gradient 0.
 
     Examples:
         >>> masked_log_sum_exp(torch.zeros(1, 4), torch.tensor([[True, True, False, False]])).exp()
@@ -330,26 +374,26 @@ def masked_log_sum_exp(scores: Tensor, mask: Tensor) -> Tensor:
     top = scores.detach().amax(dim=1, keepdim=True)
     top = top.masked_fill(top.isneginf(), 0)
     total = (scores - top).exp().sum(dim=1)
-    # log(0) would be right, but its gradient is not a number.
+    # log(0) would be correct, but its gradient is NaN.
     none = total == 0
     return (total.masked_fill(none, 1).log() + top[:, 0]).masked_fill(none, -torch.inf)
 
 
 def mean_one(log_weights: Tensor, negative: Tensor) -> Tensor:
-    """Brings weights to mean 1 over each anchor's negatives.
+    """Rescales weights so that their mean over each anchor's negatives is 1.
 
     Args:
-        log_weights: [r, m].
+        log_weights: The logarithms of the weights [r, m], floating point.
         negative: Which columns are negatives, bool [r, m].
 
     Returns:
-        `log_weights` less the log of the mean weight over the row's negatives [r, m].
+        `log_weights` minus the log of the mean weight of the row's negatives [r, m], same dtype.
 
     Examples:
         >>> mean_one(torch.tensor([[1.0, 1.0, 5.0]]), torch.tensor([[True, True, False]]))
         tensor([[0., 0., 4.]])
     """
-    # The largest goes first: beside a huge one, the logarithm of the number of negatives would be rounded away.
+    # The largest is subtracted first. Added to a huge number, the log of the number of negatives would be lost.
     top = log_weights.detach().masked_fill(~negative, -torch.inf).amax(dim=1, keepdim=True)
     log_weights = log_weights - top.masked_fill(top.isneginf(), 0)
     log_sum = masked_log_sum_exp(log_weights, negative)

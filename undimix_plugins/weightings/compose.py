@@ -88,9 +88,8 @@ class Composed(Weighting):
         parts: The weightings, two or more.
 
     Examples:
-        >>> compose(UnDiMix(), Debiased()).parts
-        (UnDiMix(similarity=0.5, influence=0.25, diversity=0.25, hardness=1.0, mixing='geometric', \
-gradient='embedding', distance='cosine', detached=False), Debiased(tau_plus=0.1))
+        >>> compose(Ring(lower=50, upper=90), Debiased(tau_plus=0.1)).parts
+        (Ring(lower=50, upper=90), Debiased(tau_plus=0.1))
     """
 
     def __init__(self, parts: Sequence[Weighting]) -> None:

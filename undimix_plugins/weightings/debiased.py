@@ -1,4 +1,4 @@
-"""Negatives' sum corrected for those of the anchor's own class (Chuang et al. 2020)."""
+"""The sum of the negatives, corrected for negatives of the anchor's class (Chuang et al. 2020)."""
 
 from __future__ import annotations
 
@@ -18,22 +18,28 @@ from undimix_plugins.weightings.weighting import EqualWeights, check_share
 @constant
 @dataclass(frozen=True)
 class Debiased(EqualWeights):
-    """The debiased contrastive loss: all negatives count the same, less what the anchor's class makes of their sum.
+    """Debiased contrastive loss: corrects the sum of the negatives for negatives of the anchor's class.
 
-    With N negatives of similarity s_j, a positive of similarity s+ and temperature t, the negatives' part of the
-    denominator is, as the authors' code has it,
+    All negatives have the same weight. With N negatives of similarity s_j, a positive of similarity s+ and temperature
+    t, the negatives' part of the denominator is
 
-        N * g = max( (sum_j exp(s_j / t) - tau_plus * N * exp(s+ / t)) / (1 - tau_plus),  N * exp(-1 / t) ).
+        N * g = max( (sum_j exp(s_j / t) - tau_plus * N * exp(s+ / t)) / (1 - tau_plus),  N * exp(-1 / t) )
 
-    The lower bound assumes cosines; with `tau_plus=0` nothing is corrected and it is left out. At the bound an anchor's
-    negatives have no gradient, and at a low temperature (a ranking loss's .05) most anchors soon stand there: a warning
-    says so (elsewhere than on the CPU, of the first batch alone).
+    as in the authors' code. The lower bound assumes cosine similarity. With `tau_plus=0`, there is no correction and no
+    bound.
+
+    The negatives of an anchor at the lower bound have no gradient. At a low temperature, such as .05 in a ranking loss,
+    most anchors soon reach the bound. The loss then warns. On devices other than the CPU, it only checks the first
+    batch.
 
     Attributes:
         tau_plus: Prior probability of the anchor's class, in [0, 1).
 
     Raises:
-        ValueError: For `tau_plus` outside [0, 1).
+        ValueError: If `tau_plus` is not in [0, 1).
+
+    Warns:
+        UserWarning: In a loss, if most anchors of a batch are at the lower bound.
 
     References:
         Chuang, Robinson, Lin, Torralba, Jegelka: Debiased Contrastive Learning, NeurIPS 2020, arXiv 2007.00224,
@@ -60,34 +66,37 @@ class Debiased(EqualWeights):
 
     @property
     def debiases(self) -> bool:
-        """Unless `tau_plus` is 0."""
+        """True if `tau_plus` is above 0."""
         return self.tau_plus > 0
 
     def softened(self, share: float) -> Debiased:
-        """The same with that share of `tau_plus`."""
+        """Returns a copy with `tau_plus` multiplied by `share`, a number from 0 to 1."""
         return replace(self, tau_plus=check_share(share) * self.tau_plus)
 
     def combine(self, contrast: Contrast, positives: Tensor, negatives: Tensor, count: Tensor) -> Tensor:
-        """The debiased negatives [n]."""
+        """Returns the logarithm of the corrected sum of the negatives [n]."""
         return debiased(self.tau_plus, contrast, positives, negatives, count)
 
 
 def debiased(tau_plus: float, contrast: Contrast, positives: Tensor, negatives: Tensor, count: Tensor) -> Tensor:
-    """`N * g` as `Debiased` has it, in logarithms so that `exp(1 / t)` never overflows.
+    """Returns the logarithm of `N * g` of `Debiased`. It is computed from logarithms, so `exp(1 / t)` cannot overflow.
 
     Args:
         tau_plus: Prior probability of the anchor's class, in [0, 1).
-        contrast: As `Weighting.combine` has it, and so the rest.
-        positives: [n].
-        negatives: [n].
-        count: [n].
+        contrast: The anchors, positives and candidates.
+        positives: The logits of the positives [n].
+        negatives: The log of the (weighted) sum of the negatives' exponentials [n], finite.
+        count: The number of negatives of each anchor [n], at least 1.
 
     Returns:
-        [n].
+        [n], same dtype. `negatives` itself if `tau_plus` is 0.
+
+    Warns:
+        UserWarning: If most anchors are at the lower bound.
     """
     if tau_plus == 0:
         return negatives
-    # log of the share of the negatives' sum that is taken to be positives
+    # log of the share of the negatives' sum that belongs to the anchor's class
     share = (tau_plus * count).log() + positives - negatives
     left = ~(share >= 0)  # NaN stays NaN
     rest = torch.log(-torch.expm1(share.masked_fill(~left, -1)))

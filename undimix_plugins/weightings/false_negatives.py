@@ -1,4 +1,4 @@
-"""Likely false negatives found by a support set, and left out or made positives (Huynh et al. 2022)."""
+"""Likely false negatives, found with a support set, are left out or become positives (Huynh et al. 2022)."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ SUPPORT: Scoped[list[Tensor]] = Scoped("support_set")  # further views of the ba
 
 @contextmanager
 def support_set(*views: Tensor) -> Iterator[None]:
-    """Further views of a batch's samples, by which the losses inside find false negatives, in this thread or task.
+    """Context manager that gives the losses inside it further views of the batch, to find false negatives with.
 
-    On a GPU, activation checkpointing runs a forward again in another thread: checkpoint the encoder, not the loss.
+    It applies to the current thread or asyncio task. On a GPU, activation checkpointing runs the forward pass again in
+    another thread. So checkpoint the encoder, not the loss.
 
     Args:
-        views: Embeddings of further views, each [samples, width], in the batch's order, as the loss is given the first
-            ones; brought to length 1. They are constants: encode them under `torch.no_grad()`. Of a loss that compares
-            regions (lightly's DetCon) or nodes, these are the samples, [batch * regions, width].
+        views: Embeddings of further views, each [samples, width], floating point, in the order of the batch. They are
+            normalised to length 1 and get no gradient: encode them under `torch.no_grad()`. If the loss compares
+            regions (lightly's DetCon) or nodes, pass a row for each of these, [batch * regions, width].
 
     Raises:
-        ValueError: For no views, what `check_embeddings` refuses, or views that differ in length.
+        ValueError: If there are no views, if they differ in length, or as `check_embeddings` does.
 
     Examples:
         >>> views = torch.randn(2, 8, 4)
@@ -52,7 +53,13 @@ def support_set(*views: Tensor) -> Iterator[None]:
 @constant
 @dataclass(frozen=True)
 class FalseNegatives(EqualWeights):
-    """What `FalseNegativeElimination` and `FalseNegativeAttraction` have in common: how they find false negatives."""
+    """Base class of `FalseNegativeElimination` and `FalseNegativeAttraction`, which finds false negatives.
+
+    Attributes:
+        k: The most false negatives of an anchor, at least 1.
+        threshold: The score above which a candidate is a false negative, from -1 to 1.
+        aggregate: "max" or "mean" of the similarities to the views.
+    """
 
     k: int = 10
     threshold: float = 0.7
@@ -75,12 +82,16 @@ class FalseNegatives(EqualWeights):
         check_choice("aggregate", self.aggregate, ("max", "mean"))
 
     def softened(self, share: float) -> Weighting:
-        """What is found is found at any share above 0; `Uniform()` at 0."""
+        """Returns `Uniform()` for a share of 0, otherwise the weighting itself: its decisions are not gradual."""
         return self if check_share(share) else Uniform()
 
     @torch.no_grad()
     def found(self, contrast: Contrast) -> Tensor:
-        """The columns of the false negatives of each anchor [n, k], padded with -1."""
+        """Returns the columns of the likely false negatives of each anchor [n, k], int64, padded with -1.
+
+        Raises:
+            ValueError: If the views of the support set do not match the anchors in number or width.
+        """
         support = (SUPPORT.values() or [[]])[-1]
         n, width = len(contrast.anchors), contrast.pool.shape[1]
         for place, view in enumerate(support):
@@ -110,7 +121,7 @@ class FalseNegatives(EqualWeights):
         scores = scores.masked_fill(~contrast.is_negative(rows) | ~(scores > self.threshold), -torch.inf)
         count = min(int(self.k), scores.shape[1])
         best, columns = scores.topk(count, dim=1)
-        if copies is not None:  # and those that are the last one over again
+        if copies is not None:  # and copies of the last one
             least, most = best[:, -1:], 2 * count
             if values_are_free(scores):
                 most = max(count, int(((scores >= least) & ~least.isneginf()).sum(dim=1).amax()))
@@ -122,29 +133,31 @@ class FalseNegatives(EqualWeights):
 @constant
 @dataclass(frozen=True)
 class FalseNegativeElimination(FalseNegatives):
-    """False negative cancellation by elimination: likely false negatives are left out of the denominator.
+    """False negative cancellation by elimination: leaves likely false negatives out of the denominator.
 
         loss_i = -log( exp(s_i+ / t) / (exp(s_i+ / t) + sum over j not in F_i of exp(s_ij / t)) )
 
-    F_i are the k candidates most similar to the views of the anchor's sample, where they are more similar than the
-    threshold: to the anchor itself, its positive, and the further views of a `support_set`. Similarities are taken for
-    cosines.
+    F_i are the k negatives with the highest scores above the threshold. The score of a candidate is its similarity to
+    the views of the anchor's sample:
 
         score_j = max over v in the support set of <v, v_j>
 
+    The support set contains the anchor, its positive, and the further views that you pass with `support_set`. The
+    threshold assumes cosine similarity.
+
     Attributes:
-        k: How many an anchor loses at most, at least 1; the authors' code has 10. Copies of the last one go with
-            it (on other devices than the CPU, and compiled, up to k of them).
-        threshold: The score above which they are, from -1 to 1; the authors' code has .7.
-        aggregate: "max" or "mean", of the similarities to the views.
+        k: The most false negatives of an anchor, at least 1. The authors' code uses 10. Copies of the last one are
+            left out, too; on devices other than the CPU, and under `torch.compile`, at most k of them.
+        threshold: The score above which a candidate is a false negative, from -1 to 1. The authors' code uses .7.
+        aggregate: "max" or "mean" of the similarities to the views.
 
     Raises:
-        ValueError: For numbers out of these ranges, another `aggregate`; in a loss, for a support set of another
-            width or number of samples than the batch.
+        ValueError: If a number is out of its range, or if `aggregate` is unknown. In a loss, if the support set does
+            not have the width or the number of samples of the batch.
 
     References:
         Huynh, Kornblith, Walter, Maire, Khademi: Boosting Contrastive Self-Supervised Learning with False Negative
-        Cancellation, WACV 2022, arXiv 2011.11765, section 3.1, equation 2, and section 3.3 (finding them).
+        Cancellation, WACV 2022, arXiv 2011.11765, section 3.1, equation 2, and section 3.3 (finding false negatives).
 
     Examples:
         >>> contrast = two_views(torch.randn(8, 4), torch.randn(8, 4), temperature=0.5)
@@ -152,32 +165,34 @@ class FalseNegativeElimination(FalseNegatives):
     """
 
     def choose(self, contrast: Contrast) -> Contrast:
-        """Without the false negatives."""
+        """Returns the contrast without the likely false negatives."""
         return contrast.without(self.found(contrast))
 
 
 @constant
 @dataclass(frozen=True)
 class FalseNegativeAttraction(FalseNegatives):
-    """False negative cancellation by attraction: likely false negatives are further positives.
+    """False negative cancellation by attraction: turns likely false negatives into positives.
 
         loss_i = 1 / (1 + |F_i|) * sum over p in {+} and F_i of -log( exp(s_ip / t) / Z_i ),
         Z_i = exp(s_i+ / t) + sum over all other candidates j of exp(s_ij / t)
 
-    F_i as `FalseNegativeElimination` finds them. Losses with a single numerator have no place for that, and refuse it.
+    F_i are the false negatives that `FalseNegativeElimination` would leave out. Losses that are only defined for a
+    single positive do not accept this weighting.
 
     Attributes:
-        k: How many an anchor gets at most, at least 1; the authors' code has 10. Copies of the last one come with
-            it (on other devices than the CPU, and compiled, up to k of them).
-        threshold: The score above which they are, from -1 to 1; the authors' code has .7.
-        aggregate: "max" or "mean", of the similarities to the views.
+        k: The most false negatives of an anchor, at least 1. The authors' code uses 10. Copies of the last one become
+            positives, too; on devices other than the CPU, and under `torch.compile`, at most k of them.
+        threshold: The score above which a candidate is a false negative, from -1 to 1. The authors' code uses .7.
+        aggregate: "max" or "mean" of the similarities to the views.
 
     Raises:
-        ValueError: As `FalseNegativeElimination`; in a loss, where that has a single positive (sentence-transformers'
-            with `partition_mode="joint"` and several directions or with a guide, lightly's `DCLWLoss` and `MACLLoss`).
+        ValueError: As `FalseNegativeElimination` does. In a loss, if the loss has a single positive: lightly's
+            `DCLWLoss` and `MACLLoss`, and sentence-transformers' losses with `partition_mode="joint"` and several
+            directions or with a guide.
 
     References:
-        arXiv 2011.11765, section 3.2, equation 3, and section 3.3 (finding them).
+        Huynh et al., arXiv 2011.11765, section 3.2, equation 3, and section 3.3 (finding false negatives).
 
     Examples:
         >>> contrast = two_views(torch.randn(8, 4), torch.randn(8, 4), temperature=0.5)
@@ -185,5 +200,5 @@ class FalseNegativeAttraction(FalseNegatives):
     """
 
     def choose(self, contrast: Contrast) -> Contrast:
-        """With the false negatives as positives."""
+        """Returns the contrast with the likely false negatives as positives."""
         return contrast.with_positives(self.found(contrast))

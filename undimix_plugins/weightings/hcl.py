@@ -1,4 +1,4 @@
-"""Hard negatives by an exponential of similarity, debiased (Robinson et al. 2021)."""
+"""Weights by an exponential of similarity, with debiasing (Robinson et al. 2021)."""
 
 from __future__ import annotations
 
@@ -17,26 +17,30 @@ from undimix_plugins.weightings.weighting import Weighting, check_share, mean_on
 @constant
 @dataclass(frozen=True)
 class HCL(Weighting):
-    """Contrastive learning with hard negative samples: importance `exp(beta * s / t)`, debiased.
+    """Contrastive learning with hard negative samples (HCL): weights `exp(beta * s / t)`, with debiasing.
 
-    With N negatives of similarity s_j, a positive of similarity s+ and temperature t (section 4.2, equation 4, as the
-    authors' code has it), the negatives' part of the denominator is
+    With N negatives of similarity s_j, a positive of similarity s+ and temperature t, the weights and the negatives'
+    part of the denominator are
 
         w_j = N * exp(beta * s_j / t) / sum over k of exp(beta * s_k / t)
-        max( (sum_j w_j exp(s_j / t) - tau_plus * N * exp(s+ / t)) / (1 - tau_plus),  N * exp(-1 / t) ).
+        max( (sum_j w_j exp(s_j / t) - tau_plus * N * exp(s+ / t)) / (1 - tau_plus),  N * exp(-1 / t) )
 
-    As in that code, gradients flow through the importance too. The lower bound assumes cosines; with `tau_plus=0`
-    nothing is corrected and it is left out.
+    as in the authors' code. There, too, gradients flow through the weights. The lower bound assumes cosine similarity.
+    With `tau_plus=0`, there is no correction and no bound.
 
     Attributes:
-        beta: Concentration on hard negatives, from 0 to 1e30; 0 is `Debiased`.
+        beta: Concentration on hard negatives, from 0 to 1e30. 0 gives `Debiased`.
         tau_plus: Prior probability of the anchor's class, in [0, 1).
 
     Raises:
-        ValueError: For `beta` outside [0, 1e30], `tau_plus` outside [0, 1).
+        ValueError: If `beta` is not in [0, 1e30] or `tau_plus` is not in [0, 1).
+
+    Warns:
+        UserWarning: In a loss, if most anchors of a batch are at the lower bound, as for `Debiased`.
 
     References:
-        Robinson, Chuang, Sra, Jegelka: Contrastive Learning with Hard Negative Samples, ICLR 2021, arXiv 2010.04592.
+        Robinson, Chuang, Sra, Jegelka: Contrastive Learning with Hard Negative Samples, ICLR 2021, arXiv 2010.04592,
+        section 4.2, equation 4.
 
     Examples:
         >>> loss = info_nce(two_views(torch.randn(8, 4), torch.randn(8, 4), 0.5), HCL(beta=1.0, tau_plus=0.1))
@@ -62,12 +66,12 @@ class HCL(Weighting):
 
     @property
     def has_mean_one(self) -> bool:
-        """They do."""
+        """True: the weights have mean 1."""
         return True
 
     @property
     def debiases(self) -> bool:
-        """Unless `tau_plus` is 0."""
+        """True if `tau_plus` is above 0."""
         return self.tau_plus > 0
 
     @property
@@ -75,14 +79,24 @@ class HCL(Weighting):
         return self.beta == 0 and type(self) is HCL
 
     def softened(self, share: float) -> HCL:
-        """The same with that share of `beta` and of `tau_plus`."""
+        """Returns a copy with `beta` and `tau_plus` multiplied by `share`, a number from 0 to 1."""
         share = check_share(share)
         return replace(self, beta=share * self.beta, tau_plus=share * self.tau_plus)
 
     def log_weights(self, prepared: Contrast, rows: slice) -> Tensor:
-        """`log w` [r, m], with gradient: a difference of two log-sum-exps once summed over the negatives."""
+        """Returns `log w` [r, m], with gradient."""
         return mean_one(self.beta * prepared.logits(rows), prepared.is_negative(rows))
 
     def combine(self, contrast: Contrast, positives: Tensor, negatives: Tensor, count: Tensor) -> Tensor:
-        """The debiased negatives [n]."""
+        """Returns the logarithm of the corrected weighted sum of the negatives [n].
+
+        Args:
+            contrast: The anchors, positives and candidates.
+            positives: The logits of the positives [n].
+            negatives: The log of the weighted sum of the negatives' exponentials [n], finite.
+            count: The number of negatives of each anchor [n], at least 1.
+
+        Returns:
+            [n]. `negatives` itself if `tau_plus` is 0.
+        """
         return debiased(self.tau_plus, contrast, positives, negatives, count)

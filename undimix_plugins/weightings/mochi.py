@@ -1,4 +1,4 @@
-"""Further negatives, mixed from the hardest and the anchor (Kalantidis et al. 2020)."""
+"""Adds synthetic negatives, mixed from the hardest negatives and the anchor (Kalantidis et al. 2020)."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from undimix_plugins.weightings.weighting import EqualWeights
 @constant
 @dataclass(frozen=True)
 class MoCHi(EqualWeights):
-    """Mixing of contrastive hard negatives: synthetic negatives join the denominator, each with weight 1.
+    """Mixing of contrastive hard negatives (MoCHi): adds synthetic negatives to the denominator, each with weight 1.
 
-    Of the N negatives most similar to an anchor q, pairs n_i, n_j drawn at random make s synthetic ones, and single
-    ones with the anchor make s' more, which are harder still:
+    The N negatives most similar to an anchor q are its hardest negatives. Random pairs n_i, n_j of them are mixed to s
+    synthetic negatives. Random single ones n_j are mixed with the anchor to s' more, which are even harder:
 
         h_k  = alpha_k n_i + (1 - alpha_k) n_j,  alpha_k in (0, 1)
-        h'_k = beta_k q + (1 - beta_k) n_j,      beta_k in (0, .5),
+        h'_k = beta_k q + (1 - beta_k) n_j,      beta_k in (0, .5)
 
-    all brought to length 1. They are constants, drawn anew in each call, as a memory bank's entries are: gradients
-    reach the anchor alone. An anchor without negatives gets none. Of fewer than N negatives all are the hardest.
-    Similarities are taken for cosines.
+    All are normalised to length 1. They are drawn again in each call and have no gradient, like the entries of a memory
+    bank: gradients only flow to the anchor. An anchor with fewer than N negatives uses all of them. An anchor without
+    negatives gets no synthetic ones. The method assumes cosine similarity.
 
-    It takes memory for n * (s + s_prime) synthetic rows for a while, by blocks of anchors.
+    The n * (s + s_prime) synthetic rows take memory for a while. They are made in blocks of anchors.
 
     Attributes:
-        N: How many of the hardest negatives are mixed, at least 1.
-        s: How many synthetic negatives pairs of them make, at least 0.
-        s_prime: How many they make with the anchor, at least 0.
+        N: The number of hardest negatives that are mixed, at least 1.
+        s: The number of synthetic negatives from pairs, at least 0.
+        s_prime: The number of synthetic negatives from the anchor and a negative, at least 0.
 
     Raises:
-        ValueError: For a number that is not whole or out of its range; for s and s_prime both 0.
+        ValueError: If a number is not whole or out of its range, or if `s` and `s_prime` are both 0.
 
     References:
         Kalantidis, Sariyildiz, Pion, Weinzaepfel, Larlus: Hard Negative Mixing for Contrastive Learning, NeurIPS 2020,
-        arXiv 2010.01028, section 3 (the defaults are one of its settings for ImageNet).
+        arXiv 2010.01028, section 3. The defaults are one of its settings for ImageNet.
 
     Examples:
         >>> contrast = two_views(torch.randn(8, 4), torch.randn(8, 4), temperature=0.5)
@@ -74,8 +74,8 @@ class MoCHi(EqualWeights):
             raise ValueError("s, s_prime: expected at least one above 0, got 0 for both")
 
     def combine(self, contrast: Contrast, positives: Tensor, negatives: Tensor, count: Tensor) -> Tensor:
-        """The negatives with the synthetic ones [n]."""
-        size = contrast.pool.shape[1] * int(self.s + self.s_prime) + len(contrast.pool)  # rows, and what they are of
+        """Returns the log-sum of the negatives and the synthetic negatives [n]."""
+        size = contrast.pool.shape[1] * int(self.s + self.s_prime) + len(contrast.pool)  # synthetic rows, and logits
         synthetic = [
             checkpoint(self._log_sum, contrast.anchors[rows], contrast, rows, use_reentrant=False)
             for rows in blocks(len(contrast.anchors), size * contrast.pool.element_size(), kept=False)
@@ -83,16 +83,16 @@ class MoCHi(EqualWeights):
         return torch.logaddexp(negatives, torch.cat(synthetic))
 
     def _log_sum(self, anchors: Tensor, contrast: Contrast, rows: slice) -> Tensor:
-        """The log of the sum of the exponentials of a block's synthetic negatives [r]."""
+        """Returns the log-sum-exp of the logits of a block's synthetic negatives [r]."""
         logits = torch.bmm(self.synthesised(contrast, rows), anchors[:, :, None])[:, :, 0] / contrast.held_temperature
         if isinstance(contrast.temperature, Tensor) and contrast.anchors is contrast.pool:
-            # Half of its gradient goes through the anchors' side, half through the pool's, which is constant here.
+            # Half of its gradient flows through the anchors, half through the pool, which has no gradient here.
             logits = logits * (contrast.held_temperature / contrast.temperature).sqrt()
         return logits.logsumexp(dim=1)
 
     @torch.no_grad()
     def synthesised(self, contrast: Contrast, rows: slice) -> Tensor:
-        """The synthetic negatives of a block of anchors [r, s + s_prime, d], of length 1."""
+        """Returns the synthetic negatives of r anchors [r, s + s_prime, d], of length 1, without gradient."""
         negative, anchors = contrast.is_negative(rows), contrast.anchors[rows]
         logits = contrast.logits(rows).masked_fill(~negative, -torch.inf)
         hardest = logits.topk(min(int(self.N), logits.shape[1]), dim=1).indices

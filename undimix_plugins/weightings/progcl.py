@@ -1,4 +1,4 @@
-"""Negatives weighted by the probability of being true, by a mixture of similarities (Xia et al. 2022)."""
+"""Weights by the probability of a true negative, from a mixture model of similarities (Xia et al. 2022)."""
 
 from __future__ import annotations
 
@@ -17,20 +17,26 @@ from undimix_plugins.rows import full_precision, in_backward
 from undimix_plugins.settings import loadable
 from undimix_plugins.weightings.weighting import Uniform, Weighting, mean_one
 
-COLUMNS = 100  # of the pool, whose similarities a mixture is fitted to
-TINY = 1e-12  # what the authors' code keeps similarities and responsibilities off 0 by
-LATEST = 256  # calls whose mixtures are remembered for a backward pass that runs them again
-MOST = 1e8  # alpha + beta + 1 of a distribution: one of a single similarity would be infinitely high
+COLUMNS = 100  # most columns of the pool whose similarities a mixture is fitted to
+TINY = 1e-12  # least similarity and responsibility, as in the authors' code
+LATEST = 256  # calls whose mixtures are kept, for a backward pass that runs them again
+MOST = 1e8  # largest alpha + beta + 1: it would be infinite for a single similarity
 
 
 @loadable
 class Mixture(NamedTuple):
-    """Two beta distributions of similarities in (0, 1), the first that of true negatives.
+    """A mixture of two beta distributions of similarities in (0, 1). The first is that of true negatives.
 
     Attributes:
-        alphas: [2], float64.
-        betas: [2].
-        weights: [2], their shares.
+        alphas: The parameter alpha of both distributions [2], float64.
+        betas: The parameter beta of both distributions [2], float64.
+        weights: The shares of both distributions [2], float64, which add up to 1.
+
+    Examples:
+        >>> half = torch.tensor([0.5, 0.5], dtype=torch.float64)
+        >>> mixture = Mixture(torch.tensor([1.0, 2.0]).double(), torch.tensor([2.0, 1.0]).double(), half)
+        >>> mixture.true_negative(torch.tensor([0.25, 0.5], dtype=torch.float64))
+        tensor([0.7500, 0.5000], dtype=torch.float64)
     """
 
     alphas: Tensor
@@ -38,21 +44,35 @@ class Mixture(NamedTuple):
     weights: Tensor
 
     def joint(self, similarity: Tensor) -> Tensor:
-        """Densities times shares [..., 2] of similarities in (0, 1)."""
+        """Returns the density of each distribution, multiplied by its share.
+
+        Args:
+            similarity: Similarities [...], in (0, 1).
+
+        Returns:
+            [..., 2], float64.
+        """
         alphas, betas, weights = (part.to(similarity.device) for part in self)
         log_beta = alphas.lgamma() + betas.lgamma() - (alphas + betas).lgamma()
         logs = (alphas - 1) * similarity[..., None].log() + (betas - 1) * (-similarity[..., None]).log1p()
         return weights * (logs - log_beta).exp()
 
     def true_negative(self, similarity: Tensor) -> Tensor:
-        """The probability of the first component, of the same shape."""
+        """Returns the probability that a negative with this similarity is a true one.
+
+        Args:
+            similarity: Similarities [...], in (0, 1).
+
+        Returns:
+            Probabilities [...], from 0 to 1, float64.
+        """
         joint = self.joint(similarity)
         return joint[..., 0] / (joint.sum(dim=-1) + TINY)
 
 
 @loadable
 class Call(NamedTuple):
-    """What a call compared, as a key [2], and the mixture that it used."""
+    """A call of the loss: a key of its contrast [2], and the mixture that it used."""
 
     key: Tensor
     mixture: Mixture | None
@@ -61,37 +81,41 @@ class Call(NamedTuple):
 @loadable
 @dataclass(eq=False)
 class ProGCL(Weighting):
-    """ProGCL-weight: importance by the probability of being a true negative, and by similarity.
+    """ProGCL-weight: weights by the probability of a true negative, multiplied by similarity.
 
-    A mixture of two beta distributions is fitted to negatives' similarities x = (1 + s) / 2, by expectation and
-    maximisation (moments). With p_j the posterior of the one that begins at low similarities, that of true negatives,
+    A mixture of two beta distributions is fitted to the similarities x = (1 + s) / 2 of the negatives, by expectation
+    maximisation with moments. p_j is the posterior probability of the distribution that starts at low similarities,
+    the one of true negatives. The weights are
 
-        w_j = p_j x_j / mean over the negatives k of p_k x_k,
+        w_j = p_j x_j / mean over the negatives k of p_k x_k
 
-    constants. Graph encoders need it: nodes that are alike are likely of one class, so that the hardest negatives are
-    false ones. Until the mixture is fitted all weights are 1. Similarities are taken for cosines.
+    and have no gradient. All weights are 1 until the mixture is fitted. The method assumes cosine similarity. It was
+    made for graph encoders: similar nodes often have the same class, so that the hardest negatives are false ones.
 
-    The authors' code fits to similarities across the two views, here the fit is to all negatives'. That code keeps the
-    weights of the call that fits; here, each call works them out by the fitted mixture. And it gives a node within a
-    view the weight of its other view; here, each candidate has its own. The mixture is this process's, and is not in
-    the loss's `state_dict`: a resumed training fits it again, `start` calls later, unless `weighting.fit(contrast)` is
-    called before, or `start` is 1.
+    There are three differences from the authors' code. It fits the mixture to similarities across the two views; here
+    it is fitted to those of all negatives. It keeps the weights of the call that fits; here each call computes weights
+    with the fitted mixture. It gives a node in the same view the weight of that node in the other view; here each
+    candidate has its own weight.
 
-    A call is a forward pass of the loss with gradients enabled; a loss of several directions has one for each. That
-    activation checkpointing runs a forward again, in the backward pass, is none: the weights are then those of the
-    first time. (Reentrant checkpointing runs it first without gradients, so that what it runs again is the call; what
-    that fits is for the next.) `torch.compile` leaves the graph at each call.
+    A call is a forward pass of the loss with gradients enabled. A loss with several directions makes a call for each.
+    If activation checkpointing runs a forward pass again in the backward pass, this is not a new call, and the weights
+    are the same. Reentrant checkpointing runs the first forward pass without gradients, so that the second one is the
+    call. The mixture that it fits is used from the next call on. `torch.compile` breaks the graph at each call.
+
+    Each process fits its own mixture. It is not in the `state_dict` of the loss: a resumed training fits it again after
+    `start` calls. To have it earlier, call `weighting.fit(contrast)` or set `start` to 1.
 
     Attributes:
-        start: At which call of the loss in training the mixture is fitted, from 1; the authors' `epoch_start`, as
-            their epochs are of one call. A batch without negatives of different similarities is passed over.
-        every: After how many calls it is fitted again, at least 1; None for never.
-        weight_init: The share of false negatives that the fit begins with, in (0, 1).
-        iters: How many iterations a fit has, at least 1.
-        mixture: What was fitted last; None before.
+        start: The call of the loss that fits the mixture, counted from 1. It corresponds to the authors' `epoch_start`,
+            since their epochs have one call. A batch whose negatives all have the same similarity is skipped.
+        every: The number of calls after which the mixture is fitted again, at least 1. None means never.
+        weight_init: The initial share of false negatives in the fit, in (0, 1).
+        iters: The number of iterations of the fit, at least 1.
+        mixture: The latest mixture, or None before the first fit.
+        calls: The number of calls so far.
 
     Raises:
-        ValueError: For a number that is not whole (but for `weight_init`) or out of its range.
+        ValueError: If `start`, `every` or `iters` is not a whole number, or if a number is out of its range.
 
     References:
         Xia, Wu, Wang, Chen, Li: ProGCL: Rethinking Hard Negative Mining in Graph Contrastive Learning, ICML 2022,
@@ -131,12 +155,15 @@ class ProGCL(Weighting):
         check_number("weight_init", self.weight_init, above=0, below=1)
 
     def prepare(self, contrast: Contrast) -> tuple[Contrast, Tensor | None, Mixture | None]:
-        """The contrast, its copies and the mixture, which is fitted first where it is time: backward finds the same."""
+        """Fits the mixture if it is time, and returns the contrast, its copies and the mixture.
+
+        A repeated forward pass in the backward pass gets the same mixture.
+        """
         mixture = self._mixture_of(contrast) if torch.is_grad_enabled() else self.mixture
         return contrast, None if mixture is None else first_copies(contrast.pool), mixture
 
     def _mixture_of(self, contrast: Contrast) -> Mixture | None:
-        """The mixture of a call, which is fitted first where it is time, or of one that is worked out again."""
+        """Returns the mixture for a call, fitted if it is time, or the same one as before for a repeated call."""
         before, key = self.mixture, _key(contrast)
         if not in_backward():
             self._count(contrast)
@@ -151,34 +178,42 @@ class ProGCL(Weighting):
         self.calls += 1
         again = self.every is not None and (self.calls - self.start) % self.every == 0
         if self.calls >= self.start and (self.mixture is None or again):
-            with suppress(ValueError):  # a last batch of one pair, say: the next call will do
+            with suppress(ValueError):  # such as a last batch with one pair: the next call fits
                 self.fit(contrast)
 
     def _again(self, key: Tensor) -> Mixture | None:
-        """That of the latest call with the nearest key: rounding may differ where a call is worked out again."""
+        """Returns the mixture of the latest call with the nearest key. A repeated call may differ by rounding."""
         distances = torch.stack([(call.key - key).abs().sum() for call in reversed(self.latest)])
         return self.latest[-1 - int(distances.argmin())].mixture
 
     @property
     def has_mean_one(self) -> bool:
-        """They do."""
+        """True: the weights have mean 1."""
         return True
 
     def __getstate__(self) -> dict[str, object]:
-        """Without the latest calls, which belong to one step."""
+        """Returns the state without the latest calls, which belong to a single step."""
         return {**vars(self), "latest": []}
 
     @torch.no_grad()
     def fit(self, contrast: Contrast) -> None:
-        """Fits the mixture to the similarities of negatives, in up to 100 columns of the pool.
+        """Fits the mixture to the similarities of the negatives in up to 100 random columns of the pool.
+
+        It does not change the global random state.
 
         Args:
-            contrast: What is compared.
+            contrast: The anchors, positives and candidates.
 
         Raises:
-            ValueError: For a contrast in which those have no two different similarities.
+            ValueError: If all these negatives have the same similarity, or if there are none.
+
+        Examples:
+            >>> weighting = ProGCL()
+            >>> weighting.fit(two_views(torch.randn(8, 4), torch.randn(8, 4), temperature=0.5))
+            >>> weighting.mixture.alphas.shape
+            torch.Size([2])
         """
-        # The training's own random numbers stay as they are.
+        # The global random state of the training stays unchanged.
         generator = torch.Generator("cpu").manual_seed(self.calls)
         columns = torch.randperm(len(contrast.pool), generator=generator, device="cpu")[:COLUMNS]
         columns = columns.to(contrast.pool.device)
@@ -194,7 +229,7 @@ class ProGCL(Weighting):
 
     @torch.no_grad()
     def log_weights(self, prepared: tuple[Contrast, Tensor | None, Mixture | None], rows: slice) -> Tensor:
-        """`log w` [r, m], without gradient."""
+        """Returns `log w` [r, m], without gradient."""
         contrast, copies, mixture = prepared
         if mixture is None:
             return Uniform().log_weights(contrast, rows)
@@ -205,7 +240,7 @@ class ProGCL(Weighting):
 
 @torch.no_grad()
 def _key(contrast: Contrast) -> Tensor:
-    """Numbers that tell a contrast from others, and from one of the same rows in another order [2]."""
+    """Returns two numbers that differ between contrasts [2], also for the same rows in another order."""
 
     def of(rows: Tensor) -> Tensor:
         places = torch.arange(1, 1 + len(rows), device=rows.device, dtype=rows.dtype)
@@ -219,16 +254,16 @@ def _between_0_and_1(cosines: Tensor) -> Tensor:
 
 
 def fitted(similarity: Tensor, weight_init: float, iters: int) -> Mixture:
-    """A mixture of two beta distributions by expectation and maximisation, from (1, 2) and (2, 1).
+    """Fits a mixture of two beta distributions by expectation maximisation, starting from (1, 2) and (2, 1).
 
     Args:
-        similarity: [number], in (0, 1), float64, not all the same.
-        weight_init: The share of the second, at the beginning.
-        iters: How many iterations.
+        similarity: Similarities [number], in (0, 1), float64, not all the same.
+        weight_init: The initial share of the second distribution, in (0, 1).
+        iters: The number of iterations, at least 1.
 
     Returns:
-        The mixture; the second's beta is at least 1 (1.01 then), so that it does not rise without bound at 1. One that
-        has a single similarity to itself is as narrow as `alpha + beta + 1 = 1e8` makes it.
+        The mixture. If beta of the second distribution falls below 1, it is set to 1.01, so that the density does not
+        diverge at 1. A distribution of a single similarity gets `alpha + beta + 1 = 1e8`.
 
     Examples:
         >>> mixture = fitted(torch.rand(100, dtype=torch.float64), weight_init=0.05, iters=10)

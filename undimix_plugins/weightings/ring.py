@@ -1,4 +1,4 @@
-"""Negatives that are neither the nearest nor far: between two percentiles of similarity (Wu et al. 2021)."""
+"""Keeps the negatives between two percentiles of similarity (Wu et al. 2021)."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ from undimix_plugins.weightings.weighting import EqualWeights, check_share
 @constant
 @dataclass(frozen=True)
 class Ring(EqualWeights):
-    """Conditional negative sampling: an anchor keeps the negatives between two percentiles of similarity to it.
+    """Conditional negative sampling: keeps the negatives between two percentiles of similarity to the anchor.
 
-    Of an anchor's N negatives, ordered from the most similar on, those of the places (from 0)
+    The N negatives of an anchor are ordered by similarity, the most similar first. The ring keeps those at the places,
+    counted from 0,
 
         floor(N * (100 - upper) / 100)  to  floor(N * (100 - lower) / 100) - 1
 
-    are kept, at least one, all with weight 1, and with them what is as similar as the first or last of them; the others
-    are no negatives. `lower=0, upper=100` is the plain loss.
+    It keeps at least one, and also all that are as similar as the first or the last of them. Kept negatives have weight
+    1. The others are no longer negatives. `lower=0, upper=100` gives the plain loss.
 
-    The paper anneals the ring, from all negatives to this one: `HardnessWarmup(share=...)` does, as `softened` has it,
-    over `share * lower` and `100 - share * (100 - upper)`.
+    The paper anneals the ring from all negatives to this one. `HardnessWarmup` does the same: at a share of the
+    warm-up, the percentiles are `share * lower` and `100 - share * (100 - upper)`.
 
     Attributes:
-        lower: The percentile of similarity from which negatives are kept, in [0, 100).
-        upper: That up to which they are, above `lower`, at most 100. The authors' code takes the nearest tenth, less
-            the nearest tenth of that: 90 and 99.
+        lower: The lowest percentile of similarity that is kept, in [0, 100).
+        upper: The highest percentile of similarity that is kept, above `lower` and at most 100. The authors' code keeps
+            the most similar tenth, without the most similar tenth of these: percentiles 90 and 99.
 
     Raises:
-        ValueError: For percentiles out of these ranges.
+        ValueError: If a percentile is out of its range.
 
     References:
         Wu, Mosse, Zhuang, Yamins, Goodman: Conditional Negative Sampling for Contrastive Learning of Visual
@@ -70,25 +71,25 @@ class Ring(EqualWeights):
             )
 
     def softened(self, share: float) -> Ring:
-        """The ring on its way from all negatives."""
+        """Returns the ring at a share of its annealing, a number from 0 (all negatives) to 1 (this ring)."""
         share = check_share(share)
-        # So that both ends are exact.
+        # In this form both ends are exact.
         upper = share * self.upper + (1 - share) * 100
         return replace(self, lower=share * self.lower, upper=min(upper, 100.0))
 
     def choose(self, contrast: Contrast) -> Contrast:
-        """Without what is outside of the ring."""
+        """Returns the contrast without the negatives outside the ring."""
         copies = first_copies(contrast.pool)
         return contrast.without(mask=kept_mask(lambda rows: self._outside(contrast, copies, rows), contrast))
 
     @torch.no_grad()
     def _outside(self, contrast: Contrast, copies: Tensor | None, rows: slice) -> Tensor:
-        """Which negatives of a block of anchors are too far or too near, bool [r, m]."""
+        """Returns which candidates are outside the ring of each anchor of a block, bool [r, m]."""
         negative = contrast.is_negative(rows)
         logits = contrast.logits(rows, copies).masked_fill(~negative, -torch.inf)
         count = negative.sum(dim=1, keepdim=True)
-        count = count.float() if count.device.type == "mps" else count.double()  # which has none
-        # What should be a whole number may be rounded to just below it.
+        count = count.float() if count.device.type == "mps" else count.double()  # MPS has no float64
+        # A product that should be a whole number may be rounded to just below it.
         first, last = ((count * (100 - percentile) / 100 + 1e-9).floor() for percentile in (self.upper, self.lower))
         first = torch.minimum(first, count - 1)
         last = torch.maximum(last, first + 1)

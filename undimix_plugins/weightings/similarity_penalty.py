@@ -1,4 +1,4 @@
-"""A multiple of the similarity added to the logit (Lan et al. 2025)."""
+"""Adds a multiple of the detached similarity to the logit (Lan et al. 2025)."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ from undimix_plugins.weightings.weighting import Weighting, check_share
 @constant
 @dataclass(frozen=True)
 class SimilarityPenalty(Weighting):
-    """Hardness-weighted contrastive learning: importance `exp(alpha * s)` of a negative of similarity s, constant.
+    """Hardness-weighted contrastive learning: weights a negative of similarity s by `exp(alpha * s)`.
 
-    The negatives' part of the denominator is `sum_j exp(s_j / t + alpha * sg(s_j))`, with sg a stopped gradient. The
-    weights are not brought to mean 1, so that they also weigh all negatives against the positive. `alpha=0` is the
-    plain loss. sentence-transformers' `hardness_mode="all_negatives"` is this from queries to documents.
+    The weights have no gradient. The negatives' part of the denominator is
+
+        sum_j exp(s_j / t + alpha * sg(s_j))
+
+    sg stops the gradient. The weights are not rescaled to mean 1, so they also change how much all negatives together
+    count against the positive. `alpha=0` gives the plain loss. `hardness_mode="all_negatives"` of sentence-transformers
+    is the same for queries against documents.
 
     Attributes:
-        alpha: From 0 to 1e30, the paper's 9.
+        alpha: The strength of the penalty, from 0 to 1e30. The paper uses 9.
 
     Raises:
-        ValueError: For `alpha` outside [0, 1e30].
+        ValueError: If `alpha` is not in [0, 1e30].
 
     References:
         Lan, Niu, Meng, Zhou, Su: LLaVE: Large Language and Vision Embedding Models with Hardness-Weighted Contrastive
@@ -54,10 +58,10 @@ class SimilarityPenalty(Weighting):
         check_strength("alpha", self.alpha)
 
     def softened(self, share: float) -> SimilarityPenalty:
-        """The same with that share of `alpha`."""
+        """Returns a copy with `alpha` multiplied by `share`, a number from 0 to 1."""
         return replace(self, alpha=check_share(share) * self.alpha)
 
     @torch.no_grad()
     def log_weights(self, prepared: Contrast, rows: slice) -> Tensor:
-        """`alpha * s` [r, m], without gradient."""
+        """Returns `alpha * s` [r, m], without gradient."""
         return prepared.logits(rows) * (self.alpha * prepared.held_temperature)

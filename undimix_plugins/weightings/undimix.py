@@ -1,4 +1,4 @@
-"""The importance weights of UnDiMix: similarity, influence and diversity, mixed."""
+"""The importance weights of UnDiMix: a mix of similarity, influence and diversity."""
 
 from __future__ import annotations
 
@@ -16,54 +16,58 @@ from undimix_plugins.rows import full_precision
 from undimix_plugins.settings import constant
 from undimix_plugins.weightings.weighting import Terms, Weighting, check_share, mean_one
 
-# A deviation below this many eps of the terms that made a score is rounding: coincident rows must weigh the same.
+# A deviation below this many eps of the terms of a score is a rounding error. Equal rows must get the same weight.
 ROUNDING = 32
 
 
 class Prepared(NamedTuple):
-    """What is worked out once for all anchors."""
+    """What is computed once for all anchors."""
 
     contrast: Contrast
-    tasks: tuple[TaskGradients, TaskGradients] | None  # of the anchors and of the pool; None where they do not count
+    tasks: tuple[TaskGradients, TaskGradients] | None  # of the anchors and the pool; None if the influence is 0
 
 
 @constant
 @dataclass(frozen=True)
 class UnDiMix(Weighting):
-    """Uncertainty and diversity mixing: negatives near the anchor, influential and diverse count more.
+    """Uncertainty and diversity mixing: gives more weight to similar, influential and diverse negatives.
 
-    Each score (`anchor_similarity` A, `influence` I, `diversity` V) is standardised over the anchor's n_i negatives
-    (mean 0, population deviation 1; a deviation within rounding gives scores of 0) to A~, I~, V~. With strengths l and
-    hardness h the weights are
+    Each negative has three scores: `anchor_similarity` A, `influence` I and `diversity` V. They are standardised over
+    the n_i negatives of an anchor (mean 0, population standard deviation 1) to A~, I~ and V~. If the deviation is only
+    a rounding error, the standardised scores are 0. With strengths l and hardness h the weights are
 
         geometric:  w_ij = exp(h * S_ij) / mean over k of exp(h * S_ik),  S = l_A A~ + l_I I~ + l_V V~
         linear:     w_ij = n_i * (l_A softmax(h A~) + l_I softmax(h I~) + l_V softmax(h V~)),  the l's summing to 1
 
-    They average 1 over an anchor's negatives, so `hardness=0` is exactly the plain loss. Linear is the paper's
-    interpolation, with constant weights. Geometric is ours: it multiplies where the paper adds, so that a negative must
-    score on all three, and a gradient flows through A~, as one does through HCL's weights. Its mean and deviation are
-    held, the latter at no less than t: the log-sum of an anchor's negatives, of softmax P_ij, has at a similarity s_ij
-    the gradient
+    The mean weight of an anchor's negatives is 1, so `hardness=0` is exactly the plain loss.
 
-        P_ij / t + h * l_A / max(deviation_i, t) * (P_ij - w_ij / n_i),
+    Linear mixing is the interpolation of the paper. Its weights have no gradient. Geometric mixing is ours. It
+    multiplies where the paper adds, so that a negative needs high scores in all three. A gradient flows through A~, as
+    in HCL. The mean and the deviation of A have no gradient, and the deviation in it is at least t. The log-sum of an
+    anchor's negatives, with softmax P_ij, then has the gradient
 
-    whose second part leaves the similarities' mean to the first and makes them spread less.
+        P_ij / t + h * l_A / max(deviation_i, t) * (P_ij - w_ij / n_i)
+
+    with respect to the similarity s_ij. The second term sums to 0 over the negatives: it does not change the mean of
+    the similarities, but reduces their spread.
 
     Attributes:
-        similarity: Strength l_A of anchor vicinity, finite; under linear mixing at least 0.
-        influence: Strength l_I of model uncertainty and influence, likewise.
-        diversity: Strength l_V of the distance to the other negatives (representativeness in UnReMix), likewise.
-        hardness: Scales all standardised scores, at least 0; 0 is the plain loss.
+        similarity: Strength l_A of the similarity to the anchor, finite. At least 0 for linear mixing.
+        influence: Strength l_I of model uncertainty and influence, finite. At least 0 for linear mixing.
+        diversity: Strength l_V of the distance to the other negatives ("representativeness" in UnReMix), finite. At
+            least 0 for linear mixing.
+        hardness: The factor h of all standardised scores, at least 0. 0 gives the plain loss.
         mixing: "geometric" or "linear".
-        gradient: Where the influence takes gradients: at the "embedding", or at the last layer's "weight", which needs
-            that layer's inputs in the Contrast.
-        distance: Of the diversity: "cosine" or "euclidean".
-        detached: Whether weights are constants of a step under geometric mixing too.
+        gradient: The gradients of the influence: with respect to the "embedding", or to the "weight" of the last layer.
+            "weight" needs a contrast with the inputs of the last layer.
+        distance: The distance of the diversity, "cosine" or "euclidean".
+        detached: Whether the weights of geometric mixing have no gradient.
 
     Raises:
-        ValueError: For strengths not finite, all 0 (that is `Uniform()`) or, under linear mixing, negative; `hardness`
-            negative, not finite or so large that scores would overflow; an unknown `mixing`, `gradient` or `distance`.
-            In use: `gradient="weight"` with a Contrast that lacks the last layer's inputs.
+        ValueError: If a strength is not finite, or negative with linear mixing, if all strengths are 0 (use `Uniform()`
+            for plain weights), if `hardness` is negative, not finite or so large that scores could overflow, or if
+            `mixing`, `gradient` or `distance` is unknown. In a loss, if `gradient` is "weight" and the contrast does
+            not have the inputs of the last layer.
 
     References:
         Tabassum, Wahed, Eldardiry, Lourentzou: UnReMix: Hard Negative Sampling Strategies for Contrastive
@@ -124,12 +128,12 @@ class UnDiMix(Weighting):
 
     @property
     def has_mean_one(self) -> bool:
-        """They do."""
+        """True: the weights have mean 1."""
         return True
 
     @property
     def needs_last_layer(self) -> bool:
-        """Whether gradients are taken at the last layer's weight."""
+        """True if `gradient` is "weight"."""
         return self.gradient == "weight"
 
     @property
@@ -141,15 +145,15 @@ class UnDiMix(Weighting):
 
     @property
     def carries_gradient(self) -> bool:
-        """Whether a gradient flows through the weights."""
+        """Whether a gradient flows through the weights: with geometric mixing, unless they are detached."""
         return self.mixing == "geometric" and bool(self.similarity and self.hardness) and not self.detached
 
     def softened(self, share: float) -> UnDiMix:
-        """The same with that share of the hardness."""
+        """Returns a copy with `hardness` multiplied by `share`, a number from 0 to 1."""
         return replace(self, hardness=check_share(share) * self.hardness)
 
     def check(self, contrast: Contrast) -> None:
-        """Raises a ValueError where the contrast lacks what the weighting needs."""
+        """Raises a ValueError if the weighting needs the inputs of the last layer and the contrast has none."""
         if self.gradient == "weight" and self.influence and contrast.last_layer is None:
             raise ValueError(
                 "gradient='weight' needs the last layer's inputs: expected a Contrast with last_layer, its "
@@ -159,7 +163,7 @@ class UnDiMix(Weighting):
 
     @torch.no_grad()
     def prepare(self, contrast: Contrast) -> Prepared:
-        """The gradients of the pseudo-labelling tasks of all anchors and of the whole pool."""
+        """Computes the gradients of the pseudo-labelling tasks of all anchors and candidates."""
         self.check(contrast)
         if not self.influence:
             return Prepared(contrast, None)
@@ -177,21 +181,21 @@ class UnDiMix(Weighting):
         return Prepared(contrast, (of_anchors, of_pool))
 
     def log_weights(self, prepared: Prepared, rows: slice) -> Tensor:
-        """`log w` [r, m]."""
+        """Returns `log w` [r, m]. It has a gradient with geometric mixing, unless `detached` is set."""
         negative = prepared.contrast.is_negative(rows)
         return self.mixed(self.scores(prepared, rows, negative), negative)
 
     def scores(self, prepared: Prepared, rows: slice, negative: Tensor) -> dict[str, Tensor]:
-        """The standardised scores of a block of anchors, of the components that have a strength.
+        """Computes the standardised scores of a block of anchors, for all components whose strength is not 0.
 
         Args:
             prepared: What `prepare` returned.
-            rows: The block of anchors, r of them.
+            rows: The block of r anchors.
             negative: Which columns of the pool are their negatives, bool [r, m].
 
         Returns:
-            A~, I~ and V~ by the component's name [r, m], in the embeddings' dtype; 0 for what is no negative. A~ has a
-            gradient where the weights carry one.
+            A~, I~ and V~ by the names "similarity", "influence" and "diversity", each [r, m], in the embeddings' dtype;
+            0 in columns that are not negatives. A~ has a gradient if the weights have one.
         """
         contrast, found = prepared.contrast, {}
         with full_precision(contrast.pool):
@@ -199,7 +203,7 @@ class UnDiMix(Weighting):
                 scores, error = self._similarity(contrast, rows, negative)
                 found["similarity"], deviation = standardise(scores.detach(), error, negative)
                 if self.carries_gradient and scores.requires_grad:
-                    # Where similarities are all but the same, their deviation would make the gradient too large.
+                    # If all similarities are nearly the same, their deviation would make the gradient too large.
                     at_least_t = deviation + (contrast.held_temperature - deviation).clamp(min=0)
                     moved = (scores - scores.detach()) / at_least_t
                     found["similarity"] = found["similarity"] + moved.masked_fill(~negative | (deviation == 0), 0)
@@ -212,15 +216,25 @@ class UnDiMix(Weighting):
         return found
 
     def terms(self, prepared: Prepared, rows: slice) -> Terms:
-        """What each component that has a strength adds to the weights of a block of anchors.
+        """Returns the contribution of each component to the weights of a block of anchors.
+
+        Components with strength 0 are left out.
 
         Args:
             prepared: What `prepare` returned.
-            rows: The block of anchors, r of them.
+            rows: The block of r anchors.
 
         Returns:
-            By the component's name [r, m]. Geometric: `h * l_A * A~` and so on, which add up to `log w` but for a
-            number of the anchor's own. Linear: `n_i * l_A * softmax(h * A~)` and so on, which add up to `w`.
+            The contributions by name, each [r, m]. For geometric mixing `h * l_A * A~` and so on, which add up to
+            `log w` up to a constant for each anchor. For linear mixing `n_i * l_A * softmax(h * A~)` and so on, which
+            add up to `w`.
+
+        Examples:
+            >>> weighting = UnDiMix()
+            >>> prepared = weighting.prepare(two_views(torch.randn(8, 4), torch.randn(8, 4), temperature=0.5))
+            >>> parts, of_logarithm = weighting.terms(prepared, slice(0, 2))
+            >>> sorted(parts), of_logarithm
+            (['diversity', 'influence', 'similarity'], True)
         """
         if not self._has_scorer:
             return super().terms(prepared, rows)
@@ -231,15 +245,15 @@ class UnDiMix(Weighting):
         return Terms({name: term.exp() for name, term in terms.items()}, of_logarithm=False)
 
     def _terms(self, scores: dict[str, Tensor], negative: Tensor) -> dict[str, Tensor]:
-        """What each component that has a strength adds to the weights.
+        """Returns the contribution of each component whose strength is not 0.
 
         Args:
-            scores: As `scores` returns them; of the components that have no strength, none is used.
+            scores: Standardised scores, as `scores` returns them. Components with strength 0 are ignored.
             negative: Which columns are negatives, bool [r, m].
 
         Returns:
-            By the component's name [r, m]. Geometric: `h * l_A * A~` and so on, of which `log w` is the sum but for a
-            number of the anchor's own. Linear: the logarithm of the part that adds up to `w`.
+            The contributions by name, each [r, m]. For geometric mixing `h * l_A * A~` and so on, which add up to
+            `log w` up to a constant for each anchor. For linear mixing the logarithms of the parts that add up to `w`.
         """
         strengths = {name: float(getattr(self, name)) for name in scores if getattr(self, name)}
         if self.mixing == "geometric":
@@ -252,17 +266,17 @@ class UnDiMix(Weighting):
         }
 
     def mixed(self, scores: dict[str, Tensor], negative: Tensor) -> Tensor:
-        """`log w` [r, m] of a block's scores; arguments as `_terms` has them."""
+        """Returns `log w` [r, m] for standardised scores. The arguments are those of `_terms`."""
         terms = torch.stack(list(self._terms(scores, negative).values()))
         return terms.logsumexp(dim=0) if self.mixing == "linear" else mean_one(terms.sum(dim=0), negative)
 
-    # Each score comes with the size of its rounding error per anchor [r, 1], in units of eps.
+    # Each of these returns a score [r, m] and, for each anchor, the size of its rounding error [r, 1] in units of eps.
 
     def _similarity(self, contrast: Contrast, rows: slice, negative: Tensor) -> tuple[Tensor, Tensor]:
         anchors, pool = contrast.anchors[rows], contrast.pool
         with torch.no_grad():
             error = anchors.norm(dim=1, keepdim=True) * _largest(pool.norm(dim=1), negative)
-        if isinstance(contrast.temperature, Tensor):  # whose gradient goes through the anchors: not through these
+        if isinstance(contrast.temperature, Tensor):  # removes the temperature's gradient, which the anchors carry
             anchors = anchors * (contrast.temperature / contrast.held_temperature)
         return anchors @ pool.T, error
 
@@ -270,8 +284,8 @@ class UnDiMix(Weighting):
     def _influence(
         self, contrast: Contrast, of_anchors: TaskGradients, of_pool: TaskGradients, rows: slice, negative: Tensor
     ) -> tuple[Tensor, Tensor]:
-        # Standardising undoes a factor of the whole row: an anchor's own scale, and the largest of its negatives', so
-        # that what counts never leaves the range.
+        # Standardising removes any factor of a row. So the scale of the anchor and the largest scale of its negatives
+        # are left out, and the scores stay in the range of their dtype.
         direction, terms = of_anchors.direction[rows], of_anchors.terms[rows, None]
         log_scale = of_pool.log_scale.expand(len(direction), -1).masked_fill(~negative, -torch.inf)
         largest = log_scale.amax(dim=1, keepdim=True)
@@ -295,25 +309,31 @@ class UnDiMix(Weighting):
 
 
 def mix_of(weighting: Weighting) -> UnDiMix | None:
-    """The weighting whose scores the fast path works out by itself; None for others."""
+    """Returns the weighting if the fast path computes its scores itself, otherwise None."""
     return cast(UnDiMix, weighting) if weighting._has_scorer else None
 
 
 def standardise(scores: Tensor, error: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean 0 and population deviation 1 over each anchor's negatives; 0 where the deviation is rounding.
+    """Standardises scores over each anchor's negatives, to mean 0 and population standard deviation 1.
 
     Args:
-        scores: [r, m].
-        error: The size of the terms that made a row's scores [r, 1]; times eps, their rounding error.
+        scores: [r, m], floating point.
+        error: The size of the terms of each row's scores [r, 1]. Multiplied by eps, it is their rounding error.
         negative: Which columns are negatives, bool [r, m].
 
     Returns:
-        [r, m], 0 in the columns that are no negatives; and the deviations [r, 1], 0 for rounding.
+        The standardised scores [r, m], 0 in columns that are not negatives, and the deviations [r, 1]. Both are 0 for a
+        row whose deviation is only a rounding error.
+
+    Examples:
+        >>> scores, deviations = standardise(torch.tensor([[1.0, 3.0]]), torch.ones(1, 1), torch.ones(1, 2).bool())
+        >>> scores, deviations
+        (tensor([[-1.,  1.]]), tensor([[1.]]))
     """
     count = negative.sum(dim=1, keepdim=True).clamp(min=1)
     mean = scores.masked_fill(~negative, 0).sum(dim=1, keepdim=True) / count
     centred = (scores - mean).masked_fill(~negative, 0)
-    # A confident row's scores are so small that their squares would be 0.
+    # The scores of a confident row are so small that their squares would be 0.
     size = centred.abs().amax(dim=1, keepdim=True)
     centred = centred / size.masked_fill(size == 0, 1)
     deviation = (centred.square().sum(dim=1, keepdim=True) / count).sqrt()
@@ -323,5 +343,5 @@ def standardise(scores: Tensor, error: Tensor, negative: Tensor) -> tuple[Tensor
 
 
 def _largest(values: Tensor, negative: Tensor) -> Tensor:
-    """The largest of the pool's `values` [m] or [r, m], at least 0, among each anchor's negatives: [r, 1]."""
+    """Returns the largest of `values` [m] or [r, m], at least 0, among each anchor's negatives [r, 1]."""
     return torch.where(negative, values, torch.zeros_like(values)).amax(dim=1, keepdim=True)

@@ -1,1 +1,1 @@
-"""Methods that are no weightings, and the catalogue of all methods."""
+"""Methods that are not weightings, and the catalogue of all methods."""

@@ -1,4 +1,4 @@
-"""Which candidates to put into a memory bank: uncertain and diverse ones (Ma et al. 2021)."""
+"""Selects uncertain and diverse candidates for a memory bank (Ma et al. 2021)."""
 
 from __future__ import annotations
 
@@ -18,30 +18,35 @@ from undimix_plugins.settings import constant
 def gradient_embeddings(
     queries: Tensor, candidates: Tensor, *, temperature: float, candidate_inputs: Tensor | None = None
 ) -> Tensor:
-    """Last-layer gradients of the candidates' pseudo-labelling tasks: long where the model is not sure.
+    """Computes the last-layer gradients of the candidates' pseudo-labelling tasks.
 
-    Which query is candidate v aligned with? Its posterior p is the softmax of its similarities to them over the
-    temperature t, its pseudo-label y the most likely query, its loss the cross-entropy with that. The gradient at the
-    candidate, which is that at the bias of the layer whose output it is, and the one at that layer's weight are
+    A gradient is long if the model is uncertain. The task of a candidate v asks which query it is aligned with. Its
+    posterior p is the softmax of its similarities to the queries, divided by the temperature t. Its pseudo-label y is
+    the most likely query, and the loss is the cross-entropy with y. The gradients with respect to the candidate, and
+    with respect to the weight of the layer that has input h, are
 
-        g = (1/t) * sum over l of p_l (q_l - q_y),    g (outer) h  with the layer's input h.
+        g = (1/t) * sum over l of p_l (q_l - q_y)
+        g (outer) h
+
+    The gradient with respect to the bias of that layer is g, too.
 
     Args:
-        queries: The batch's embeddings [n, d], floating point, used as they stand: rows of length 1 for cosines.
-        candidates: Keys to choose from [m, d], same dtype.
-        temperature: That of the loss, a finite number above 0.
-        candidate_inputs: The last layer's inputs [m, h] behind the candidates, for the gradient at its weight, which
-            takes memory for m * d * h numbers; None for the gradient at the candidates.
+        queries: The embeddings of the batch [n, d], floating point. Pass rows of length 1 for cosine similarity.
+        candidates: The keys to choose from [m, d], same dtype.
+        temperature: The temperature of the loss, a finite number above 0.
+        candidate_inputs: The inputs of the last layer [m, h] that gave the candidates, for gradients with respect to
+            its weight. They take memory for m * d * h numbers. None for gradients with respect to the candidates.
 
     Returns:
-        [m, d], or [m, d * h] (row-major, as the weight [d, h]), in the embeddings' dtype (float32 for half precision).
+        [m, d], or [m, d * h] with `candidate_inputs` (row-major, like the weight [d, h]), in the embeddings' dtype
+        (float32 for half precision), without gradient.
 
     Raises:
-        ValueError: For shapes, dtypes or devices that do not fit, a temperature that is no finite number above 0, or
-            (on the CPU) non-finite rows.
+        ValueError: If shapes, dtypes or devices do not match, if the temperature is not a finite number above 0, or (on
+            the CPU) if a row is not finite.
 
     References:
-        Ma et al., arXiv 2009.09805, section 3.2; the same gradient as `influence` has for a memory bank's rows.
+        Ma et al., arXiv 2009.09805, section 3.2. `influence` uses the same gradient for the rows of a memory bank.
 
     Examples:
         >>> gradient_embeddings(torch.eye(3), torch.tensor([[1.0, 0.5, 0.0]]), temperature=1.0).shape
@@ -61,21 +66,25 @@ def gradient_embeddings(
 
 @torch.no_grad()
 def k_means_plus_plus(points: Tensor, seeds: int, *, generator: torch.Generator | None = None) -> Tensor:
-    """The seeding of k-means++: points far from each other, likelier the farther.
+    """Picks points that are far from each other, by the seeding of k-means++.
 
-    The first is drawn uniformly, each further one with a probability in proportion to `min over the picked of
-    |x - picked|^2`. Where all others are copies of picked ones, it is drawn uniformly from those not picked.
+    The first point is drawn uniformly. Each further point x is drawn with a probability proportional to
+
+        min over the picked points p of |x - p|^2
+
+    If all points left are copies of picked ones, it is drawn uniformly from them.
 
     Args:
         points: Rows [m, e], floating point.
-        seeds: How many to pick, from 1 to m.
-        generator: What draws, on the points' device; None for torch's own.
+        seeds: How many points to pick, from 1 to m.
+        generator: The random number generator, on the device of the points. None for the global one.
 
     Returns:
-        Their indices in the order of picking, integers [seeds], all different.
+        The indices of the picked points in the order of picking, int64 [seeds], all different.
 
     Raises:
-        ValueError: For points that are no matrix of finite numbers (looked at on the CPU alone), a number out of range.
+        ValueError: If `points` is not a matrix of finite floats (values are only checked on the CPU), or if `seeds` is
+            not a whole number from 1 to m.
 
     References:
         Arthur, Vassilvitskii: k-means++: The Advantages of Careful Seeding, SODA 2007, section 2.2.
@@ -105,20 +114,22 @@ def k_means_plus_plus(points: Tensor, seeds: int, *, generator: torch.Generator 
 @constant
 @dataclass(frozen=True)
 class ActiveSampling:
-    """Active contrastive learning: of a pool of candidates, a memory bank gets those uncertain and diverse.
+    """Active contrastive learning: selects uncertain and diverse candidates for a memory bank.
 
-    Candidates become their `gradient_embeddings`, whose length is the model's uncertainty, and `k_means_plus_plus`
-    picks some that differ. What the loss compares is the bank; how it weighs that is a weighting's matter.
+    `gradient_embeddings` computes a gradient for each candidate, which is long if the model is uncertain.
+    `k_means_plus_plus` then picks candidates whose gradients differ. Put them into the memory bank of your loss. You
+    can combine this with any weighting of the loss.
 
-    This is the paper's way. The authors' code takes the gradient of the loss at the candidates, all of the queries'
-    own keys among them, and runs k-means to its end to take each centre's nearest.
+    This is the method of the paper. The authors' code differs: it uses the gradient of the loss with respect to the
+    candidates, which include the queries' own keys. It runs k-means to convergence and picks the nearest candidate of
+    each centre.
 
     Attributes:
-        temperature: That of the loss, a finite number above 0.
-        seeds: How many to pick in a call, at least 1; None for as many as queries, which is the paper's choice.
+        temperature: The temperature of the loss, a finite number above 0.
+        seeds: How many candidates a call picks, at least 1. None for the number of queries, as in the paper.
 
     Raises:
-        ValueError: For settings out of their ranges.
+        ValueError: If a setting is out of its range.
 
     References:
         Ma, Zeng, McDuff, Song: Active Contrastive Learning of Audio-Visual Video Representations, ICLR 2021,
@@ -157,19 +168,20 @@ class ActiveSampling:
         candidate_inputs: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Which candidates to enqueue.
+        """Returns which candidates to enqueue.
 
         Args:
-            queries: As `gradient_embeddings` has them [n, d].
-            candidates: Likewise [m, d].
-            candidate_inputs: Likewise [m, h], or None.
-            generator: What draws, on the embeddings' device; None for torch's own.
+            queries: The embeddings of the batch [n, d], floating point.
+            candidates: The keys to choose from [m, d], same dtype.
+            candidate_inputs: The inputs of the last layer [m, h] that gave the candidates, or None, as in
+                `gradient_embeddings`.
+            generator: The random number generator, on the device of the embeddings. None for the global one.
 
         Returns:
-            Indices of candidates, integers [seeds], all different.
+            Indices of candidates, int64 [seeds], all different.
 
         Raises:
-            ValueError: As `gradient_embeddings` does; for fewer candidates than are to be picked.
+            ValueError: If there are fewer candidates than it picks, or as `gradient_embeddings` does.
         """
         gradients = gradient_embeddings(
             queries, candidates, temperature=self.temperature, candidate_inputs=candidate_inputs

@@ -1,4 +1,4 @@
-"""A learnable pool of negatives that plays against the encoder (Hu et al. 2021)."""
+"""A pool of negatives that is trained against the encoder (Hu et al. 2021)."""
 
 from __future__ import annotations
 
@@ -20,45 +20,47 @@ from undimix_plugins.weightings.weighting import Uniform, Weighting, check_weigh
 
 
 class AdCo(nn.Module):
-    """Adversarial contrast: InfoNCE against a pool of negatives that themselves learn to make it large.
+    """Adversarial contrast (AdCo): InfoNCE with a pool of negatives that learns to make the loss large.
 
-    With queries q_i, keys k_i and the pool's n_j at length 1, the encoder descends the loss at temperature t, the pool
-    ascends it at a lower one, t_m, by SGD with momentum on its rows r_j before they are brought to length 1:
+    The queries q_i, the keys k_i and the negatives n_j of the pool have length 1. The encoder minimises the loss at
+    temperature t. The pool maximises it at a lower temperature t_m, by SGD with momentum on its rows r_j, which n_j are
+    normalised from:
 
         loss(t)   = mean over i of -log( exp(q_i k_i / t) / (sum_l exp(q_i k_l / t) + sum_j exp(q_i n_j / t)) )
         gradient  = d loss(t_m) / d r_j = (I - n_j n_j') mean_i p_ij q_i / (t_m |r_j|),  p_ij the softmax at t_m
-        v_j  <-  momentum * v_j - gradient + weight_decay * r_j,   r_j  <-  r_j - lr * v_j.
+        v_j  <-  momentum * v_j - gradient + weight_decay * r_j,   r_j  <-  r_j - lr * v_j
 
-    As in the authors' code the other keys of the batch (of all processes) are negatives too, which the paper's formula
-    leaves out, and keys are constants. A weighting weighs both kinds of negatives in the encoder's loss; the pool
-    ascends the plain one.
+    As in the authors' code, the other keys of the batch (of all processes) are negatives, too, and keys have no
+    gradient. The formula of the paper has no negatives in the batch. The weighting applies to both kinds of negatives
+    in the encoder's loss. The pool maximises the loss without weights.
 
-    The pool and its momentum are buffers: they are saved with the state, so that training goes on bit for bit, move
-    with the module and are no parameters, which the encoder's optimiser would lower the loss with. Each process holds
-    the same pool, as long as all call `step` together: gradients are averaged over them.
+    The pool and its momentum are buffers. They are saved in the `state_dict`, so that a resumed training continues
+    exactly, and they move with the module. They are not parameters, since the encoder's optimiser would then minimise
+    the loss with them. All processes have the same pool if they call `step` together: gradients are averaged over the
+    processes.
 
     Args:
-        width: That of the embeddings, d.
-        size: How many rows the pool has, K.
-        temperature: The encoder's, a finite number above 0.
-        weighting: How much each negative counts in the encoder's loss.
-        memory_temperature: The pool's, a finite number above 0.
-        lr: The pool's learning rate, a finite number of at least 0; the attribute may change in training.
-        momentum: The pool's, in [0, 1).
-        weight_decay: The pool's, a finite number of at least 0.
+        width: The width d of the embeddings, at least 1.
+        size: The number of rows K of the pool, at least 1.
+        temperature: The temperature t of the encoder's loss, a finite number of at least 1e-10.
+        weighting: How much each negative counts in the encoder's loss. None means `Uniform()`.
+        memory_temperature: The temperature t_m of the pool's loss, a finite number of at least 1e-10.
+        lr: The learning rate of the pool, from 0 to 1e30. You can change the attribute during training.
+        momentum: The momentum of the pool, in [0, 1).
+        weight_decay: The weight decay of the pool, from 0 to 1e30.
 
     Attributes:
-        pool: The rows [K, d], of any length; drawn from the normal distribution until `fill`.
-        velocity: Their momentum [K, d].
+        pool: The rows r_j [K, d], of any length. They are random, from the normal distribution, until you call `fill`.
+        velocity: The momentum v_j of the rows [K, d].
 
     Raises:
-        ValueError: For settings out of their ranges.
-        TypeError: For a weighting that is none.
+        ValueError: If a setting is out of its range.
+        TypeError: If `weighting` is not a `Weighting`.
 
     References:
         Hu, Wang, Hu, Qi: AdCo: Adversarial Contrast for Efficient Learning of Unsupervised Representations from
         Self-Trained Negative Adversaries, CVPR 2021, arXiv 2011.08435, section 3. The defaults are those of the
-        authors' code; for a pool of 8,192 they give temperatures of .14 and .03.
+        authors' code. For a pool of 8,192 rows the authors use temperatures of .14 and .03.
 
     Examples:
         >>> adversary = AdCo(width=4, size=16)
@@ -107,24 +109,26 @@ class AdCo(nn.Module):
         self.register_buffer("velocity", torch.zeros(int(size), int(width)))
 
     def extra_repr(self) -> str:
-        """The settings."""
+        """Returns the settings, as a printed module shows them."""
         names = ("temperature", "weighting", "memory_temperature", "lr", "momentum", "weight_decay")
         size, width = self.pool.shape
         return ", ".join([f"width={width}, size={size}", *(f"{name}={getattr(self, name)!r}" for name in names)])
 
     def forward(self, query: Tensor, key: Tensor) -> Tensor:
-        """The encoder's loss.
+        """Computes the encoder's loss.
 
         Args:
-            query: Embeddings [n, d], floating point, of any length.
-            key: Those of the same samples' other views, of a momentum encoder [n, d]; no gradient reaches them.
+            query: Embeddings [n, d], floating point, in the dtype of the pool (or half precision, if that is float32).
+                They are normalised to length 1.
+            key: Embeddings of the other views of the same samples, from a momentum encoder [n, d], same dtype. They are
+                normalised to length 1 and get no gradient.
 
         Returns:
             A scalar, in the embeddings' dtype (float32 for half precision).
 
         Raises:
-            ValueError: For shapes, dtypes or devices that do not fit each other or the pool, (on the CPU) non-finite
-                rows, or batches that differ between processes.
+            ValueError: If shapes, dtypes or devices do not match each other or the pool, if batches differ in length
+                between processes, or (on the CPU) if a row is not finite.
         """
         queries, keys, own = self._compared(query, key)
         pool = torch.cat([keys, normalize(self.pool, dim=1)])
@@ -132,16 +136,16 @@ class AdCo(nn.Module):
         return info_nce(contrast, self.weighting)
 
     def step(self, query: Tensor, key: Tensor) -> None:
-        """Makes the pool harder: a step of gradient ascent.
+        """Makes the pool harder by a step of gradient ascent.
 
-        It reads the embeddings alone, so that before or after the encoder's own step is the same.
+        It only reads the embeddings, so you can call it before or after the optimiser's step of the encoder.
 
         Args:
-            query: As for the loss [n, d]; its graph is neither used nor freed.
-            key: Likewise [n, d].
+            query: The embeddings passed to the loss [n, d]. Their autograd graph is neither used nor freed.
+            key: The keys passed to the loss [n, d].
 
         Raises:
-            ValueError: As calling it does.
+            ValueError: As `forward` does.
         """
         queries, keys, own = self._compared(query.detach(), key)
         with torch.enable_grad(), full_precision(queries):
@@ -154,18 +158,19 @@ class AdCo(nn.Module):
                 gradient /= processes()
             velocity = (self.velocity * self.momentum).sub_(gradient).add_(self.pool, alpha=self.weight_decay)
             pool = self.pool.sub(velocity, alpha=self.lr)
-            self.velocity.copy_(velocity)  # once both are there: a step that raises leaves both as they were
+            self.velocity.copy_(velocity)  # after both are computed: a step that raises an error changes neither
             self.pool.copy_(pool)
 
     @torch.no_grad()
     def fill(self, batches: Iterable[Tensor]) -> None:
-        """Makes the pool of encoded keys, before training; its momentum becomes 0.
+        """Fills the pool with encoded keys before training, and sets its momentum to 0.
 
         Args:
-            batches: Keys [n, d] in batches of any size, of any length; no more are taken than needed.
+            batches: Batches of keys [n, d], of any size n, floating point. The keys are normalised to length 1. No more
+                batches are read than needed.
 
         Raises:
-            ValueError: For too few of them, or those that do not fit the pool.
+            ValueError: If the batches have fewer rows than the pool, or do not match its width, dtype or device.
 
         Examples:
             >>> adversary = AdCo(width=4, size=16)
@@ -185,7 +190,7 @@ class AdCo(nn.Module):
         raise ValueError(f"batches: expected at least {size} rows, as the pool has, got {filled}")
 
     def _compared(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries at length 1, all processes' keys at length 1, and the queries' own among these [n]."""
+        """Returns queries and the keys of all processes, normalised, and the index of each query's key [n]."""
 
         def checked() -> list[Tensor]:
             rows = unit_rows(query=query, key=key)

@@ -1,4 +1,4 @@
-"""All hard-negative methods that there are here: what `python -m undimix_plugins methods` lists."""
+"""The catalogue of all methods, which `python -m undimix_plugins methods` lists."""
 
 from __future__ import annotations
 
@@ -10,15 +10,22 @@ TOOLKITS = ("lightly", "sentence-transformers", "PyG", "transformers")
 
 
 class Method(NamedTuple):
-    """A row.
+    """A method of the catalogue.
 
     Attributes:
-        name: The class, in `undimix_plugins` or, where one toolkit alone has it, in that toolkit's package.
-        source: The arXiv number of its paper.
-        does: What it does to negatives.
-        equation: The heart of it; s a similarity, t the temperature, + the positive, j and k negatives, N their number.
-        lightly, sentence_transformers, pyg, transformers: "one line" for `undimix(loss, weighting)`; what else it is,
-            with the script in `examples/` that shows how; or why not.
+        name: The name of the class, in `undimix_plugins`, or in the package of a toolkit if only that toolkit has it.
+        source: The arXiv number of the paper.
+        does: What the method does to negatives.
+        equation: The main equation. s is a similarity, t the temperature, + the positive, j and k are negatives, N is
+            their number.
+        lightly, sentence_transformers, pyg, transformers: How to use it with this toolkit. "one line" means
+            `undimix(loss, weighting)`. Otherwise the kind of interface, with the script in `examples/` that shows it,
+            or the reason why the method does not work there.
+
+    Examples:
+        >>> from undimix_plugins.methods.catalogue import METHODS
+        >>> METHODS[0].name, METHODS[0].source
+        ('UnDiMix', '2206.01197')
     """
 
     name: str
@@ -173,7 +180,13 @@ METHODS = (
 
 
 def places(method: Method) -> list[str]:
-    """Where a method works and how, a line for toolkits that have it alike.
+    """Returns in which toolkits a method works and how, with a line for each group of toolkits.
+
+    Args:
+        method: A method of the catalogue.
+
+    Returns:
+        The lines.
 
     Examples:
         >>> from undimix_plugins.methods.catalogue import METHODS, places
@@ -189,13 +202,13 @@ def places(method: Method) -> list[str]:
 
 
 def table(width: int | None = None) -> str:
-    """The methods as text.
+    """Returns the methods as text.
 
     Args:
-        width: Of lines, in characters; None for no limit.
+        width: The width of lines in characters. None for no limit.
 
     Returns:
-        A paragraph for each.
+        The text, with a paragraph for each method.
 
     Examples:
         >>> print(table().splitlines()[0])
@@ -211,7 +224,12 @@ def table(width: int | None = None) -> str:
 
 
 def markdown() -> str:
-    """The methods as a table of Markdown, for the manual."""
+    """Returns the methods as a Markdown table, for the manual.
+
+    Examples:
+        >>> print(markdown().splitlines()[0])
+        | method | source | what it does to negatives | where |
+    """
     rows = ["| method | source | what it does to negatives | where |", "|---|---|---|---|"]
     for method in METHODS:
         source = f"[{method.source}](https://arxiv.org/abs/{method.source})"

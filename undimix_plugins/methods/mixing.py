@@ -18,12 +18,12 @@ from undimix_plugins.weightings.weighting import Uniform, Weighting
 
 
 class Mixed(NamedTuple):
-    """A batch of which each input is mixed with another.
+    """A batch of mixed inputs.
 
     Attributes:
-        inputs: Input i mixed with input `permutation[i]` [n, ...], to be encoded.
-        permutation: The place of the other input of each [n], integers.
-        lam: How much of a mixed input is input i, from 0 to 1: a number for each [n], or one for all [].
+        inputs: Input i mixed with input `permutation[i]` [n, ...]. Encode these.
+        permutation: For each input the index of the input that it is mixed with [n], int64.
+        lam: The share of input i in mixed input i, from 0 to 1: a number for each input [n], or one for all [].
 
     Examples:
         >>> mixed = IMix(alpha=1.0)(torch.rand(8, 3, 32, 32))
@@ -39,26 +39,27 @@ class Mixed(NamedTuple):
 @constant
 @dataclass(frozen=True)
 class IMix:
-    """i-Mix: inputs are mixed, and so are the virtual labels that say whose key is the positive.
+    """i-Mix: mixes inputs, and the virtual labels that say which key is the positive.
 
-    The inputs of the first view are mixed with those of a random permutation r of them,
+    Each input of the first view is mixed with another one, given by a random permutation r:
 
-        x_i' = lam_i x_i + (1 - lam_i) x_r(i),  lam_i = max(l, 1 - l),  l ~ Beta(alpha, alpha),
+        x_i' = lam_i x_i + (1 - lam_i) x_r(i),  lam_i = max(l, 1 - l),  l ~ Beta(alpha, alpha)
 
-    and the loss of their embeddings q_i against the keys k_j of the second view is, for N-pairs,
+    The N-pair loss of the embeddings q_i of mixed inputs against the keys k_j of the second view is
 
         mean over i of  lam_i l(q_i, i) + (1 - lam_i) l(q_i, r(i)),
-        l(q_i, j) = -log( exp(s(q_i, k_j) / t) / sum over all m of exp(s(q_i, k_m) / t) ).
+        l(q_i, j) = -log( exp(s(q_i, k_j) / t) / sum over all m of exp(s(q_i, k_m) / t) )
 
-    With l larger than a half, as the authors' code has it, a mixed input is more its own than the other's.
+    lam_i is at least a half, as in the authors' code. So a mixed input contains more of input i than of the other one.
 
     Attributes:
-        alpha: Of the Beta distribution, a finite number above 0; the paper has 1 for images.
-        kind: "mixup", or "cutmix", which pastes a box of the other image (of one size and place for a batch).
-        shared: Whether all inputs of a batch share one lam, as `loss` needs; "cutmix" always does.
+        alpha: The parameter of the Beta distribution, above 0 and at most 1e30. The paper uses 1 for images.
+        kind: "mixup", or "cutmix", which pastes a box of the other image. The box has the same size and place for the
+            whole batch.
+        shared: Whether all inputs of a batch have the same lam. `loss` needs this. "cutmix" always does it.
 
     Raises:
-        ValueError: For an `alpha` or `kind` that is none of these.
+        ValueError: If `alpha` is out of its range or `kind` is unknown.
 
     References:
         Lee, Zhu, Sohn, Li, Shin, Lee: i-Mix: A Domain-Agnostic Strategy for Contrastive Representation Learning, ICLR
@@ -91,16 +92,16 @@ class IMix:
         check_choice("kind", self.kind, ("mixup", "cutmix"))
 
     def __call__(self, inputs: Tensor) -> Mixed:
-        """Mixes a batch, by torch's random numbers.
+        """Mixes a batch with torch's global random numbers.
 
         Args:
-            inputs: Of the first view [n, ...], floating point; images [n, ..., height, width] for "cutmix".
+            inputs: The inputs of the first view [n, ...], floating point. For "cutmix" images [n, ..., height, width].
 
         Returns:
-            The mixed inputs, whom each is mixed with, and how much: [n], or [] where all share it.
+            The mixed inputs, the permutation [n] and lam: [n], or [] if all inputs share it.
 
         Raises:
-            ValueError: For inputs that are no floating-point tensor of such a shape, or none at all.
+            ValueError: If `inputs` is not a floating-point tensor of this shape, or is empty.
         """
         cut = self.kind == "cutmix"
         _check_inputs(inputs, images=cut)
@@ -121,23 +122,24 @@ class IMix:
         weighting: Weighting | None = None,
         bank: Tensor | None = None,
     ) -> Tensor:
-        """The paper's loss, of N-pairs, with the negatives weighted.
+        """Computes the N-pair loss of the paper, with weighted negatives.
 
         Args:
-            queries: Embeddings of the mixed inputs [n, width], floating point; brought to length 1.
-            keys: Embeddings of the second view [n, width], likewise.
-            mixed: What the inputs are mixed of.
-            temperature: What cosines are divided by, a finite number above 0, or a tensor of one; the authors' code
-                has .2.
-            weighting: How much each negative counts; `Uniform()`, the paper's, by default.
-            bank: Further negatives, a memory bank's entries [m, width] (the authors' MoCo).
+            queries: Embeddings of the mixed inputs [n, width], floating point. They are normalised to length 1.
+            keys: Embeddings of the second view [n, width], same dtype. They are normalised to length 1.
+            mixed: What the call of this object returned for the inputs.
+            temperature: The temperature that cosine similarities are divided by, a finite number above 0 or a tensor
+                with one element. The authors' code uses .2.
+            weighting: How much each negative counts. Defaults to `Uniform()`, as in the paper.
+            bank: Further negatives: the entries of a memory bank [m, width], same dtype, as in the authors' MoCo. They
+                are normalised to length 1.
 
         Returns:
-            A scalar in the embeddings' dtype (float32 for half precision).
+            A scalar, in the embeddings' dtype (float32 for half precision).
 
         Raises:
-            ValueError: As `Contrast` does; for a batch that is not the mixed one.
-            TypeError: For a weighting that is none.
+            ValueError: If the batch does not have the length of the mixed one, or as `Contrast.of` does.
+            TypeError: If `weighting` is not a `Weighting`.
         """
         queries, keys = unit_rows(queries=queries, keys=keys)
         check_same_length(queries=queries, mixed=mixed.permutation)
@@ -164,22 +166,24 @@ class IMix:
         return loss(own, lam) + loss(mixed.permutation, 1 - lam)
 
     def loss(self, criterion: Callable[..., Tensor], queries: Tensor, keys: Tensor, mixed: Mixed) -> Tensor:
-        """The convex sum of any loss of two batches, of which only the mean is known: `lam` has to be one for all.
+        """Computes the mixed loss with any loss of two batches.
 
             lam * criterion(q, k) + (1 - lam) * criterion(q, k_r)
 
+        Such a loss only returns the mean over a batch. So all inputs must have the same lam: use `shared=True`.
+
         Args:
-            criterion: A loss of two batches of embeddings, such as lightly's `NTXentLoss`, weighted or not. What it
-                remembers in buffers (a memory bank) is as after one call, with the keys in their order.
+            criterion: A loss of two batches of embeddings, such as lightly's `NTXentLoss`, weighted or not. Its buffers
+                (a memory bank) are updated once, with the keys in their order.
             queries: Embeddings of the mixed inputs [n, width].
             keys: Embeddings of the second view [n, width].
-            mixed: What the inputs are mixed of, with one lam.
+            mixed: What the call of this object returned for the inputs, with a single lam.
 
         Returns:
             A scalar.
 
         Raises:
-            ValueError: For a lam for each input, or a batch that is not the mixed one.
+            ValueError: If each input has its own lam, or if the batch does not have the length of the mixed one.
 
         Examples:
             >>> mix = IMix(alpha=1.0, shared=True)
@@ -195,21 +199,21 @@ class IMix:
 @constant
 @dataclass(frozen=True)
 class UnMix:
-    """Un-Mix: a batch is mixed with itself in reversed order, and two losses of it join the plain one.
+    """Un-Mix: mixes a batch with itself in reversed order, and adds two losses of the mixed batch to the plain loss.
 
         x_i' = lam x_i + (1 - lam) x_(n-1-i),  lam ~ Beta(beta, beta), one for the batch,
         loss = L(q, k) + lam * L(q', k) + (1 - lam) * L(q' reversed, k)
 
-    q, q' and k are the embeddings of the first view, of the mixed one and of the second. With probability P the
-    mixture is this one, of whole images; else a box of the other image is pasted, and lam is the share of the image
-    that the box leaves.
+    q, q' and k are the embeddings of the first view, the mixed batch and the second view. With probability P, whole
+    images are mixed as above. Otherwise a box of the other image is pasted, and lam is the share of the image outside
+    the box.
 
     Attributes:
-        beta: Of the Beta distribution, a finite number above 0; the paper has 1.
-        P: The probability of mixing whole images, from 0 to 1; the authors' code has .5.
+        beta: The parameter of the Beta distribution, above 0 and at most 1e30. The paper uses 1.
+        P: The probability of mixing whole images, from 0 to 1. The authors' code uses .5.
 
     Raises:
-        ValueError: For numbers out of these ranges.
+        ValueError: If a number is out of its range.
 
     References:
         Shen, Liu, Liu, Savvides, Darrell, Xing: Un-Mix: Rethinking Image Mixtures for Unsupervised Visual
@@ -244,21 +248,21 @@ class UnMix:
             raise ValueError(f"P: expected a number from 0 to 1, got {self.P!r}")
 
     def __call__(self, inputs: Tensor) -> Mixed:
-        """Mixes a batch, by torch's random numbers.
+        """Mixes a batch with torch's global random numbers.
 
         Args:
-            inputs: Images of the first view [n, ..., height, width], floating point; with P = 1 any inputs [n, ...].
+            inputs: Images of the first view [n, ..., height, width], floating point. With `P=1` any inputs [n, ...].
 
         Returns:
-            The mixed inputs, the reversed order [n], and one lam [].
+            The mixed inputs, the reversed order [n] and a single lam [].
 
         Raises:
-            ValueError: For inputs that are no floating-point tensor of such a shape, or none at all.
+            ValueError: If `inputs` is not a floating-point tensor of this shape, or is empty.
         """
         _check_inputs(inputs, images=self.P < 1)
         lam = _drawn(self.beta, (), inputs)
         reverse = torch.arange(len(inputs), device=inputs.device).flip(0)
-        # Drawn where the host can see it without waiting for a device.
+        # Drawn on the CPU, so that the host does not wait for a device.
         if float(torch.rand((), device="cpu")) < self.P:
             return Mixed(_blended(inputs, inputs.flip(0), lam), reverse, lam)
         return Mixed(*_with_box(inputs, inputs.flip(0), lam, reverse))
@@ -266,21 +270,21 @@ class UnMix:
     def loss(
         self, criterion: Callable[..., Tensor], queries: Tensor, mixed_queries: Tensor, keys: Tensor, mixed: Mixed
     ) -> Tensor:
-        """The plain loss and the two of the mixed batch.
+        """Computes the sum of the plain loss and the two losses of the mixed batch.
 
         Args:
-            criterion: A loss of two batches of embeddings, such as lightly's `NTXentLoss`, weighted or not. What it
-                remembers in buffers (a memory bank) is as after one call.
+            criterion: A loss of two batches of embeddings, such as lightly's `NTXentLoss`, weighted or not. Its buffers
+                (a memory bank) are updated once.
             queries: Embeddings of the first view [n, width].
             mixed_queries: Embeddings of the mixed inputs [n, width].
-            keys: Embeddings of the second view, or of the momentum encoder [n, width].
-            mixed: What the inputs are mixed of.
+            keys: Embeddings of the second view, from the encoder or a momentum encoder [n, width].
+            mixed: What the call of this object returned for the inputs.
 
         Returns:
             A scalar.
 
         Raises:
-            ValueError: For batches that are not the mixed one, or a lam for each input.
+            ValueError: If a batch does not have the length of the mixed one, or if each input has its own lam.
         """
         _check_shared(mixed, queries=queries, mixed_queries=mixed_queries, keys=keys)
         of_reversed, of_mixed, plain = _of_one_step(
@@ -290,11 +294,11 @@ class UnMix:
 
 
 def _drawn(concentration: float, shape: tuple[int, ...], inputs: Tensor) -> Tensor:
-    """Numbers from a symmetric Beta distribution, on the inputs' device."""
-    # Half precision has no such distribution, and as a loss's weight a number needs its digits.
+    """Draws numbers from a symmetric Beta distribution, on the inputs' device."""
+    # The distribution does not exist in half precision, and lam weights a loss, which needs full precision.
     dtype = torch.promote_types(inputs.dtype, torch.float32)
     both = torch.full((*shape, 2), concentration, dtype=dtype, device=inputs.device)
-    # The first of two shares is Beta's; torch's Beta would look at the values, for which the host has to wait.
+    # The first of two shares is Beta distributed. torch's Beta would read the values, and the host would wait.
     drawn: Tensor = torch.distributions.Dirichlet(both, validate_args=False).sample()[..., 0]
     return drawn
 
@@ -305,14 +309,14 @@ def _blended(inputs: Tensor, others: Tensor, lam: Tensor) -> Tensor:
 
 
 def _with_box(inputs: Tensor, others: Tensor, lam: Tensor, permutation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Images with a box of the others', the permutation, and the share that the box leaves []."""
+    """Returns images with a box of the others pasted, the permutation, and the share outside the box []."""
     height, width = (_span(length, (1 - lam).sqrt()) for length in inputs.shape[-2:])
     box = height[:, None] & width
     return torch.where(box, others, inputs), permutation, 1 - box.to(lam.dtype).mean()
 
 
 def _span(length: int, share: Tensor) -> Tensor:
-    """A share of a side's pixels around a random one, what lies outside cut off: bool [length]."""
+    """Returns a share of a side's pixels around a random one, cut off at the ends, bool [length]."""
     half = (length * share).long() // 2
     centre = torch.randint(length, (), device=share.device)
     places = torch.arange(length, device=share.device)
@@ -320,10 +324,10 @@ def _span(length: int, share: Tensor) -> Tensor:
 
 
 def _of_one_step(criterion: Callable[..., Tensor], *batches: tuple[Tensor, Tensor]) -> list[Tensor]:
-    """A criterion of several pairs of batches, each with its buffers as they are now; the last call alone changes them.
+    """Returns the losses of several pairs of batches, each computed with the present buffers of the criterion.
 
-    A memory bank would else hold a batch's own keys, as negatives, from the second call on. Where a call raises, the
-    buffers are as they were.
+    Only the last call changes the buffers. Otherwise a memory bank would contain the batch's keys as negatives from the
+    second call on. If a call raises an error, the buffers are restored.
     """
     module = criterion if isinstance(criterion, nn.Module) else nn.Module()
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}

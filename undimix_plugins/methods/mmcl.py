@@ -1,4 +1,4 @@
-"""Negatives weighted as the support vectors of an SVM, one for each anchor (Shah et al. 2022)."""
+"""Weights negatives by the dual variables of an SVM for each anchor (Shah et al. 2022)."""
 
 from __future__ import annotations
 
@@ -11,51 +11,54 @@ from torch import Tensor, nn
 from undimix_plugins.checks import check_choice, check_number, check_strength, check_whole
 from undimix_plugins.rows import full_precision, unit_rows
 
-STEPS_BETWEEN_LOOKS = 10  # at whether all anchors have stopped, for which a device waits for the host
+STEPS_BETWEEN_LOOKS = 10  # between checks whether all anchors have stopped, for which the host waits for a device
 
 
 class MMCL(nn.Module):
-    """Max-margin contrastive learning: a loss without a softmax, whose negatives are an SVM's support vectors.
+    """Max-margin contrastive learning (MMCL): a loss without a softmax. An SVM for each anchor weights the negatives.
 
-    With x_i and x'_i the views of sample i at length 1 and `k(x, y) = exp(-|x - y|^2 / sigma)`, an SVM separates x_i
-    from the n - 1 other x_j. The multiplier of x_i is the sum of the others', which leaves the dual
+    x_i and x'_i are the views of sample i, normalised to length 1, and `k(x, y) = exp(-|x - y|^2 / sigma)` is the
+    kernel. An SVM separates x_i from the other n - 1 views x_j. The multiplier of x_i is the sum of the others. The
+    dual problem is then
 
         a_i = argmin over 0 <= a <= C of  a' D_i a / 2 - 2 * 1'a,
-        D_i = [1 + k(x_j, x_l) - k(x_i, x_j) - k(x_i, x_l) + reg * (j = l)]  for j, l other than i,
+        D_i = [1 + k(x_j, x_l) - k(x_i, x_j) - k(x_i, x_l) + reg * (j = l)]  for j, l other than i
 
-    and the loss is minus the mean margin by which each SVM has its sample's second view on the right side,
+    The loss is minus the mean margin by which each SVM classifies the second view of its own sample:
 
-        loss = mean over i of ( sum over j of a_ij k(x_j, x'_i)  -  (sum over j of a_ij) k(x_i, x'_i) ).
+        loss = mean over i of ( sum over j of a_ij k(x_j, x'_i)  -  (sum over j of a_ij) k(x_i, x'_i) )
 
-    The duals are constants, and first views alone make them, as in the authors' code: swap the arguments and average
-    for a symmetric loss. Each process compares its own batch.
+    As in the authors' code, the dual variables have no gradient and depend on the first views only. For a symmetric
+    loss, swap the arguments and average. Each process compares its own batch.
 
-    `solver="pgd"` is projected gradient descent with Nesterov's momentum, towards the optimum; an anchor stops where
-    the mean relative change of its duals is below `stop_condition`, twice in a row. The authors draw what the duals
-    and the momentum start from, and stop all anchors together, at once; here they start from 0 and 1, so that a result
-    can be repeated, and an anchor stops by itself. `solver="inverse"` solves `D_i a = 2` and clips the solution to
-    [0, C]: the optimum where nothing is clipped, else an approximation.
+    `solver="pgd"` is projected gradient descent with Nesterov momentum, which converges to the optimum. An anchor stops
+    when the mean relative change of its dual variables is below `stop_condition` twice in a row. The authors start from
+    random dual variables and momentum, and stop all anchors at the same step, the first time the condition holds. Here
+    the dual variables start from 0 and the momentum from 1, so that results are reproducible, and each anchor stops on
+    its own. `solver="inverse"` solves `D_i a = 2` and clips the solution to [0, C]. This is the optimum if nothing is
+    clipped, otherwise an approximation.
 
-    All D_i differ from one kernel matrix by a row, a column and a term of rank 2. None is formed: it takes memory for
-    n * n numbers, not n * n * n, and a product of n x n matrices for each step, or one inverse.
+    Each D_i differs from the kernel matrix by a row, a column and a term of rank 2, and is never formed. So the loss
+    takes memory for n * n numbers instead of n * n * n, and a product of n x n matrices for each step, or a single
+    inverse.
 
     Args:
-        sigma: The kernel's width, a finite number above 0.
-        C: The duals' upper bound, a number above 0; `math.inf` for none (the authors' -1).
-        reg: What is added to the diagonal, a finite number above 0.
+        sigma: The width of the kernel, above 0 and at most 1e30.
+        C: The upper bound of the dual variables, above 0 and at most 1e30. `math.inf` for no bound (the authors' -1).
+        reg: The number that is added to the diagonal, above 0 and at most 1e30.
         solver: "pgd" or "inverse".
-        num_iters: Most steps of "pgd", at least 1.
-        eta: Length of its steps: None for `1 / |D_i|` (Frobenius), the authors' `use_norm`, which is never too long; or
-            a finite number above 0, below 2 over the largest eigenvalue of D_i, which grows with n. The authors'
-            1e-3 changes so little in a step that `stop_condition` is met before the optimum is near.
-        stop_condition: Where it stops, a finite number of at least 0.
+        num_iters: The most steps of "pgd", at least 1.
+        eta: The step size of "pgd". None for `1 / |D_i|` (Frobenius norm), the authors' `use_norm`, which is never too
+            large. Otherwise a number above 0 and below 2 divided by the largest eigenvalue of D_i, which grows with n.
+            With the authors' 1e-3, the changes are so small that `stop_condition` holds far from the optimum.
+        stop_condition: The relative change below which "pgd" stops, a finite number of at least 0.
 
     Raises:
-        ValueError: For settings out of their ranges.
+        ValueError: If a setting is out of its range.
 
     References:
         Shah, Sra, Chellappa, Cherian: Max-Margin Contrastive Learning, AAAI 2022, arXiv 2112.11450. The defaults are
-        those of the authors' losses; they train on ImageNet with `sigma=10` and no upper bound.
+        those of the authors' losses. On ImageNet, the authors train with `sigma=10` and no upper bound.
 
     Examples:
         >>> criterion = MMCL(sigma=1.0, solver="inverse")
@@ -96,22 +99,23 @@ class MMCL(nn.Module):
         self.stop_condition = check_number("stop_condition", stop_condition, at_least=0)
 
     def extra_repr(self) -> str:
-        """The settings."""
+        """Returns the settings, as a printed module shows them."""
         names = ("sigma", "C", "reg", "solver", "num_iters", "eta", "stop_condition")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
-        """The loss.
+        """Computes the loss.
 
         Args:
-            z1: First views [n, d], floating point, of any length.
-            z2: Second views of the same samples [n, d], same dtype.
+            z1: Embeddings of the first views [n, d], floating point. They are normalised to length 1.
+            z2: Embeddings of the second views of the same samples [n, d], same dtype. They are normalised to length 1.
 
         Returns:
-            A scalar, in the embeddings' dtype (float32 for half precision); 0 for one sample, which has no negatives.
+            A scalar, in the embeddings' dtype (float32 for half precision). 0 for a single sample, which has no
+            negatives.
 
         Raises:
-            ValueError: For shapes, dtypes or devices that do not fit, or (on the CPU) non-finite rows.
+            ValueError: If shapes, dtypes or devices do not match, or (on the CPU) if a row is not finite.
         """
         first, second = unit_rows(z1=z1, z2=z2)
         duals = self.duals(z1)
@@ -121,16 +125,16 @@ class MMCL(nn.Module):
 
     @torch.no_grad()
     def duals(self, z: Tensor) -> Tensor:
-        """Every anchor's weights of the others: an SVM in each row.
+        """Computes the dual variables of all SVMs: row i has the weights of the negatives of anchor i.
 
         Args:
-            z: Embeddings [n, d], floating point, of any length.
+            z: Embeddings of the first views [n, d], floating point. They are normalised to length 1.
 
         Returns:
-            [n, n], from 0 to C, constants; 0 on the diagonal.
+            Dual variables [n, n], from 0 to C, 0 on the diagonal, without gradient.
 
         Raises:
-            ValueError: As calling it does.
+            ValueError: As `forward` does.
 
         Examples:
             >>> MMCL(sigma=1.0).duals(torch.eye(3)).count_nonzero(dim=1)
@@ -160,7 +164,7 @@ class MMCL(nn.Module):
             ahead = new + beta * (new - duals)
             changes = ((new - duals) / (duals + 1e-7)).abs().sum(dim=1, keepdim=True) / max(1, len(kernel) - 1)
             duals = torch.where(stopped, duals, new)
-            # Twice in a row: momentum alone can hold all of an anchor's duals at their bounds for a step.
+            # Twice in a row: momentum can keep all dual variables of an anchor at their bounds for one step.
             before, still = still, changes < self.stop_condition
             stopped = stopped | (still & before)
             if step % STEPS_BETWEEN_LOOKS == 0 and bool(stopped.all()):
@@ -168,13 +172,13 @@ class MMCL(nn.Module):
         return duals
 
     def _gradient(self, duals: Tensor, kernel: Tensor) -> Tensor:
-        """`D_i a_i - 2` in row i, but for its diagonal, which means nothing."""
+        """Returns `D_i a_i - 2` in row i. Ignore the diagonal."""
         products = duals @ kernel
         total = duals.sum(dim=1, keepdim=True)
         return products + total * (1 - kernel) - products.diagonal()[:, None] + self.reg * duals - 2
 
     def _norms(self, kernel: Tensor) -> Tensor:
-        """The Frobenius norms of all D_i [n, 1]: D_i is B, which all share, plus w_j + w_l, without what is i's."""
+        """Returns the Frobenius norms of all D_i [n, 1]: a common B, plus w_j + w_l, without row and column i."""
         b = kernel + self.reg * torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
         w = (0.5 - kernel).fill_diagonal_(0)
         others = len(kernel) - 1
@@ -184,14 +188,17 @@ class MMCL(nn.Module):
         return square.clamp(min=self.reg**2).sqrt()[:, None]
 
     def _clipped_inverse(self, kernel: Tensor) -> Tensor:
-        """With P the inverse of the kernel plus reg, that of its part without i is `P - P_i P_i' / P_ii`, and so on."""
+        """Solves `D_i a = 2` for all i and clips the solutions.
+
+        With P the inverse of the kernel plus reg, the inverse without row and column i is `P - P_i P_i' / P_ii`.
+        """
         n = len(kernel)
         eye = torch.eye(n, dtype=kernel.dtype, device=kernel.device)
         factor = torch.linalg.cholesky_ex(kernel + self.reg * eye).L
         inverse = torch.cholesky_inverse(factor)
         sums = torch.cholesky_solve(kernel.new_ones(n, 1), factor)[:, 0]  # of the inverse's rows
         own = inverse.diagonal()[:, None]
-        # Without i: the inverse times a column of ones, and times i's own column of the kernel.
+        # Without row and column i: the inverse times a column of ones, and times column i of the kernel.
         ones = sums - inverse * (sums[:, None] / own)
         column = -inverse / own
         total = (sums.sum() - sums.square() / own[:, 0])[:, None]

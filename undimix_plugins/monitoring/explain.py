@@ -1,4 +1,4 @@
-"""Why an anchor's negatives weigh what they weigh: a table, and a plot of it."""
+"""Explains the weights of an anchor's negatives, as a table and as a plot."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ COLOURS = {"similarity": "#d55e00", "influence": "#0072b2", "diversity": "#009e7
 
 @dataclass(frozen=True)
 class Explained:
-    """A negative of an anchor.
+    """The weight of one negative of an anchor.
 
     Attributes:
-        column: Where it stands in the pool.
-        weight: What it counts, at least 0.
-        parts: What each component gave, by its name; empty for a weighting that has none.
+        column: The column of the negative in the pool.
+        weight: Its weight, at least 0.
+        parts: The contribution of each component by name. Empty for a weighting without components.
 
     Examples:
         >>> Explained(column=3, weight=1.5, parts={}).weight
@@ -41,16 +41,16 @@ class Explained:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The negatives of an anchor that weigh most and least, as `explain` finds them. Printed, it is a table.
+    """The negatives of an anchor with the largest and the smallest weights. Print it to see a table.
 
     Attributes:
-        anchor: Which one.
-        weighting: How much each negative counts.
-        negatives: How many the anchor has.
-        most: Those of most weight, the heaviest first.
-        least: Those of least weight that are not among `most`, the lightest last.
-        rest: What is added to a negative's parts to give the logarithm of its weight, the same for all negatives of the
-            anchor; None where the parts add up to the weight itself, and where there are none.
+        anchor: The index of the anchor.
+        weighting: The weighting that was explained.
+        negatives: The number of negatives of the anchor.
+        most: The negatives with the largest weights, the largest first.
+        least: The negatives with the smallest weights that are not in `most`, the smallest last.
+        rest: The constant that makes the parts add up to the logarithm of the weight. It is the same for all negatives
+            of the anchor. None if the parts add up to the weight itself, or if there are no parts.
 
     Examples:
         >>> views = torch.eye(4)
@@ -99,19 +99,19 @@ class Explanation:
         return "  ".join([f"{negative.column:6}", f"{negative.weight:6.3f}", *parts])
 
     def plot(self, axes: Axes | None = None, *, labels: Sequence[str] | None = None) -> Axes:
-        """Draws what each component gave to the negatives that weigh most and least, with matplotlib.
+        """Plots the contribution of each component to the weights with matplotlib, as horizontal bars.
 
         Args:
-            axes: Where to; a figure of its own by default.
-            labels: What the pool's columns are called [m], to name the negatives by; their numbers by default.
+            axes: The axes to draw into. By default those of a new figure.
+            labels: A name for each column of the pool [m]. By default the numbers of the columns.
 
         Returns:
-            The axes drawn to.
+            The axes.
 
         Raises:
-            ImportError: Where matplotlib is missing.
-            TypeError: For one text in the place of labels.
-            ValueError: For fewer labels than the pool has columns.
+            ImportError: If matplotlib is not installed.
+            TypeError: If `labels` is a single string.
+            ValueError: If a negative in the plot has no label.
 
         Examples:
             >>> explanation = explain(two_views(torch.randn(8, 4), torch.randn(8, 4), 0.5), UnDiMix(), anchor=0)
@@ -178,34 +178,36 @@ def _short(label: str) -> str:
 
 
 def explain(contrast: Contrast, weighting: Weighting, anchor: int, k: int = 5) -> Explanation:
-    """Which of an anchor's negatives weigh most and least, and what each component gave to that.
+    """Finds the negatives of an anchor with the largest and the smallest weights, and says why they have them.
 
-    Of `UnDiMix` with geometric mixing a part is strength times hardness times the standardised score, and
+    For `UnDiMix` with geometric mixing, the part of a component is hardness times strength times standardised score:
 
-        log w_ij = h * l_A * A~_ij + h * l_I * I~_ij + h * l_V * V~_ij + rest_i;
+        log w_ij = h * l_A * A~_ij + h * l_I * I~_ij + h * l_V * V~_ij + rest_i
 
-    with linear mixing a part is `n_i * l_A * softmax(h * A~)_ij`, and so on, and `w_ij` is the sum. Other weightings
-    have weights alone.
+    With linear mixing, the parts are `n_i * l_A * softmax(h * A~)_ij` and so on, and `w_ij` is their sum. For other
+    weightings only the weights are given.
 
-    It asks nothing of other processes, so that one alone can call it. Where the pool is gathered, the influence needs
-    the anchors of all: a contrast has them, unless its pool is a memory bank or two encoders or a guide are compared.
+    A single process can call it alone. If the pool is gathered from several processes, the influence needs the anchors
+    of all of them. The contrast contains these, unless the pool is a memory bank, or two encoders or a guide model are
+    compared.
 
     Args:
-        contrast: What is compared, n anchors and a pool of m.
-        weighting: How much each negative counts.
-        anchor: Which anchor, from 0 to n - 1.
-        k: How many negatives of either kind, at least 1. Where there are fewer than 2k, `most` goes first.
+        contrast: A contrast with n anchors.
+        weighting: The weighting to explain.
+        anchor: The index of the anchor, from 0 to n - 1.
+        k: The number of negatives in `most` and in `least`, at least 1. If the anchor has fewer than 2k negatives,
+            `most` is filled first.
 
     Returns:
-        Their columns, weights and parts. Of equal weights the first columns go first.
+        The columns, weights and parts of these negatives. Negatives of equal weight are in the order of their columns.
 
     Raises:
-        ValueError: For an anchor that is none of the contrast's, a `k` below 1, an influence that needs anchors which
-            other processes have, and as the weighting does.
-        TypeError: For something else than a Contrast and a Weighting.
+        ValueError: If `anchor` is out of range, if `k` is below 1, if the influence needs anchors that only other
+            processes have, or as the weighting does.
+        TypeError: If `contrast` is not a `Contrast` or `weighting` is not a `Weighting`.
 
     References:
-        arXiv 2206.01197, section 3; geometric mixing is ours.
+        UnDiMix, arXiv 2206.01197, section 3. Geometric mixing is ours.
 
     Examples:
         >>> contrast = two_views(torch.randn(8, 4), torch.randn(8, 4), temperature=0.5)

@@ -1,4 +1,4 @@
-"""What the weights do to the negatives while a model trains, in a few numbers."""
+"""Statistics of the negatives and their weights during training."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from undimix_plugins.weightings.weighting import Weighting, check_compared, chec
 
 Observer = Callable[[Contrast, Weighting], object]
 
-COMPONENTS = UnDiMix()  # as it has them by default
+COMPONENTS = UnDiMix()  # its scores, with their default settings
 MOST_ANCHORS = 128
-MOST_PAIRS = 2**20  # of anchors and candidates, unless more anchors are asked for
+MOST_PAIRS = 2**20  # of anchors and candidates, by default
 
 
 @contextmanager
 def watch(observer: Observer) -> Iterator[None]:
-    """Shows an observer what the losses compare, as long as the context lasts: for any loop and any loss.
+    """Context manager that shows a function the contrast of every loss inside it, for any loss and any training loop.
 
-    All losses in this thread or task are watched, each contrast before its loss is worked out. Losses that the observer
-    works out itself are not, nor those under `torch.compile`.
+    All losses in the current thread or asyncio task are watched. The function is called before each loss is computed.
+    Losses that the function computes itself, and losses under `torch.compile`, are not watched.
 
     Args:
-        observer: Is called with a Contrast, whose tensors carry no gradient, and the Weighting; what it returns is
-            ignored.
+        observer: A function that is called with the `Contrast`, whose tensors have no gradient, and the `Weighting`.
+            Its result is ignored.
 
     Examples:
         >>> seen = []
@@ -58,7 +58,7 @@ def watch(observer: Observer) -> Iterator[None]:
 
 
 def without_gradient(contrast: Contrast) -> Contrast:
-    """The contrast, its tensors detached, what is one tensor staying one."""
+    """Returns the contrast with detached tensors. Fields with the same tensor object still share one."""
     tensors = {name: value for name, value in vars(contrast).items() if isinstance(value, Tensor)}
     by_identity = {id(value): value.detach() for value in tensors.values()}
     changes: dict[str, Any] = {name: by_identity[id(value)] for name, value in tensors.items()}
@@ -72,46 +72,46 @@ def without_gradient(contrast: Contrast) -> Contrast:
 def negative_statistics(
     contrast: Contrast, weighting: Weighting, *, labels: Tensor | None = None, most_anchors: int | None = None
 ) -> dict[str, float]:
-    """How a weighting treats a contrast's negatives, averaged over its first anchors.
+    """Computes statistics of a contrast's negatives and their weights, averaged over its first anchors.
 
-    With a pool gathered from all processes these wait for each other, so it is to be called on each.
+    If the pool is gathered from all processes, all of them have to call it.
 
     Args:
-        contrast: What is compared, n anchors and a pool of m.
+        contrast: A contrast with n anchors and a pool of m candidates.
         weighting: How much each negative counts.
-        labels: A class for each of the batch's b samples [b], of any dtype that compares, to find false negatives by.
-            Anchors and pool are taken for whole columns of the batch (its views, its documents), row j of either
-            belonging to sample `j % b`. Refused where that is not so: with a memory bank, the batches of all
-            processes, or several positives (regions of images, nodes of graphs).
-        most_anchors: How many anchors are looked at, at least 1; by default up to 128, and so few that they make about
-            2^20 pairs with the pool.
+        labels: A class for each of the b samples of the batch [b], of any dtype, to find false negatives. Row j of the
+            anchors and row j of the pool must belong to sample `j % b`, as the views or the documents of a batch do.
+            Labels are not accepted with a memory bank, with the batches of all processes, or with several positives
+            (regions of images, nodes of graphs).
+        most_anchors: The most anchors that are used, at least 1. By default 128, or fewer, so that there are about 2^20
+            pairs of anchors and candidates.
 
     Returns:
-        By name a float; a name is left out where no anchor has a value. Anchors whose negatives have no weight, or that
-        have none, are left out of what is said of weights.
+        Floats by name. A name is left out if no anchor has a value. Statistics of weights leave out anchors without
+        negatives, and anchors whose negatives all have weight 0.
 
-        - `hardness`: what the weighting multiplies its scores by, as it is in force: UnDiMix's `hardness`, `beta` of
-          HCL and BCL, `alpha` of a SimilarityPenalty, what `Weighting.strength` names of one's own, the share of
-          another on its way through a warm-up.
-        - `count`: n_i, how many negatives an anchor has.
-        - `effective_number`: of these, `(sum_j w_j)^2 / sum_j w_j^2`, from 1 to n_i (`effective_number`).
-        - `weight_on_hardest`: the share of the weight, from 0 to 1, on the most similar hundredth of the negatives
-          (rounded up); `Uniform()` has their share of the negatives.
-        - `similarity_influence`, `similarity_diversity`, `influence_diversity`: Pearson's correlation of two of
-          UnDiMix's components over an anchor's negatives, from -1 to 1, whatever the weighting (`gradient="embedding"`,
-          `distance="cosine"`); of anchors where both vary.
-        - `gradient_norm`: the length of the anchor's pseudo-labelling gradient, `|delta|` of `influence`; near 0 where
-          the model is confident, and then the influence has little to tell negatives apart by.
-        - With labels `false_negatives`: the share of the negatives, from 0 to 1, that have the anchor's label; and
-          `weight_on_false_negatives`: their share of the weight.
+        - `hardness`: the number that the weighting multiplies its scores by, at the current step of a warm-up:
+          `hardness` of UnDiMix, `beta` of HCL and BCL, `alpha` of SimilarityPenalty, the attribute named by
+          `Weighting.strength` for your own weighting. For other weightings the share of the warm-up, during one.
+        - `count`: the number of negatives of an anchor, n_i.
+        - `effective_number`: the effective number of negatives, `(sum_j w_j)^2 / sum_j w_j^2`, from 1 to n_i.
+        - `weight_on_hardest`: the share of the weight on the most similar hundredth of the negatives (rounded up), from
+          0 to 1. For `Uniform()`, it is their share of the negatives.
+        - `similarity_influence`, `similarity_diversity`, `influence_diversity`: the Pearson correlation of two scores
+          of UnDiMix over an anchor's negatives, from -1 to 1. It is computed for every weighting, with
+          `gradient="embedding"` and `distance="cosine"`, and leaves out anchors for which a score is constant.
+        - `gradient_norm`: the length of the anchor's pseudo-labelling gradient, `|delta|` of `influence`. It is close
+          to 0 if the model is confident. The influence then hardly distinguishes negatives.
+        - `false_negatives`, only with labels: the share of the negatives that have the anchor's label, from 0 to 1.
+        - `weight_on_false_negatives`, only with labels: the share of the weight on these negatives, from 0 to 1.
 
     Raises:
-        ValueError: For labels that are no vector, whose number does not divide those of anchors and pool, or where
-            they can't be used; for `most_anchors` below 1, and as the weighting does.
-        TypeError: For something else than a Contrast and a Weighting.
+        ValueError: If the labels are not a vector, if the numbers of anchors and candidates are not multiples of b, if
+            labels are not accepted for this contrast, if `most_anchors` is below 1, or as the weighting does.
+        TypeError: If `contrast` is not a `Contrast` or `weighting` is not a `Weighting`.
 
     References:
-        Kish: Survey Sampling, 1965 (effective number); arXiv 2206.01197, section 3 (the components).
+        Kish: Survey Sampling, 1965 (effective number); UnDiMix, arXiv 2206.01197, section 3 (scores).
 
     Examples:
         >>> contrast = two_views(torch.randn(8, 4), torch.randn(8, 4), temperature=0.5)
@@ -140,7 +140,7 @@ def negative_statistics(
 
     count = negative.sum(dim=1)
     log_weights = log_weights.masked_fill(~negative, -torch.inf)
-    shares = log_weights.softmax(dim=1)  # NaN without any weight
+    shares = log_weights.softmax(dim=1)  # NaN if all weights are 0
     weighted = (log_weights > -torch.inf).any(dim=1)
     every = torch.ones_like(weighted)
     values = {
@@ -155,14 +155,14 @@ def negative_statistics(
     if same is not None:
         values["false_negatives"] = ((same & negative).to(shares.dtype).sum(dim=1) / count, weighted)
         values["weight_on_false_negatives"] = (shares.masked_fill(~same, 0).sum(dim=1), weighted)
-    # One look at the device for all.
+    # All values are read from the device at once.
     sums = [part.sum().to(shares.dtype) for value, has in values.values() for part in (value.masked_fill(~has, 0), has)]
     means = zip(values, torch.stack(sums).view(-1, 2).tolist(), strict=True)
     return {**in_force, **{name: total / number for name, (total, number) in means if number}}
 
 
 def _tasks(contrast: Contrast) -> tuple[TaskGradients, TaskGradients]:
-    """The tasks' gradients, by the fast path: the plain way takes several times the time and the memory."""
+    """Returns the gradients of the tasks by the fast path, which takes a fraction of the time and memory."""
     if contrast.gathered is not None:
         tasks = COMPONENTS.prepare(contrast).tasks
         assert tasks is not None  # its influence counts
@@ -175,14 +175,14 @@ def _tasks(contrast: Contrast) -> tuple[TaskGradients, TaskGradients]:
 
 
 def _on_hardest(shares: Tensor, similarity: Tensor, count: Tensor) -> Tensor:
-    """The share of the weight on the most similar hundredth of each anchor's `count` negatives [r], rounded up."""
+    """Returns the share of the weight on the most similar hundredth of each anchor's negatives [r], rounded up."""
     places = similarity.topk((similarity.shape[1] + 99) // 100, dim=1).indices
     hardest = torch.arange(places.shape[1], device=places.device) < ((count + 99) // 100)[:, None]
     return shares.gather(1, places).masked_fill(~hardest, 0).sum(dim=1)
 
 
 def _same_label(contrast: Contrast, labels: Tensor, rows: slice) -> Tensor:
-    """Which columns have the label of a block of anchors, bool [r, m]; a ValueError where that is not known."""
+    """Returns which columns have the label of each anchor, bool [r, m]. Raises a ValueError if that is not known."""
     if not isinstance(labels, Tensor) or labels.dim() != 1:
         came = list(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
         raise ValueError(f"labels: expected a label for each sample, of shape [samples], got {came}")
@@ -208,7 +208,13 @@ def _same_label(contrast: Contrast, labels: Tensor, rows: slice) -> Tensor:
 
 
 def mean_statistics(statistics: Iterable[dict[str, float]]) -> dict[str, float]:
-    """The mean of each name over those that have it.
+    """Returns the mean of each statistic over the dictionaries that contain it.
+
+    Args:
+        statistics: Dictionaries as `negative_statistics` returns them.
+
+    Returns:
+        The means by name.
 
     Examples:
         >>> mean_statistics([{"count": 2.0}, {"count": 4.0, "effective_number": 1.5}])

@@ -1,4 +1,4 @@
-"""The importance weights themselves, and what they come to."""
+"""The importance weights of a contrast, and their effective number."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from undimix_plugins.weightings.weighting import Weighting, check_compared
 
 
 def importance_weights(contrast: Contrast, weighting: Weighting) -> Tensor:
-    """The weights themselves, to look at: what each negative of each anchor counts.
+    """Returns the weight of each negative of each anchor, for inspection.
 
-    Of a pool gathered from all processes without their anchors (a memory bank's), each process has to call it.
+    All processes have to call it if the pool is gathered from them and does not contain their anchors (a memory bank).
 
     Args:
-        contrast: What is compared, n anchors and a pool of m.
-        weighting: How.
+        contrast: A contrast with n anchors and a pool of m candidates.
+        weighting: How much each negative counts.
 
     Returns:
-        Weights [n, m] without gradient, 0 in the columns that are no negatives of an anchor.
+        Weights [n, m], floating point, without gradient. 0 in columns that are not negatives of an anchor.
 
     Raises:
-        TypeError: For something else than a Contrast and a Weighting.
+        TypeError: If `contrast` is not a `Contrast` or `weighting` is not a `Weighting`.
+        ValueError: As the weighting does.
 
     Examples:
         >>> contrast = two_views(torch.randn(4, 8), torch.randn(4, 8), temperature=0.5)
@@ -39,13 +40,20 @@ def importance_weights(contrast: Contrast, weighting: Weighting) -> Tensor:
 
 
 def effective_number(weights: Tensor) -> Tensor:
-    """The effective number of negatives of each anchor, `(sum_j w_j)^2 / sum_j w_j^2` (Kish 1965).
+    """Returns the effective number of negatives of each anchor (Kish 1965).
+
+        n_eff = (sum_j w_j)^2 / sum_j w_j^2
 
     Args:
-        weights: Importance weights [n, m], 0 for what is no negative.
+        weights: Importance weights [n, m], at least 0, and 0 in columns that are not negatives, as from
+            `importance_weights`.
 
     Returns:
-        [n], from 1 (one negative has all the weight) to the number of negatives (all count the same); 0 without any.
+        [n], same dtype, from 1 (one negative has all the weight) to the number of negatives (all weights are equal). 0
+        if all weights are 0.
+
+    References:
+        Kish: Survey Sampling, 1965.
 
     Examples:
         >>> effective_number(torch.tensor([[1.0, 1.0, 0.0], [2.0, 0.0, 0.0]]))

@@ -23,8 +23,8 @@ from undimix_plugins import (
     info_nce,
     two_views,
 )
+from undimix_plugins.masked import mean_one
 from undimix_plugins.toolkit import as_full_precision, log_sums
-from undimix_plugins.weightings.weighting import mean_one
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 

@@ -29,9 +29,9 @@ from undimix_plugins import (
     two_views,
     watch,
 )
-from undimix_plugins.loss import OBSERVERS
 from undimix_plugins.monitoring import statistics
 from undimix_plugins.monitoring.statistics import mean_statistics
+from undimix_plugins.plan import OBSERVERS
 from undimix_plugins.toolkit import GatheredPool, log_sums, mean_loss
 
 CASES = {

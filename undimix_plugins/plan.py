@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +12,15 @@ from torch import Tensor
 from undimix_plugins.blocks import blocks_of, fits
 from undimix_plugins.checks import values_are_free
 from undimix_plugins.contrast import Contrast
+from undimix_plugins.rows import full_precision, in_backward
+from undimix_plugins.scoped import Scoped
 from undimix_plugins.weightings.undimix import UnDiMix, mix_of
-from undimix_plugins.weightings.weighting import Weighting
+from undimix_plugins.weightings.weighting import Weighting, check_compared
 
 AUTOGRAD_MATRICES = 8  # matrices [anchors, pool] that autograd keeps for a weighted sum
+
+# Functions registered by `undimix_plugins.monitoring.statistics.watch`, called with each contrast before its loss.
+OBSERVERS = Scoped[Callable[[Contrast, Weighting], None]]("watch")
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +58,7 @@ class Plan:
 
 
 def planned(contrast: Contrast, weighting: Weighting, *, one_positive: bool = False) -> Plan:
-    """Returns the plan of a loss. Call it with autocast disabled.
+    """Chooses what is compared, prepares the weighting, shows both to observers, and returns the plan of the loss.
 
     Args:
         contrast: The anchors, positives and candidates.
@@ -70,6 +76,7 @@ def planned(contrast: Contrast, weighting: Weighting, *, one_positive: bool = Fa
         >>> plan.alike, plan.sums_needed
         (True, False)
     """
+    check_compared(contrast, weighting)
     chosen = weighting.choose(contrast)
     if one_positive and chosen.positive_columns is not contrast.positive_columns:
         raise ValueError(
@@ -81,14 +88,16 @@ def planned(contrast: Contrast, weighting: Weighting, *, one_positive: bool = Fa
     learned = isinstance(chosen.temperature, Tensor) and chosen.temperature.requires_grad
     if mix is not None and learned and mix.carries_gradient and torch.is_grad_enabled():
         mix = None
-    if compiled:
-        prepared = weigher.prepare(chosen)  # the compiler does its own tiling
-    elif mix is not None:
-        # Once, and not again in a backward pass: it waits for other processes.
-        prepared = mix.prepare(chosen) if mix.influence and chosen.gathered is not None else None
-    else:
-        prepared = None if alike else weigher.prepare(chosen)
-    by_autograd = compiled or (not alike and mix is None and _carries_gradient(weigher, prepared))
+    with full_precision(chosen.pool):
+        if compiled:
+            prepared = weigher.prepare(chosen)  # the compiler does its own tiling
+        elif mix is not None:
+            # Once, and not again in a backward pass: it waits for other processes.
+            prepared = mix.prepare(chosen) if mix.influence and chosen.gathered is not None else None
+        else:
+            prepared = None if alike else weigher.prepare(chosen)
+        by_autograd = compiled or (not alike and mix is None and _carries_gradient(weigher, prepared))
+        _show(contrast, weighting, compiled)
     combines = weighting._combines()
     whole = compiled or fits(chosen.anchors, chosen.pool, AUTOGRAD_MATRICES)
     return Plan(
@@ -113,3 +122,14 @@ def _carries_gradient(weigher: Weighting, prepared: Any) -> bool:
         return False
     log_weights = weigher.log_weights(prepared, slice(0, 1))
     return isinstance(log_weights, Tensor) and log_weights.requires_grad
+
+
+def _show(contrast: Contrast, weighting: Weighting, compiled: bool) -> None:
+    """Calls the observers with the contrast, after the weighting has been prepared (and, if it learns, fitted)."""
+    if compiled:
+        return
+    # Activation checkpointing runs the forward pass again in the backward pass: it has been shown before.
+    if (observers := OBSERVERS.values()) and not in_backward():
+        with OBSERVERS.holding_nothing():  # they may compute losses, too
+            for observer in observers:
+                observer(contrast, weighting)

@@ -25,12 +25,13 @@ from undimix_plugins.contrast import (
 )
 from undimix_plugins.distributed import check_equal_batches, gather_constants, gather_parts, processes
 from undimix_plugins.last_layer import LastLayer
-from undimix_plugins.loss import LogSums, decoupled, info_nce, log_sums, mean_loss, weighted_log_sum
+from undimix_plugins.loss import decoupled, info_nce, log_sums, mean_loss
 from undimix_plugins.monitoring.statistics import mean_statistics, negative_statistics, watch
 from undimix_plugins.monitoring.warmup import check_warmup, hardness_share, set_hardness, weighted_losses
 from undimix_plugins.rows import as_full_precision, to_length_one, unit_rows
 from undimix_plugins.scoped import Scoped
 from undimix_plugins.settings import constant
+from undimix_plugins.sums import LogSums, weighted_log_sum
 from undimix_plugins.weighted_loss import WeightedLoss, chosen_weighting, joined_class, require, reweight
 from undimix_plugins.weightings.weighting import Weighting
 

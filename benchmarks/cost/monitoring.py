@@ -21,7 +21,7 @@ from torchvision.models import resnet18
 from benchmarks.cost.speed import Step, seconds, training
 from examples._shared.images import Digits
 from undimix_plugins import Contrast, UnDiMix, Weighting, hardness_share, negative_statistics, undimix, watch
-from undimix_plugins.loss import OBSERVERS
+from undimix_plugins.plan import OBSERVERS
 from undimix_plugins.toolkit import WeightedLoss, set_hardness
 
 EVERY = 50

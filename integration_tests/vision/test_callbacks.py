@@ -25,7 +25,7 @@ from transformers import Trainer, TrainingArguments
 
 from undimix_lightly import HardnessWarmup, MemoryBankCheckpoint, NegativeStatistics
 from undimix_plugins import HCL, UnDiMix, Uniform, negative_statistics, two_views, undimix
-from undimix_plugins.loss import OBSERVERS
+from undimix_plugins.plan import OBSERVERS
 
 pytestmark = pytest.mark.usefixtures("frozen")
 

@@ -18,7 +18,7 @@ from undimix_plugins.contrast import Contrast, LastLayerInputs
 from undimix_plugins.fast.logits import Logits, row_lengths
 from undimix_plugins.fast.numerators import workspace
 from undimix_plugins.fast.tasks import all_task_gradients
-from undimix_plugins.loss import OBSERVERS
+from undimix_plugins.plan import OBSERVERS
 from undimix_plugins.rows import full_precision
 from undimix_plugins.weightings.undimix import Prepared, UnDiMix, mix_of
 from undimix_plugins.weightings.weighting import Weighting, check_compared, checked

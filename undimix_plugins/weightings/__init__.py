@@ -1,5 +1,6 @@
 """The weightings, one class for each method, and what you need to write your own."""
 
+from undimix_plugins.masked import mean_one
 from undimix_plugins.weightings.bcl import BCL
 from undimix_plugins.weightings.compose import compose
 from undimix_plugins.weightings.debiased import Debiased
@@ -14,7 +15,7 @@ from undimix_plugins.weightings.progcl import ProGCL
 from undimix_plugins.weightings.ring import Ring
 from undimix_plugins.weightings.similarity_penalty import SimilarityPenalty
 from undimix_plugins.weightings.undimix import UnDiMix
-from undimix_plugins.weightings.weighting import EqualWeights, Terms, Uniform, Weighting, mean_one
+from undimix_plugins.weightings.weighting import EqualWeights, Terms, Uniform, Weighting
 
 __all__ = [
     "BCL",

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from undimix_plugins.checks import check_number, check_strength
 from undimix_plugins.contrast import Contrast
+from undimix_plugins.masked import mean_one
 from undimix_plugins.settings import constant
 from undimix_plugins.weightings.debiased import debiased
-from undimix_plugins.weightings.weighting import Weighting, check_share, mean_one
+from undimix_plugins.weightings.weighting import Weighting, check_share
 
 
 @constant

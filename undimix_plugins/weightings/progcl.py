@@ -13,9 +13,10 @@ from undimix_plugins.blocks import blocks_of
 from undimix_plugins.checks import check_number, check_whole
 from undimix_plugins.components import equality_key, first_copies
 from undimix_plugins.contrast import Contrast
+from undimix_plugins.masked import mean_one
 from undimix_plugins.rows import full_precision, in_backward
 from undimix_plugins.settings import loadable
-from undimix_plugins.weightings.weighting import Uniform, Weighting, mean_one
+from undimix_plugins.weightings.weighting import Uniform, Weighting
 
 COLUMNS = 100  # most columns of the pool whose similarities a mixture is fitted to
 TINY = 1e-12  # least similarity and responsibility, as in the authors' code

@@ -12,9 +12,10 @@ from torch import Tensor
 from undimix_plugins.checks import LARGEST, check_choice, check_number
 from undimix_plugins.components import TaskGradients, mean_distances, task_gradients
 from undimix_plugins.contrast import Contrast
+from undimix_plugins.masked import mean_one
 from undimix_plugins.rows import full_precision
 from undimix_plugins.settings import constant
-from undimix_plugins.weightings.weighting import Terms, Weighting, check_share, mean_one
+from undimix_plugins.weightings.weighting import Terms, Weighting, check_share
 
 # A deviation below this many eps of the terms of a score is a rounding error. Equal rows must get the same weight.
 ROUNDING = 32

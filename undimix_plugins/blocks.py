@@ -56,7 +56,19 @@ def blocks(count: int, row_bytes: int, kept: bool) -> list[slice]:
 
 
 def blocks_of(anchors: Tensor, pool: Tensor) -> list[slice]:
-    """Returns the blocks of anchors whose scores are computed at once."""
+    """Returns the blocks of anchors whose scores are computed at once.
+
+    Args:
+        anchors: Embeddings [n, d].
+        pool: The candidates [m, d].
+
+    Returns:
+        Slices of the anchors, in order.
+
+    Examples:
+        >>> blocks_of(torch.zeros(100, 8), torch.zeros(2**16, 8))
+        [slice(0, 64, None), slice(64, 100, None)]
+    """
     return blocks(len(anchors), len(pool) * pool.element_size(), fits(anchors, pool))
 
 
@@ -78,17 +90,32 @@ def rows_at_once(width: int, least: int = 1) -> int:
 
 
 def is_wide(columns: Tensor) -> bool:
-    """Whether more columns [n, k] are listed for each row than 64. A mask of the whole pool is then cheaper."""
+    """Whether more than 64 columns [n, k] are listed for each row. A mask of the whole pool is then cheaper.
+
+    Examples:
+        >>> is_wide(torch.zeros(4, 2)), is_wide(torch.zeros(4, 65))
+        (False, True)
+    """
     return columns.shape[1] > WIDE
 
 
 def tile_size(rows: Tensor) -> int:
-    """Returns how many rows and columns a tile of the products `rows @ rows.T` has on this device."""
+    """Returns how many rows and columns a tile of the products `rows @ rows.T` has on the device of the rows.
+
+    Examples:
+        >>> tile_size(torch.zeros(2048, 8))
+        512
+    """
     return TILE if rows.device.type == "cpu" else DEVICE_TILE
 
 
 def tile_pairs(rows: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Yields the tiles on and above the diagonal of `rows @ rows.T`, as pairs of slices (rows, columns)."""
+    """Yields the tiles on and above the diagonal of `rows @ rows.T`, as pairs of slices (rows, columns).
+
+    Examples:
+        >>> [(rows.start, columns.start) for rows, columns in tile_pairs(torch.zeros(1024, 8))]
+        [(0, 0), (0, 512), (512, 512)]
+    """
     size, count = tile_size(rows), len(rows)
     tiles = [slice(start, min(start + size, count)) for start in range(0, count, size)]
     return ((rows, columns) for place, rows in enumerate(tiles) for columns in tiles[place:])

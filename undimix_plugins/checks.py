@@ -32,6 +32,10 @@ def may_look(tensor: Tensor, what: str) -> bool:
     Args:
         tensor: The tensor to read.
         what: The name of the warning.
+
+    Examples:
+        >>> may_look(torch.zeros(3), "debiasing")
+        True
     """
     if values_are_free(tensor):
         return True
@@ -44,6 +48,12 @@ def may_look(tensor: Tensor, what: str) -> bool:
 def values_are_free(tensor: Tensor) -> bool:
     """Whether reading a tensor's values costs no device-host synchronisation and no graph break.
 
+    Args:
+        tensor: The tensor to read.
+
+    Returns:
+        True for a tensor on the CPU, unless `torch.compile` traces the call.
+
     Examples:
         >>> values_are_free(torch.zeros(3))
         True
@@ -52,12 +62,22 @@ def values_are_free(tensor: Tensor) -> bool:
 
 
 def largest_product(dtype: torch.dtype) -> float:
-    """Returns the largest row length and logit that are accepted, so that sums of their squares do not overflow."""
+    """Returns the largest row length and logit that are accepted, so that sums of their squares do not overflow.
+
+    Examples:
+        >>> largest_product(torch.float32)
+        1000000000000000.0
+    """
     return 1e150 if dtype == torch.float64 else 1e15
 
 
 def length_of_all(rows: Tensor) -> float:
-    """Returns the length of all rows as one vector, computed in full precision."""
+    """Returns the length of all rows as one vector, computed in full precision.
+
+    Examples:
+        >>> length_of_all(torch.tensor([[3.0], [4.0]]))
+        5.0
+    """
     dtype = torch.promote_types(rows.dtype, torch.float32)
     return float(torch.linalg.vector_norm(rows.detach(), dtype=dtype))
 
@@ -90,6 +110,11 @@ def check_kinds(**embeddings: Tensor) -> None:
 
     Raises:
         ValueError: As `check_embeddings` does, except for values.
+
+    Examples:
+        >>> check_kinds(z0=torch.zeros(4, 8), z1=torch.zeros(4, 8, dtype=torch.float64))
+        Traceback (most recent call last):
+        ValueError: z1: expected torch.float32, as z0 has, got torch.float64
     """
     first_name, first = next(iter(embeddings.items()))
     for name, rows in embeddings.items():
@@ -156,6 +181,10 @@ def check_lengths(embeddings: Mapping[str, Tensor], lengths: Mapping[str, float]
 
     Raises:
         ValueError: If a row is longer than 1e15 (1e150 in float64).
+
+    Examples:
+        >>> rows = torch.ones(4, 8)
+        >>> check_lengths({"z": rows}, check_finite(z=rows))
     """
     for name, length in lengths.items():
         most = largest_product(embeddings[name].dtype)
@@ -271,6 +300,11 @@ def check_inputs(anchors: Tensor, pool: Tensor, anchor_inputs: Tensor | None, po
     Raises:
         ValueError: If only one of the inputs is given, if they do not have a row for each anchor and candidate, if they
             are on another device, or as `check_embeddings` does.
+
+    Examples:
+        >>> check_inputs(torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(2, 6), torch.zeros(2, 6))
+        Traceback (most recent call last):
+        ValueError: pool_inputs: expected 3 rows, as pool has, got 2
     """
     if anchor_inputs is None and pool_inputs is None:
         return
@@ -296,6 +330,10 @@ def check_that_logits_fit(
 
     Raises:
         ValueError: If a logit could exceed 1e15 (1e150 in float64).
+
+    Examples:
+        >>> rows = {name: torch.ones(2, 4) for name in ("anchors", "positives", "pool")}
+        >>> check_that_logits_fit(rows, check_finite(**rows), temperature=0.05)
     """
     held = temperature.detach() if isinstance(temperature, Tensor) else temperature
     bound = largest_product(torch.promote_types(rows["pool"].dtype, torch.float32))
@@ -324,6 +362,10 @@ def check_scalar_temperature(temperature: float | Tensor, dtype: torch.dtype) ->
     Raises:
         ValueError: If the temperature is not a finite number above 0, or not a floating-point tensor with one element.
             The value of a tensor is only checked on the CPU.
+
+    Examples:
+        >>> check_scalar_temperature(torch.tensor([0.5]), torch.float32)
+        tensor(0.5000)
     """
     if not isinstance(temperature, Tensor):
         return check_number("temperature", temperature, above=0)
@@ -351,6 +393,10 @@ def check_anchor_weights(weights: Tensor, anchors: Tensor) -> Tensor:
     Raises:
         ValueError: If the weights have another shape or device, if they are complex or sparse, or (on the CPU) if one
             is not from 0 to 1e30.
+
+    Examples:
+        >>> check_anchor_weights(torch.tensor([1, 2]), torch.zeros(2, 4))
+        tensor([1., 2.])
     """
     if not isinstance(weights, Tensor) or weights.shape != anchors.shape[:1]:
         came = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__

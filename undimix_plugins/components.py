@@ -147,7 +147,11 @@ class TaskGradients(NamedTuple):
     terms: Tensor
 
     def at_scale(self, temperature: float | Tensor) -> Tensor:
-        """Returns the gradients delta [rows, d] at this temperature."""
+        """Returns the gradients delta [rows, d].
+
+        Args:
+            temperature: The temperature t of the tasks, a number above 0 or a scalar tensor.
+        """
         return self.log_scale.exp()[:, None] * self.direction / temperature
 
     def along_sphere(self, rows: Tensor) -> TaskGradients:
@@ -184,6 +188,11 @@ def task_gradients(
 
     Returns:
         The gradients of the n anchors and of the m candidates. With `gathered`, all processes have to call it.
+
+    Examples:
+        >>> of_anchors, of_pool = task_gradients(torch.randn(4, 8), torch.randn(6, 8), 0.5, None, None)
+        >>> of_anchors.direction.shape, of_pool.direction.shape
+        (torch.Size([4, 8]), torch.Size([6, 8]))
     """
     self_contrast = own_columns is None and anchors is pool
     columns = torch.arange(len(pool), device=pool.device)
@@ -286,6 +295,14 @@ def equality_key(rows: Tensor, number: int) -> Tensor:
     """Returns a key for each row [rows], floating point. Equal rows have equal keys.
 
     Different rows differ in key 0 or in key 1, except by an unlikely coincidence.
+
+    Args:
+        rows: Rows [rows, d], floating point.
+        number: Which key, 0 or 1.
+
+    Examples:
+        >>> equality_key(torch.tensor([[1.0, 2.0], [2.0, 1.0]]), number=0)
+        tensor([3., 3.])
     """
     # Sums along each row. The rounding of matrix products, or of sums across rows, depends on the place of a row.
     rows = rows.contiguous()
@@ -298,6 +315,13 @@ def groups(rows: Tensor) -> Tensor | None:
     """Returns a group number for each row [rows], int64. Equal rows have equal numbers.
 
     The result is None if no two rows are equal. This is only found on the CPU, where values can be read at no cost.
+
+    Args:
+        rows: Rows [rows, d], floating point.
+
+    Examples:
+        >>> groups(torch.tensor([[1.0, 2.0], [0.0, 1.0], [1.0, 2.0]]))
+        tensor([1, 0, 1])
     """
     first = equality_key(rows, 0)
     ordered = first.sort().values
@@ -372,7 +396,20 @@ def diversity(pool: Tensor, excluded: Tensor, *, distance: str = "cosine") -> Te
 
 
 def mean_distances(pool: Tensor, negative: Tensor, distance: str) -> Tensor:
-    """Returns `diversity` [n, m] for the negatives marked in a mask, bool [n, m]."""
+    """Returns `diversity` for the negatives that a mask marks.
+
+    Args:
+        pool: The candidates [m, d], floating point.
+        negative: Which columns are negatives of an anchor, bool [n, m].
+        distance: "cosine" or "euclidean".
+
+    Returns:
+        Mean distances [n, m], same dtype as `pool`. Ignore the values in columns that are not negatives.
+
+    Examples:
+        >>> mean_distances(torch.tensor([[0.0], [3.0], [5.0]]), torch.ones(1, 3, dtype=torch.bool), "euclidean")
+        tensor([[4.0000, 2.5000, 3.5000]])
+    """
     among = negative.to(pool.dtype)
     count = among.sum(dim=1, keepdim=True)
     others = (count - 1).clamp(min=1)
@@ -395,8 +432,19 @@ def mean_distances(pool: Tensor, negative: Tensor, distance: str) -> Tensor:
 
 
 def euclidean_distances(left: Tensor, right: Tensor) -> Tensor:
-    """Returns Euclidean distances [l, r], computed from differences.
+    """Returns Euclidean distances, computed from differences.
 
     `|a|^2 + |b|^2 - 2ab` would be dominated by rounding errors for near-duplicates.
+
+    Args:
+        left: Rows [l, d], floating point.
+        right: Rows [r, d], same dtype.
+
+    Returns:
+        Distances [l, r], same dtype.
+
+    Examples:
+        >>> euclidean_distances(torch.zeros(1, 2), torch.tensor([[3.0, 4.0]]))
+        tensor([[5.]])
     """
     return torch.cdist(left, right, compute_mode="donot_use_mm_for_euclid_dist")

@@ -286,11 +286,21 @@ class Contrast:
         """Returns the similarity of each anchor to its row of `positives`, divided by the temperature [n].
 
         If `has_own_positive` is False, this is the mean over the positives in the pool.
+
+        Examples:
+            >>> in_batch_negatives(torch.eye(3), torch.eye(3), temperature=0.5).own_positive_logits()
+            tensor([2., 2., 2.])
         """
         return (self.anchors * self.positives).sum(dim=1) / self.held_temperature
 
     def positive_logits(self) -> Tensor:
-        """Returns the logits of the positives [n]: the mean for several positives, 0 for none."""
+        """Returns the logit of each anchor's positive [n]: the mean for several positives, 0 for none.
+
+        Examples:
+            >>> contrast = in_batch_negatives(torch.eye(3), torch.eye(3), temperature=0.5)
+            >>> contrast.with_positives(torch.tensor([[1], [-1], [-1]])).positive_logits()
+            tensor([1., 2., 2.])
+        """
         own, columns = self.own_positive_logits(), self.positive_columns
         if columns is None or not self.has_own_positive:
             return own
@@ -383,12 +393,22 @@ class Contrast:
 
     @property
     def is_own_pool(self) -> bool:
-        """Whether anchors and pool are the same rows: anchor i is row i of the pool."""
+        """Whether anchors and pool are the same rows: anchor i is row i of the pool.
+
+        Examples:
+            >>> two_views(torch.randn(4, 8), torch.randn(4, 8), temperature=0.5).is_own_pool
+            True
+        """
         return self.anchors is self.pool and self.own_columns is None
 
     @property
     def count(self) -> Tensor:
-        """The number of negatives of each anchor [n], in the dtype of the rows."""
+        """The number of negatives of each anchor [n], in the dtype of the rows.
+
+        Examples:
+            >>> in_batch_negatives(torch.randn(3, 8), torch.randn(3, 8), temperature=0.05).count
+            tensor([2., 2., 2.])
+        """
         if self.excluded_mask is None:
             return (len(self.pool) - (self.excluded >= 0).sum(dim=1)).to(self.pool.dtype)
         step = rows_at_once(len(self.pool))
@@ -397,7 +417,20 @@ class Contrast:
 
 
 def mean_of_rows(rows: Tensor, columns: Tensor) -> Tensor:
-    """Returns the mean of `rows[columns]` for each row of `columns` [n, k], padded with -1; 0 if it lists none."""
+    """Returns the mean of `rows[columns]` for each row of `columns`.
+
+    Args:
+        rows: Rows [m, d], floating point.
+        columns: Integers [n, k], each at most once in a row, padded with -1.
+
+    Returns:
+        Means [n, d], same dtype as `rows`; 0 for a row that lists no column.
+
+    Examples:
+        >>> mean_of_rows(torch.eye(2), torch.tensor([[0, 1], [-1, -1]]))
+        tensor([[0.5000, 0.5000],
+                [0.0000, 0.0000]])
+    """
     return sum_of_rows(rows, columns) / (columns >= 0).sum(dim=1, keepdim=True).clamp(min=1)
 
 
@@ -406,6 +439,21 @@ def with_gradient_of(temperature: float | Tensor, anchors: Tensor, positives: Te
 
     Logits are bilinear in the rows. So the rows, multiplied by a factor of value 1 that depends on the temperature,
     carry its whole gradient.
+
+    Args:
+        temperature: The temperature, a number or a scalar tensor.
+        anchors: Embeddings [n, d].
+        positives: The positive of each anchor [n, d].
+        pool: The candidates [m, d]. It may be the same tensor object as `anchors`.
+
+    Returns:
+        The three tensors. They are the arguments themselves if the temperature has no gradient.
+
+    Examples:
+        >>> z, t = torch.eye(2), torch.tensor(0.5, requires_grad=True)
+        >>> anchors, positives, pool = with_gradient_of(t, z, z, z)
+        >>> torch.autograd.grad((anchors @ pool.T / t.detach()).sum(), t)[0]  # of 2 / t
+        tensor(-8.)
     """
     if not isinstance(temperature, Tensor) or not temperature.requires_grad:
         return [anchors, positives, pool]
@@ -418,7 +466,12 @@ def with_gradient_of(temperature: float | Tensor, anchors: Tensor, positives: Te
 
 
 def holds_all_anchors(contrast: Contrast) -> bool:
-    """Whether the contrast contains the anchors of all processes, which the influence needs."""
+    """Whether the contrast contains the anchors of all processes, which the influence needs.
+
+    Examples:
+        >>> holds_all_anchors(two_views(torch.randn(4, 8), torch.randn(4, 8), temperature=0.5))
+        True
+    """
     gathered = contrast.gathered
     if gathered is None or isinstance(gathered.anchors, Tensor):
         return True
@@ -429,6 +482,17 @@ def alone(contrast: Contrast) -> Contrast:
     """Returns the contrast without collectives, so that one process can work on it alone.
 
     The influence raises a ValueError if the contrast does not contain the anchors of all processes.
+
+    Args:
+        contrast: The anchors, positives and candidates.
+
+    Returns:
+        The contrast itself if its pool is not gathered, otherwise a new one of the same tensors.
+
+    Examples:
+        >>> contrast = two_views(torch.randn(4, 8), torch.randn(4, 8), temperature=0.5)
+        >>> alone(contrast) is contrast
+        True
     """
     gathered, pool = contrast.gathered, contrast.pool.detach()
     if gathered is None:
@@ -572,7 +636,23 @@ def same_label(of_anchors: Tensor, of_pool: Tensor) -> ExcludedMask:
 
 
 def kept_mask(mask: ExcludedMask, contrast: Contrast) -> ExcludedMask:
-    """Returns an expensive mask that is computed once, if the mask of all anchors is small enough to be kept."""
+    """Returns a mask that is computed once, if the mask of all anchors is small enough to be kept.
+
+    Use it for a mask that is expensive to compute.
+
+    Args:
+        mask: A function from a block of r anchors to a mask, bool [r, m].
+        contrast: The contrast with these anchors.
+
+    Returns:
+        A function from a block of r anchors to the same mask. `mask` itself for a large contrast.
+
+    Examples:
+        >>> contrast = in_batch_negatives(torch.randn(3, 8), torch.randn(3, 8), temperature=0.05)
+        >>> mask = kept_mask(same_label(torch.tensor([0, 1, 0]), torch.tensor([0, 1, 0])), contrast)
+        >>> mask(slice(0, 1))
+        tensor([[ True, False,  True]])
+    """
     if len(contrast.anchors) > rows_at_once(len(contrast.pool), least=0):
         return mask
     of_all = mask(slice(0, len(contrast.anchors)))

@@ -16,7 +16,10 @@ REFUSED = -1  # the count of a batch that a process has refused
 
 
 def processes() -> int:
-    """Returns the number of processes of the default process group, or 1 if torch.distributed is not initialised.
+    """Returns the number of processes of the default process group.
+
+    Returns:
+        The world size, or 1 if torch.distributed is not initialised.
 
     Examples:
         >>> processes()

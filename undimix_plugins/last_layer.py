@@ -88,6 +88,13 @@ class LastLayer:
             ValueError: If the latest calls gave another number of rows or another width, if outputs were changed in
                 place, or if copies have other values. On devices other than the CPU, only the first copies are
                 compared.
+
+        Examples:
+            >>> layer = torch.nn.Linear(4, 2)
+            >>> last = LastLayer(layer)
+            >>> z = layer(torch.randn(6, 4))
+            >>> [inputs.shape for inputs in last.inputs_of(z[:3], z[3:])]
+            [torch.Size([3, 4]), torch.Size([3, 4])]
         """
         calls, rows = self.calls, sum(map(len, embeddings))
         self.asked, self.most = True, max(self.most or 0, 2 * rows)
@@ -173,6 +180,10 @@ def inputs_over_lengths(inputs: Tensor, embeddings: Tensor, normalized: bool) ->
 
     Returns:
         The inputs [rows, h] in full precision, divided by the lengths of the embeddings if these are normalised.
+
+    Examples:
+        >>> inputs_over_lengths(torch.ones(1, 2), torch.tensor([[3.0, 4.0]]), normalized=True)
+        tensor([[0.2000, 0.2000]])
     """
     inputs = as_full_precision(inputs)
     if not normalized:

@@ -75,12 +75,22 @@ def to_length_one(rows: Tensor) -> Tensor:
 
 
 def least_length(dtype: torch.dtype) -> float:
-    """Returns the smallest length of a row that has a direction, for embeddings of this dtype."""
+    """Returns the smallest length of a row that has a direction, for embeddings of this dtype.
+
+    Examples:
+        >>> least_length(torch.float32)
+        1e-12
+    """
     return max(float(torch.finfo(dtype).tiny), 1e-12)
 
 
 def in_backward() -> bool:
-    """Whether a backward pass is running. Activation checkpointing then runs a forward pass again."""
+    """Whether a backward pass is running. Activation checkpointing then runs a forward pass again.
+
+    Examples:
+        >>> in_backward()
+        False
+    """
     return int(torch._C._current_graph_task_id()) != -1  # as torch's own checkpointing asks
 
 

@@ -117,6 +117,14 @@ class WeightedLoss(nn.Module):
 
         Raises:
             ValueError: If the embeddings are not the outputs of the layer.
+
+        Examples:
+            >>> class MyLoss(WeightedLoss):
+            ...     weighting = UnDiMix(gradient="weight")
+            >>> layer, loss = torch.nn.Linear(4, 2), MyLoss()
+            >>> loss.set_options(last_layer=layer)
+            >>> [inputs.shape for inputs in loss.inputs_of(layer(torch.randn(3, 4)))]
+            [torch.Size([3, 4])]
         """
         if self.last_layer is None or not self.weighting.needs_last_layer:
             return None
@@ -132,7 +140,16 @@ class WeightedLoss(nn.Module):
 
 
 def full_weighting(loss: WeightedLoss) -> Weighting:
-    """Returns the weighting that a loss has after its warm-up, or its present one if there is no warm-up."""
+    """Returns the weighting that a loss has after its warm-up, or its present one if there is no warm-up.
+
+    Examples:
+        >>> class MyLoss(WeightedLoss):
+        ...     weighting = UnDiMix(hardness=2.0)
+        >>> loss = MyLoss()
+        >>> set_hardness(loss, 0.25)
+        >>> loss.weighting.hardness, full_weighting(loss).hardness
+        (0.5, 2.0)
+    """
     full, _ = vars(loss).get(WARMING_UP, (loss.weighting, None))
     return full  # type: ignore[no-any-return]
 
@@ -242,7 +259,18 @@ def reweight(
 
 
 def why_no_loss(loss: object) -> str:
-    """Returns why an object is probably not a contrastive loss, to follow its name in a message; empty if it may be."""
+    """Returns why an object is probably not a contrastive loss, to follow its name in a message.
+
+    Args:
+        loss: Any object.
+
+    Returns:
+        The reason and what to do, or an empty string if it may be a contrastive loss.
+
+    Examples:
+        >>> why_no_loss(torch.nn.CrossEntropyLoss())
+        'which compares no anchor with negatives'
+    """
     cls = type(loss)
     named_so = any("loss" in base.__name__.lower() for base in cls.__mro__)
     if isinstance(loss, nn.Module) and not named_so and len(list(loss.parameters())) > 1:  # one may be a temperature

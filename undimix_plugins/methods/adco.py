@@ -129,6 +129,11 @@ class AdCo(nn.Module):
         Raises:
             ValueError: If shapes, dtypes or devices do not match each other or the pool, if batches differ in length
                 between processes, or (on the CPU) if a row is not finite.
+
+        Examples:
+            >>> adversary = AdCo(width=4, size=16, weighting=UnDiMix())
+            >>> adversary(torch.randn(8, 4), torch.randn(8, 4)).dim()
+            0
         """
         queries, keys, own = self._compared(query, key)
         pool = torch.cat([keys, normalize(self.pool, dim=1)])
@@ -146,6 +151,13 @@ class AdCo(nn.Module):
 
         Raises:
             ValueError: As `forward` does.
+
+        Examples:
+            >>> adversary = AdCo(width=4, size=16)
+            >>> before = adversary.pool.clone()
+            >>> adversary.step(torch.randn(8, 4), torch.randn(8, 4))
+            >>> torch.equal(adversary.pool, before)
+            False
         """
         queries, keys, own = self._compared(query.detach(), key)
         with torch.enable_grad(), full_precision(queries):

@@ -140,6 +140,12 @@ class IMix:
         Raises:
             ValueError: If the batch does not have the length of the mixed one, or as `Contrast.of` does.
             TypeError: If `weighting` is not a `Weighting`.
+
+        Examples:
+            >>> mix = IMix()
+            >>> mixed = mix(torch.rand(16, 8))
+            >>> bank = torch.randn(64, 8)
+            >>> loss = mix.n_pair(mixed.inputs, torch.rand(16, 8), mixed, weighting=UnDiMix(), bank=bank)
         """
         queries, keys = unit_rows(queries=queries, keys=keys)
         check_same_length(queries=queries, mixed=mixed.permutation)
@@ -285,6 +291,13 @@ class UnMix:
 
         Raises:
             ValueError: If a batch does not have the length of the mixed one, or if each input has its own lam.
+
+        Examples:
+            >>> x0, x1 = torch.rand(2, 16, 8)
+            >>> criterion = lambda z0, z1: info_nce(two_views(z0, z1, temperature=0.5), UnDiMix())
+            >>> mix = UnMix(P=1.0)
+            >>> mixed = mix(x0)
+            >>> loss = mix.loss(criterion, x0, mixed.inputs, x1, mixed)
         """
         _check_shared(mixed, queries=queries, mixed_queries=mixed_queries, keys=keys)
         of_reversed, of_mixed, plain = _of_one_step(

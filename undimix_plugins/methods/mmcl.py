@@ -116,6 +116,10 @@ class MMCL(nn.Module):
 
         Raises:
             ValueError: If shapes, dtypes or devices do not match, or (on the CPU) if a row is not finite.
+
+        Examples:
+            >>> criterion, z1, z2 = MMCL(sigma=1.0), torch.randn(8, 4), torch.randn(8, 4)
+            >>> loss = (criterion(z1, z2) + criterion(z2, z1)) / 2  # symmetric
         """
         first, second = unit_rows(z1=z1, z2=z2)
         duals = self.duals(z1)

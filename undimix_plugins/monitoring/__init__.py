@@ -1,1 +1,1 @@
-"""What one watches while a model trains: importance weights, statistics, explanations, a warm-up of the hardness."""
+"""Tools to watch a training: importance weights, statistics, explanations, and a warm-up of the hardness."""

@@ -197,6 +197,12 @@ class UnDiMix(Weighting):
         Returns:
             A~, I~ and V~ by the names "similarity", "influence" and "diversity", each [r, m], in the embeddings' dtype;
             0 in columns that are not negatives. A~ has a gradient if the weights have one.
+
+        Examples:
+            >>> contrast, weighting = two_views(torch.randn(8, 4), torch.randn(8, 4), 0.5), UnDiMix(influence=0.0)
+            >>> rows = slice(0, 2)
+            >>> list(weighting.scores(weighting.prepare(contrast), rows, contrast.is_negative(rows)))
+            ['similarity', 'diversity']
         """
         contrast, found = prepared.contrast, {}
         with full_precision(contrast.pool):

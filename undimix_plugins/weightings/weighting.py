@@ -181,7 +181,7 @@ class Weighting:
 
     @property
     def _has_scorer(self) -> bool:
-        """Whether the fast path works out the scores by itself, as those of a plain `UnDiMix`."""
+        """Whether the fast path computes the scores itself, as for a plain `UnDiMix`."""
         return False
 
     def _weigher(self) -> Weighting:
@@ -316,7 +316,12 @@ class Uniform(EqualWeights):
 
 
 def check_share(share: float) -> float:
-    """Returns `share` as a float. Raises a ValueError if it is not a number from 0 to 1."""
+    """Returns `share` as a float. Raises a ValueError if it is not a number from 0 to 1.
+
+    Examples:
+        >>> check_share(1)
+        1.0
+    """
     check_number("share", share, at_least=0)
     if share > 1:
         raise ValueError(f"share: expected a number from 0 to 1, got {share!r}")
@@ -324,14 +329,20 @@ def check_share(share: float) -> float:
 
 
 def check_compared(contrast: object, weighting: object) -> None:
-    """Raises a TypeError unless these are a `Contrast` and an instance of `Weighting`."""
+    """Raises a TypeError if `contrast` is not a `Contrast` or `weighting` is not an instance of `Weighting`."""
     if not isinstance(contrast, Contrast):
         raise TypeError(f"contrast: expected a Contrast, got {type(contrast).__name__}")
     check_weighting(weighting)
 
 
 def check_weighting(weighting: object) -> None:
-    """Raises a TypeError unless `weighting` is an instance of `Weighting`."""
+    """Raises a TypeError if `weighting` is not an instance of `Weighting`.
+
+    Examples:
+        >>> check_weighting(UnDiMix)
+        Traceback (most recent call last):
+        TypeError: weighting: expected an instance of Weighting such as UnDiMix(), got the class UnDiMix
+    """
     if not isinstance(weighting, Weighting):
         came = f"the class {weighting.__name__}" if isinstance(weighting, type) else repr(weighting)
         several = (

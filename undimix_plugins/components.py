@@ -184,7 +184,7 @@ def task_gradients(
         temperature: The temperature, a number above 0 or a scalar tensor.
         own_columns: For each anchor its own column in the pool [n], or None, as in `influence`.
         positives: The positive of each anchor [n, d] if the pool does not contain them, otherwise None.
-        gathered: What is known of a pool that is gathered from several processes, as in `Contrast`.
+        gathered: Describes a pool that is gathered from several processes, as in `Contrast`.
 
     Returns:
         The gradients of the n anchors and of the m candidates. With `gathered`, all processes have to call it.

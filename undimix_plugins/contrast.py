@@ -33,11 +33,10 @@ ExcludedMask = Callable[[slice], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class GatheredPool:
-    """What a contrast needs to know of a pool that is gathered from all processes.
+    """Describes a pool that is gathered from all processes, so that the weights are the same as on one process.
 
-    The weights are then the same as on one process. The pseudo-labelling task of a candidate asks which anchor it is
-    aligned with, among the anchors of all processes. Each process solves the tasks of its own candidates, and the
-    results are gathered.
+    The pseudo-labelling task of a candidate asks which anchor it is aligned with, among the anchors of all processes.
+    Each process solves the tasks of its own candidates, and the results are gathered.
 
     Attributes:
         anchors: The anchors of all processes [N, d], without gradient. Or a function that gathers them, which all
@@ -113,7 +112,7 @@ class Contrast:
         last_layer: The inputs of the last layer, or None.
         excluded_mask: Further columns that are not negatives, as a function from a block of r anchors to a mask, bool
             [r, m]; or None.
-        gathered: What is known of a pool that is gathered from several processes. None for one process.
+        gathered: Describes a pool that is gathered from several processes. None for one process.
         anchor_weights: The weight of each anchor's loss in the mean [n]. None means 1 for each.
         positive_columns: For each anchor the columns of its positives in the pool [n, p], int64, padded with -1. None
             if `positives` holds the only positive of each anchor.
@@ -174,13 +173,14 @@ class Contrast:
                 the pool contains no anchors, or if `anchors` and `pool` are the same tensor object: then anchor i is
                 row i. An anchor is never its own negative, so you need not list these in `excluded`.
             positives_in_pool: Whether the pool contains the positives. If it does, list them in `excluded`. Defaults to
-                True if `anchors` and `pool` are the same tensor object, and to False otherwise.
+                True if `anchors` and `pool` are the same tensor object, and to False otherwise. It is always True if
+                you pass the columns of the positives.
             last_layer: The inputs of the layer whose outputs are the anchors and the pool.
             excluded_mask: Further columns that are not negatives, if they are too many to be listed: rows of the same
                 class, duplicates, or what a guide model finds. A function from a block of r anchors to a mask, bool
                 [r, m]. It is called several times for a block and must always return the same mask. `same_label`
                 makes one.
-            gathered: What is known of a pool that is gathered from several processes.
+            gathered: Describes a pool that is gathered from several processes. None for one process.
             anchor_weights: The weight of each anchor's loss in the mean [n], from 0 to 1e30, without gradient.
 
         Returns:

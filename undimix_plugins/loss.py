@@ -54,7 +54,7 @@ def decoupled(contrast: Contrast, weighting: Weighting) -> Tensor:
         loss_i = -log( exp(s_i+ / t) / sum over j of w_ij exp(s_ij / t) )
 
     The denominator does not contain the positive. Otherwise the loss is computed like `info_nce`. An anchor without
-    negatives adds 0 to the mean, or the term of `mean_loss` for several positives.
+    negatives adds 0 to the mean. An anchor with several positives adds the further term that `mean_loss` describes.
 
     Args:
         contrast: The anchors, positives and candidates.

@@ -35,8 +35,8 @@ def unit_rows(**embeddings: Tensor) -> list[Tensor]:
 
     Returns:
         A list of the normalised tensors [rows, width], in the order of the arguments, in float32 for half precision,
-        otherwise in the dtype of the embeddings. They equal `torch.nn.functional.normalize`. A row without a direction
-        (zeros, or a length below 1e-12, 6.1e-5 in float16) gets gradient 0.
+        otherwise in the dtype of the embeddings. The values are those of `torch.nn.functional.normalize`. A row without
+        a direction (zeros, or a length below 1e-12; in float16 below 6.1e-5) gets gradient 0.
 
     Raises:
         ValueError: If a tensor is not a matrix of floats, if lengths, widths, dtypes or devices differ, or (on the CPU)

@@ -24,7 +24,7 @@ class WeightedLoss(nn.Module):
 
     Attributes:
         weighting: How much each negative counts.
-        last_layer: Records the inputs of the layer whose outputs are passed to the loss. None if no layer is set.
+        last_layer: The `LastLayer` that records the inputs of the layer whose outputs are passed to the loss, or None.
         settings: The further settings that `undimix()` accepts, with their defaults. Each is an attribute of the class.
         replaces: The methods of the host that the class overrides to compute the weighted loss.
 
@@ -343,7 +343,7 @@ def require(toolkit: str, extra: str) -> None:
         extra: The extra of undimix-plugins that installs it, such as "pyg".
 
     Raises:
-        ImportError: If the package cannot be imported.
+        ImportError: If the package is not installed.
 
     Examples:
         >>> require("torch", extra="lightly")

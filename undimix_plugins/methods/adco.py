@@ -22,17 +22,17 @@ from undimix_plugins.weightings.weighting import Uniform, Weighting, check_weigh
 class AdCo(nn.Module):
     """Adversarial contrast (AdCo): InfoNCE with a pool of negatives that learns to make the loss large.
 
-    The queries q_i, the keys k_i and the negatives n_j of the pool have length 1. The encoder minimises the loss at
-    temperature t. The pool maximises it at a lower temperature t_m, by SGD with momentum on its rows r_j, which n_j are
-    normalised from:
+    The queries q_i, the keys k_i and the negatives n_j have length 1. The negatives are the rows r_j of the pool,
+    normalised. The encoder minimises the loss at temperature t. The pool maximises it at a lower temperature t_m, by
+    SGD with momentum on its rows:
 
         loss(t)   = mean over i of -log( exp(q_i k_i / t) / (sum_l exp(q_i k_l / t) + sum_j exp(q_i n_j / t)) )
         gradient  = d loss(t_m) / d r_j = (I - n_j n_j') mean_i p_ij q_i / (t_m |r_j|),  p_ij the softmax at t_m
         v_j  <-  momentum * v_j - gradient + weight_decay * r_j,   r_j  <-  r_j - lr * v_j
 
     As in the authors' code, the other keys of the batch (of all processes) are negatives, too, and keys have no
-    gradient. The formula of the paper has no negatives in the batch. The weighting applies to both kinds of negatives
-    in the encoder's loss. The pool maximises the loss without weights.
+    gradient. The formula of the paper has no in-batch negatives. The weighting applies to both kinds of negatives in
+    the encoder's loss. The pool maximises the loss without weights.
 
     The pool and its momentum are buffers. They are saved in the `state_dict`, so that a resumed training continues
     exactly, and they move with the module. They are not parameters, since the encoder's optimiser would then minimise

@@ -47,7 +47,7 @@ class MMCL(nn.Module):
         C: The upper bound of the dual variables, above 0 and at most 1e30. `math.inf` for no bound (the authors' -1).
         reg: The number that is added to the diagonal, above 0 and at most 1e30.
         solver: "pgd" or "inverse".
-        num_iters: The most steps of "pgd", at least 1.
+        num_iters: The maximum number of steps of "pgd", at least 1.
         eta: The step size of "pgd". None for `1 / |D_i|` (Frobenius norm), the authors' `use_norm`, which is never too
             large. Otherwise a number above 0 and below 2 divided by the largest eigenvalue of D_i, which grows with n.
             With the authors' 1e-3, the changes are so small that `stop_condition` holds far from the optimum.

@@ -83,8 +83,8 @@ def negative_statistics(
             anchors and row j of the pool must belong to sample `j % b`, as the views or the documents of a batch do.
             Labels are not accepted with a memory bank, with the batches of all processes, or with several positives
             (regions of images, nodes of graphs).
-        most_anchors: The most anchors that are used, at least 1. By default 128, or fewer, so that there are about 2^20
-            pairs of anchors and candidates.
+        most_anchors: The maximum number of anchors that are used, at least 1. By default 128, or fewer, so that there
+            are about 2^20 pairs of anchors and candidates.
 
     Returns:
         Floats by name. A name is left out if no anchor has a value. Statistics of weights leave out anchors without

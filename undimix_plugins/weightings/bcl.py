@@ -24,7 +24,7 @@ class BCL(Weighting):
 
     F_j is the share of an anchor's negatives that are at most as similar as negative j. It estimates the distribution
     function of similarities. With `tau- = 1 - tau_plus`, `a = (1 - 2 alpha)(tau- - tau_plus)` and
-    `b = 2 (alpha tau- + (1 - alpha) tau_plus)`, the distribution function that both classes are derived from is
+    `b = 2 (alpha tau- + (1 - alpha) tau_plus)`, the distribution function behind the likelihoods of both classes is
 
         c_j = (-b + sqrt(b^2 + 4 a F_j)) / (2 a),   phi1 = 2 (1 - c_j),   phi2 = 2 c_j
 

@@ -56,7 +56,7 @@ class FalseNegatives(EqualWeights):
     """Base class of `FalseNegativeElimination` and `FalseNegativeAttraction`, which finds false negatives.
 
     Attributes:
-        k: The most false negatives of an anchor, at least 1.
+        k: The maximum number of false negatives of an anchor, at least 1.
         threshold: The score above which a candidate is a false negative, from -1 to 1.
         aggregate: "max" or "mean" of the similarities to the views.
     """
@@ -146,8 +146,8 @@ class FalseNegativeElimination(FalseNegatives):
     threshold assumes cosine similarity.
 
     Attributes:
-        k: The most false negatives of an anchor, at least 1. The authors' code uses 10. Copies of the last one are
-            left out, too; on devices other than the CPU, and under `torch.compile`, at most k of them.
+        k: The maximum number of false negatives of an anchor, at least 1. The authors' code uses 10. Copies of the last
+            one are left out, too; on devices other than the CPU, and under `torch.compile`, at most k of them.
         threshold: The score above which a candidate is a false negative, from -1 to 1. The authors' code uses .7.
         aggregate: "max" or "mean" of the similarities to the views.
 
@@ -181,8 +181,8 @@ class FalseNegativeAttraction(FalseNegatives):
     single positive do not accept this weighting.
 
     Attributes:
-        k: The most false negatives of an anchor, at least 1. The authors' code uses 10. Copies of the last one become
-            positives, too; on devices other than the CPU, and under `torch.compile`, at most k of them.
+        k: The maximum number of false negatives of an anchor, at least 1. The authors' code uses 10. Copies of the last
+            one become positives, too; on devices other than the CPU, and under `torch.compile`, at most k of them.
         threshold: The score above which a candidate is a false negative, from -1 to 1. The authors' code uses .7.
         aggregate: "max" or "mean" of the similarities to the views.
 

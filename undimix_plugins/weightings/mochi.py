@@ -32,7 +32,8 @@ class MoCHi(EqualWeights):
     bank: gradients only flow to the anchor. An anchor with fewer than N negatives uses all of them. An anchor without
     negatives gets no synthetic ones. The method assumes cosine similarity.
 
-    The n * (s + s_prime) synthetic rows take memory for a while. They are made in blocks of anchors.
+    The n * (s + s_prime) synthetic rows are made in blocks of anchors, and again in the backward pass, so that only
+    those of one block are in memory.
 
     Attributes:
         N: The number of hardest negatives that are mixed, at least 1.

@@ -44,8 +44,8 @@ class UnDiMix(Weighting):
 
     Linear mixing is the interpolation of the paper. Its weights have no gradient. Geometric mixing is ours. It
     multiplies where the paper adds, so that a negative needs high scores in all three. A gradient flows through A~, as
-    in HCL. The mean and the deviation of A have no gradient, and the deviation in it is at least t. The log-sum of an
-    anchor's negatives, with softmax P_ij, then has the gradient
+    in HCL, but not through the mean and the deviation of A. In this gradient, the deviation is at least t. The log-sum
+    of an anchor's negatives, with softmax P_ij, then has the gradient
 
         P_ij / t + h * l_A / max(deviation_i, t) * (P_ij - w_ij / n_i)
 

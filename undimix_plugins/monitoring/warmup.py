@@ -13,25 +13,26 @@ from undimix_plugins.weighted_loss import WARMING_UP, WeightedLoss
 def hardness_share(
     step: int, total: float, *, steps: float | None = None, share: float | None = None, shape: str = "linear"
 ) -> float:
-    """The share of the full hardness at a step of a warm-up, for `Weighting.softened`.
+    """Returns the share of the full hardness at a step of a warm-up, for `Weighting.softened`.
 
         linear: x,    cosine: (1 - cos(pi * x)) / 2,    x = min(step / steps, 1)
 
-    The toolkits' `HardnessWarmup` follows it. In a loop of one's own, each step begins with
+    The toolkits' `HardnessWarmup` uses it. In your own training loop, begin each step with
     `loss.weighting = full.softened(hardness_share(step, total, share=0.1))`.
 
     Args:
-        step: How many steps were made before this one, at least 0.
-        total: How many steps the whole training has; with `share` alone it is used, and has to be finite and above 0.
-        steps: How many steps the warm-up takes, at least 1.
-        share: How much of the training it takes instead, above 0 and at most 1: `steps = share * total`.
+        step: The number of steps before this one, at least 0.
+        total: The number of steps of the whole training. Only used with `share`. It must then be finite and above 0.
+        steps: The number of steps of the warm-up, at least 1. Pass either `steps` or `share`.
+        share: The share of the training that the warm-up takes, above 0 and at most 1: `steps = share * total`.
         shape: "linear" or "cosine".
 
     Returns:
-        From 0 at the first step to 1 when the warm-up is over and from then on; it never falls.
+        The share, from 0 at the first step to 1 at the end of the warm-up and after it. It never falls.
 
     Raises:
-        ValueError: For arguments out of these ranges, both or neither of `steps` and `share`, another `shape`.
+        ValueError: If an argument is out of its range, if both or neither of `steps` and `share` are given, or if
+            `shape` is unknown.
 
     Examples:
         >>> [hardness_share(step, 100, share=0.04) for step in range(6)]
@@ -51,7 +52,22 @@ def hardness_share(
 
 
 def check_warmup(steps: float | None, share: float | None, shape: str) -> None:
-    """Raises a ValueError for settings that `hardness_share` refuses, before there is a training."""
+    """Checks the settings of `hardness_share` before the training starts.
+
+    Args:
+        steps: The number of steps of the warm-up, at least 1, or None.
+        share: The share of the training that the warm-up takes, above 0 and at most 1, or None.
+        shape: "linear" or "cosine".
+
+    Raises:
+        ValueError: If an argument is out of its range, if both or neither of `steps` and `share` are given, or if
+            `shape` is unknown.
+
+    Examples:
+        >>> check_warmup(steps=None, share=2.0, shape="linear")
+        Traceback (most recent call last):
+        ValueError: share: expected a number above 0 and at most 1, got 2.0
+    """
     if (steps is None) == (share is None):
         raise ValueError(f"steps, share: expected one of the two, got steps={steps!r} and share={share!r}")
     if steps is not None:
@@ -62,7 +78,22 @@ def check_warmup(steps: float | None, share: float | None, shape: str) -> None:
 
 
 def weighted_losses(module: nn.Module) -> list[WeightedLoss]:
-    """All weighted losses in a module, which may be one itself, but none inside another, whose weighting is its own."""
+    """Returns all weighted losses in a module, which may be a weighted loss itself.
+
+    Losses inside another weighted loss are left out.
+
+    Args:
+        module: The module, such as a LightningModule.
+
+    Returns:
+        The losses, each once.
+
+    Examples:
+        >>> class MyLoss(WeightedLoss):
+        ...     weighting = UnDiMix()
+        >>> len(weighted_losses(torch.nn.ModuleList([MyLoss(), torch.nn.Linear(2, 2)])))
+        1
+    """
     if isinstance(module, WeightedLoss):
         return [module]
     found = [loss for child in module.children() for loss in weighted_losses(child)]
@@ -70,17 +101,18 @@ def weighted_losses(module: nn.Module) -> list[WeightedLoss]:
 
 
 def set_hardness(loss: WeightedLoss, share: float) -> None:
-    """Sets a loss's weighting to a share of its full one; below 1 the loss keeps that beside it.
+    """Sets the weighting of a loss to a share of its full weighting.
 
-    It is kept in the loss, so that wherever that goes, to a pickle, a copy or another training, the next call knows the
-    full weighting. A weighting that was set in between is the full one from then on.
+    While the share is below 1, the loss also stores its full weighting. So the next call knows it, even after the loss
+    was copied, pickled or used in another training. If you set another weighting in between, that is the full weighting
+    from then on.
 
     Args:
-        loss: Whose weighting is set.
-        share: From 0, the plain loss, to 1, the full weighting.
+        loss: The loss.
+        share: The share of the full weighting, from 0 (the plain loss) to 1.
 
     Raises:
-        ValueError: For a share that is no number from 0 to 1.
+        ValueError: If `share` is not a number from 0 to 1.
 
     Examples:
         >>> class MyLoss(WeightedLoss):

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("frozen")
 MIXED = {"N": 8, "s": 4, "s_prime": 2}
 FALSE = {"k": 2, "threshold": 0.0}
 # Made anew for each training, as ProGCL remembers what it has seen.
-SHELF: dict[str, Callable[[], Weighting]] = {
+METHODS: dict[str, Callable[[], Weighting]] = {
     "Debiased": Debiased,
     "HCL": HCL,
     "Ring": Ring,
@@ -107,14 +107,14 @@ def uniform(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
     return cache(lambda host: HOSTS[host](Uniform(), tmp_path_factory.mktemp("uniform")))
 
 
-@pytest.mark.parametrize("method", SHELF)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("host", HOSTS)
 def test_trains(host: str, method: str, uniform: Callable[[str], Run], tmp_path: Path) -> None:
     if method == "FalseNegativeAttraction" and host in NO_ATTRACTION:
         with pytest.raises(ValueError, match="expected one that makes no positives, for which this loss has no place"):
-            HOSTS[host](SHELF[method](), tmp_path)
+            HOSTS[host](METHODS[method](), tmp_path)
         return
-    plain, weighted = uniform(host), HOSTS[host](SHELF[method](), tmp_path)
+    plain, weighted = uniform(host), HOSTS[host](METHODS[method](), tmp_path)
     assert len(weighted.losses) >= MIDDLE
     for run in (plain, weighted):
         assert run.losses.isfinite().all()

@@ -50,15 +50,15 @@ def test_influence(case: Case, at_weight: bool) -> None:
     torch.testing.assert_close(result, references.influence(case, at_weight=at_weight), **EXACT)
 
 
-def test_influence_of_strangers() -> None:
-    """Without `itself`, equal tensors that are not the same object are anchors and a pool of others."""
+def test_influence_of_anchors_that_are_not_in_the_pool() -> None:
+    """Without `own_columns`, equal tensors that are not the same object are anchors and a pool of others."""
     z = random_rows(5, 4, seed=0)
     nobody = Case(z, z, z, 0.5, [-1] * 5, [[]] * 5, True)
     torch.testing.assert_close(influence(z, z.clone(), temperature=0.5), references.influence(nobody), **EXACT)
 
 
 def test_influence_of_one_batch_with_columns_given() -> None:
-    """`itself` means the same whether or not anchors and pool are one object."""
+    """`own_columns` means the same whether or not anchors and pool are one object."""
     z = random_rows(3, 4, seed=0)
     case = Case(z, z, z, 0.5, [-1, 0, -1], [[]] * 3, True)
     result = influence(z, z, temperature=0.5, own_columns=torch.tensor(case.own_columns))

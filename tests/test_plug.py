@@ -26,7 +26,7 @@ GROUP = "undimix_plugins.adapters"
 
 @pytest.fixture
 def toolkit(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The stranger's toolkit, installed for one test."""
+    """The unknown toolkit, installed for one test."""
     folder = tmp_path_factory.mktemp("site-packages")
     unknown_toolkit.install(folder)
     monkeypatch.syspath_prepend(folder)
@@ -125,7 +125,7 @@ def test_refuses_what_is_no_weighting(toolkit: ModuleType) -> None:
         undimix(loss, hardness=-1)
 
 
-def test_a_strangers_toolkit_joins_in(toolkit: ModuleType) -> None:
+def test_an_unknown_toolkit_joins_in(toolkit: ModuleType) -> None:
     host = toolkit.PairLoss()
     with pytest.raises(TypeError, match=r"an adapter knows, of .*strange_toolkit.*, got ReLU"):
         undimix(nn.ReLU())

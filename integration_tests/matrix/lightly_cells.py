@@ -336,10 +336,7 @@ MACHINERY = {
     "SIGKILL": Machinery(killed),
     "DDP": Machinery(distributed),
 }
-NO_BANK = Lack(
-    "the memory bank is not in the checkpoint, so that a resumed training begins with a new one; MemoryBankCheckpoint "
-    "puts it there"
-)
+NO_BANK = Lack("the memory bank is not in the checkpoint, and starts anew on resuming; `MemoryBankCheckpoint` adds it")
 LACKS: dict[tuple[str, str], Lack] = {
     ("NTXentLoss, memory bank", "resume"): NO_BANK,
     ("NTXentLoss, memory bank", "SIGKILL"): NO_BANK,

@@ -216,13 +216,13 @@ IN_ADAPTIVE = "MultipleNegativesRankingLoss in AdaptiveLayerLoss"
 IN_MATRYOSHKA_2D = "MultipleNegativesRankingLoss in Matryoshka2dLoss"
 IN_CSR = "SparseMultipleNegativesRankingLoss in CSRLoss"
 HOOKED = Lack(
-    "a model that was trained with the host's loss is not pickled: it has hooks that are local functions",
+    "a model that was trained with the toolkit's loss cannot be pickled: its hooks are local functions",
     AttributeError,
     "Can't pickle local object 'install_output_capuring_hook",
 )
 LACKS: dict[tuple[str, str], Lack] = {
     (IN_CSR, "pickle"): Lack(
-        "the host's SparseAutoEncoder is not pickled: it has a local function",
+        "the toolkit's `SparseAutoEncoder` cannot be pickled: it has a local function",
         AttributeError,
         "Can't pickle local object 'SparseAutoEncoder",
     ),
@@ -230,8 +230,8 @@ LACKS: dict[tuple[str, str], Lack] = {
     (IN_ADAPTIVE, "pickle"): HOOKED,
 }
 OF_COMPILED = {
-    LOSS: "the loss is compiled, with the model in it: where the Trainer compiles that too, the host's loss raises an "
-    "AssertionError",
-    MODEL: "the model is compiled, not the loss: compiled, the host's raises a RuntimeError",
+    LOSS: "the loss is compiled, with its model: if the `Trainer` compiles, too, the toolkit's loss raises "
+    "an `AssertionError`",
+    MODEL: "the model is compiled, the loss is not: when compiled, the toolkit's loss raises a `RuntimeError`",
 }
 NOTES = {(name, "compile"): OF_COMPILED[row.compiles] for name, row in ROWS.items() if row.compiles != BOTH}

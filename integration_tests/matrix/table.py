@@ -17,7 +17,7 @@ NAMES = {
     "transformers": "transformers",
 }
 LETTERS = string.ascii_lowercase
-ABSENT = "the toolkit's loop has no such thing"
+ABSENT = "the toolkit's training loop has no such feature"
 Results = Mapping[tuple[str, str, str], Mapping[str, Any]]
 
 
@@ -37,8 +37,8 @@ def markdown(results: Results) -> str:
         own = [column for column in columns if column in by_toolkit[name] and shared and column not in shared]
         if own:
             parts.append(_table(results, [name], own, footnotes))
-    notes = [f"({LETTERS[number - 1]}) {words[0].upper()}{words[1:]}." for words, number in footnotes.items()]
-    return "\n\n".join([*parts, "  \n".join(notes)]).rstrip() + "\n"
+    notes = [f"- ({LETTERS[number - 1]}) {words[0].upper()}{words[1:]}." for words, number in footnotes.items()]
+    return "\n\n".join([*parts, "\n".join(notes)]).rstrip() + "\n"
 
 
 def _table(results: Results, toolkits: Sequence[str], columns: Sequence[str], footnotes: dict[str, int]) -> str:

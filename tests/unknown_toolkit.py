@@ -35,7 +35,7 @@ FILES = {
     ''',
     "strange_adapter.py": """
         from strange_toolkit import PairLoss
-        from undimix_plugins import WeightedLoss, info_nce, reweight, two_views
+        from undimix_plugins.toolkit import WeightedLoss, info_nce, reweight, two_views
 
         class WeightedPairLoss(WeightedLoss, PairLoss):
             def forward(self, first, second):

@@ -12,17 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from undimix_plugins import Uniform
 from undimix_plugins.toolkit import (
     Contrast,
     Scoped,
-    Weighting,
     check_choice,
     check_number,
     check_strength,
     constant,
     unit_rows,
 )
+from undimix_plugins.weightings import EqualWeights
 
 CITATION = """
 @inproceedings{ge2021robust,
@@ -241,7 +240,7 @@ def non_semantic_columns(*embeddings: Tensor) -> Iterator[None]:
 
 @constant
 @dataclass(frozen=True)
-class NonSemanticNegatives(Weighting):
+class NonSemanticNegatives(EqualWeights):
     """Non-semantic negatives: the anchor's denominator gets the image's own texture or patches.
 
         loss_i = -log( exp(s_i+ / t) / (exp(s_i+ / t) + sum_j exp(s_ij / t) + sum_k exp(alpha * <a_i, n_ik> / t)) )
@@ -274,7 +273,6 @@ class NonSemanticNegatives(Weighting):
     citation: ClassVar[str] = CITATION
 
     adds_negatives: ClassVar[bool] = True
-    log_weights = Uniform.log_weights
 
     def __post_init__(self) -> None:
         check_strength("alpha", self.alpha, above=0)

@@ -61,11 +61,11 @@ class Weighting:
 
     @property
     def has_mean_one(self) -> bool:
-        """Whether the mean weight of an anchor's negatives is 1. False by default.
+        """Whether the mean weight of an anchor's negatives is 1. By default only if all weights are.
 
         Debiasing of a weighted sum is only defined for such weights. `compose` does not combine others with `Debiased`.
         """
-        return False
+        return self._weighs_alike
 
     @property
     def debiases(self) -> bool:
@@ -177,7 +177,7 @@ class Weighting:
     @property
     def _weighs_alike(self) -> bool:
         """Whether all negatives have the same weight. The weighting may still choose negatives or change their sum."""
-        return False
+        return type(self).log_weights is EqualWeights.log_weights
 
     @property
     def _has_scorer(self) -> bool:
@@ -284,18 +284,9 @@ class EqualWeights(Weighting):
         >>> loss = info_nce(two_views(torch.randn(8, 4), torch.randn(8, 4), 0.5), WithoutFirst())
     """
 
-    @property
-    def has_mean_one(self) -> bool:
-        """True, since all weights are 1. False if a subclass defines `log_weights`."""
-        return self._weighs_alike
-
     def log_weights(self, prepared: Contrast, rows: slice) -> Tensor:
         """Returns zeros [r, m]."""
         return torch.zeros_like(prepared.pool[:, :1]).T.expand(len(prepared.anchors[rows]), -1)
-
-    @property
-    def _weighs_alike(self) -> bool:
-        return type(self).log_weights is EqualWeights.log_weights  # a subclass may override it
 
 
 @constant

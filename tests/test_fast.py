@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.contrasts import Case, bank, in_batch, make_every_look_cost, random_rows, rectangular
-from undimix_plugins import HCL, Contrast, UnDiMix, Uniform, Weighting, decoupled, info_nce
+from undimix_plugins import HCL, Contrast, UnDiMix, Uniform, Weighting, decoupled, info_nce, two_views
 from undimix_plugins import blocks as block_sizes
 from undimix_plugins.fast.logits import LOG2E
 from undimix_plugins.fast.memory import Workspace
@@ -711,3 +711,25 @@ def test_memory_is_linear(loss: Loss, weighting: Weighting, monkeypatch: pytest.
     with Largest() as largest:
         outcome(pairs(400), weighting, loss)
     assert largest.size < 800 * 800 / 8
+
+
+@pytest.mark.parametrize(("rows", "most"), [(99, 2), (3, 9)], ids=["one-block", "four-blocks"])
+@pytest.mark.parametrize("distance", ["cosine", "euclidean"])
+@pytest.mark.parametrize("costly", [False, True], ids=["free", "every-look-costs"])
+def test_a_mask_is_asked_for_seldom(
+    rows: int, most: int, distance: str, costly: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be a guide model's, or compare texts: once to count, once for the largest bounds, once to write."""
+    if costly:
+        make_every_look_cost(monkeypatch)
+    asked: list[slice] = []
+
+    def mask(block: slice) -> Tensor:
+        asked.append(block)
+        return torch.eye(12, dtype=torch.bool)[block]
+
+    views = random_rows(12, 8, seed=1).chunk(2)
+    contrast = two_views(*views, 0.5, excluded_mask=mask)
+    with blocks(kept=True, rows=rows):
+        info_nce(contrast, UnDiMix(distance=distance))
+    assert 0 < len(asked) <= most

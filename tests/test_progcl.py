@@ -201,7 +201,7 @@ def test_a_hundred_columns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_only_negatives_are_fitted_to() -> None:
-    """Rows that are excluded, by column or by verdict, do not matter."""
+    """Rows that are excluded, by column or by a mask, do not matter."""
     case = rectangular(5, 9, offset=2)
     labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2])
     excluded_mask = same_label(labels[2:7], labels)

@@ -187,7 +187,7 @@ def test_labels_that_are_not_of_the_pool() -> None:
 
 
 def test_a_pool_of_all_processes() -> None:
-    """The tasks of its rows come from everyone; whose samples they are is not known."""
+    """The tasks of its rows come from all processes; whose samples they are is not known."""
     case = rectangular(4, 9, offset=3)
     alone = case.contrast()
     gathered = GatheredPool(lambda: case.anchors, torch.tensor(case.own_columns), torch.arange(9), lambda rows: rows)

@@ -1,4 +1,4 @@
-"""Sizes of blocks and tiles, in bytes, rows and columns. No other module defines such sizes."""
+"""Sizes of blocks and tiles, in bytes, rows and columns. Limits of what users watch or keep stand elsewhere."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ TILE = 512  # rows and columns of a tile on the CPU, so that it fits into a cach
 DEVICE_TILE = 8192  # rows and columns of a tile on other devices, which need large operations
 PAIRS_AT_ONCE = 2**22  # pairs of rows whose logits, distances or masks are held at once
 WIDE = 64  # most columns listed for an anchor; for more, a mask of the whole pool is cheaper
+FEW = 4  # excluded columns whose distances to the pool are subtracted one after the other
+CHUNK = 64  # columns of which the largest is found first
+PADDING = 16  # numbers between rows: a power of two apart, all entries of a column would share a few lines of the cache
+AUTOGRAD_MATRICES = 8  # matrices [anchors, pool] that autograd keeps for a weighted sum
+LEAST_ROWS_AT_ONCE = 16  # of a block of tasks or distances in the plain path
 
 
 def fits(anchors: Tensor, pool: Tensor, matrices: int = 2) -> bool:

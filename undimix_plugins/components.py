@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from undimix_plugins.blocks import rows_at_once
+from undimix_plugins.blocks import LEAST_ROWS_AT_ONCE, rows_at_once
 from undimix_plugins.checks import (
     check_choice,
     check_columns,
@@ -25,8 +25,6 @@ from undimix_plugins.checks import (
 from undimix_plugins.columns import is_not_among
 from undimix_plugins.contrast import GatheredPool
 from undimix_plugins.rows import full_precision
-
-LEAST_ROWS = 16  # fewest rows of a block of tasks or distances
 
 
 def anchor_similarity(anchors: Tensor, pool: Tensor) -> Tensor:
@@ -234,7 +232,7 @@ def task_gradients(
 
 
 def _by_block(of_rows: Callable[[slice], TaskGradients], count: int, width: int) -> TaskGradients:
-    step = rows_at_once(width, LEAST_ROWS)
+    step = rows_at_once(width, LEAST_ROWS_AT_ONCE)
     blocks = [of_rows(slice(start, start + step)) for start in range(0, count, step)]
     return TaskGradients(*(torch.cat(part) for part in zip(*blocks, strict=True)))
 
@@ -422,7 +420,7 @@ def mean_distances(pool: Tensor, negative: Tensor, distance: str) -> Tensor:
         own = unit.square().sum(dim=1)
         mean_distance = (others - total @ mean[:, None]) / others - (total @ (unit - mean).T - own) / others
     else:
-        step = rows_at_once(len(pool), LEAST_ROWS)
+        step = rows_at_once(len(pool), LEAST_ROWS_AT_ONCE)
         blocks = zip(torch.split(pool, step), torch.split(among, step, dim=1), strict=True)
         mean_distance = torch.zeros_like(among)
         for rows, weight in blocks:

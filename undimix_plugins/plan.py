@@ -9,15 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from undimix_plugins.blocks import blocks_of, fits
+from undimix_plugins.blocks import AUTOGRAD_MATRICES, blocks_of, fits
 from undimix_plugins.checks import values_are_free
 from undimix_plugins.contrast import Contrast
 from undimix_plugins.rows import full_precision, in_backward
 from undimix_plugins.scoped import Scoped
 from undimix_plugins.weightings.undimix import UnDiMix, mix_of
 from undimix_plugins.weightings.weighting import Weighting, check_compared
-
-AUTOGRAD_MATRICES = 8  # matrices [anchors, pool] that autograd keeps for a weighted sum
 
 # Functions registered by `undimix_plugins.monitoring.statistics.watch`, called with each contrast before its loss.
 OBSERVERS = Scoped[Callable[[Contrast, Weighting], None]]("watch")
@@ -38,8 +36,8 @@ class Plan:
             Otherwise the fast path computes the gradient, and weights are constants or a `mix`.
         combines: Whether `Weighting.combine` changes the sum of the negatives.
         sums_needed: Whether the loss needs the sums of each anchor with their gradient, or only the mean loss.
-        blocks: The blocks of anchors that autograd works on. A single block if its matrices fit into memory.
-        compiled: Whether `torch.compile` traces the loss. Autograd then works on a single block.
+        blocks: The blocks of anchors that autograd works on. A single block if its matrices fit into memory, or if
+            `torch.compile` traces the loss.
         free: Whether values can be read without waiting for a device.
     """
 
@@ -53,7 +51,6 @@ class Plan:
     combines: bool
     sums_needed: bool
     blocks: list[slice]
-    compiled: bool
     free: bool
 
 
@@ -111,7 +108,6 @@ def planned(contrast: Contrast, weighting: Weighting, *, one_positive: bool = Fa
         combines=combines,
         sums_needed=by_autograd or combines or chosen.positive_columns is not None,
         blocks=[slice(0, len(chosen.anchors))] if whole else blocks_of(chosen.anchors, chosen.pool),
-        compiled=compiled,
         free=values_are_free(chosen.pool),
     )
 

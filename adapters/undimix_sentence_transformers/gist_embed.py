@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from undimix_plugins.toolkit import (
     Contrast,
+    ExcludedMask,
     GatheredPool,
     LastLayerInputs,
     Weighting,
@@ -30,7 +31,6 @@ from undimix_sentence_transformers.multiple_negatives_ranking import (
 )
 
 MarginStrategy = Literal["absolute", "relative"]
-ExcludedMask = Callable[[slice], Tensor]
 
 
 class GuidedLoss(RankingLoss):

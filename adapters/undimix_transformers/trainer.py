@@ -64,7 +64,7 @@ def dispatches(trainer: Trainer | None) -> bool:
 
 
 def of_same_class(labels: Tensor | None, examples: int) -> ExcludedMask:
-    """ExcludedMask on examples: those of an anchor's class are none of its negatives; a ValueError without labels."""
+    """Returns the mask of the examples that have the anchor's class. Raises a ValueError without labels."""
     expected = f"exclude_same_class: expected labels of shape [{examples}], one for each example, got"
     if labels is None:
         raise ValueError(

@@ -1,8 +1,9 @@
-"""What is no negative, written into blocks of scores without a look at any of it."""
+"""The excluded columns of each anchor, and how they are written into blocks of scores without reading any value."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -69,7 +70,15 @@ class Excluded:
             self.index = torch.where(self.once, listed, listed.amax(dim=1, keepdim=True).clamp(min=0))
 
     def block(self, rows: slice) -> ExcludedBlock:
-        """Those of a block of anchors."""
+        """Returns the excluded columns of a block of anchors."""
+        return self.all if rows == slice(0, len(self.index)) else self._block(rows)
+
+    @cached_property
+    def all(self) -> ExcludedBlock:
+        """The excluded columns of all anchors, for a contrast that is a single block."""
+        return self._block(slice(0, len(self.index)))
+
+    def _block(self, rows: slice) -> ExcludedBlock:
         mask = ~self.contrast.is_negative(rows) if self.dense else None
         return ExcludedBlock(self.index[rows], self.once[rows], self.padded, mask)
 

@@ -22,10 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from undimix_plugins.blocks import fits, tile_pairs, tile_size
+from undimix_plugins.blocks import PADDING, fits, tile_pairs, tile_size
 from undimix_plugins.contrast import Contrast
 from undimix_plugins.fast.logits import LOG2E
-from undimix_plugins.fast.memory import PADDING
 from undimix_plugins.fast.numerators import Numerators, plain_log_sums, workspace
 from undimix_plugins.fast.scores import is_two_views
 from undimix_plugins.plan import Plan

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-PADDING = 16  # between rows: a power of two apart, all entries of a column would share a few lines of the cache
+from undimix_plugins.blocks import PADDING
 
 
 class Workspace:

@@ -14,6 +14,7 @@ from undimix_plugins.fast.excluded import Excluded
 from undimix_plugins.fast.logits import LOG2E, Logits, exponentials, row_lengths
 from undimix_plugins.fast.scores import (
     Block,
+    Bounds,
     CosineDiversity,
     EuclideanDiversity,
     Influence,
@@ -81,21 +82,22 @@ class StandardisedMix:
         self.count = contrast.count[:, None].clamp(min=1)
         lengths = row_lengths(logits.pool)[:, 0]
         self.scores: dict[str, Score] = {}
+        bounds = Bounds(excluded)
         if mix.influence:
             tasks = self._tasks(prepared, scratch, lengths)
             inputs = None
             if mix.gradient == "weight" and contrast.last_layer is not None:
                 inputs = contrast.last_layer.anchor_inputs.detach(), contrast.last_layer.pool_inputs.detach()
-            self.scores["influence"] = Influence(logits, excluded, tasks, inputs, out)
+            self.scores["influence"] = Influence(logits, bounds, tasks, inputs, out)
         if mix.similarity:
-            self.scores["similarity"] = Similarity(logits, excluded, lengths)
+            self.scores["similarity"] = Similarity(logits, bounds, lengths)
         if mix.diversity:
             of_distance = CosineDiversity if mix.distance == "cosine" else EuclideanDiversity
-            self.scores["diversity"] = of_distance(logits, excluded, lengths, self.count)
+            self.scores["diversity"] = of_distance(logits, bounds, lengths, self.count)
         self.strengths: dict[str, float] = {name: getattr(mix, name) for name in self.scores}
         root = self.count.sqrt()
         self.eps = ROUNDING * torch.finfo(root.dtype).eps * root
-        errors = [score.error(score.bounds.amax(dim=1)[:, None, None]) for score in self.scores.values()]
+        errors = [score.error(score.own_bounds.amax(dim=1)[:, None, None]) for score in self.scores.values()]
         self.bound = (torch.stack(errors) * self.eps).square()
         by_strength = mix.mixing == "geometric"
         factors = [strength if by_strength else 1.0 for strength in self.strengths.values()]

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from undimix_plugins.blocks import blocks_of, fits, tile_pairs
+from undimix_plugins.blocks import PADDING, blocks_of, fits, tile_pairs
 from undimix_plugins.contrast import Contrast
 from undimix_plugins.fast.excluded import Excluded
 from undimix_plugins.fast.logits import LOG2E, Logits, exponentials
-from undimix_plugins.fast.memory import PADDING, Workspace
+from undimix_plugins.fast.memory import Workspace
 from undimix_plugins.fast.mix import StandardisedMix
 from undimix_plugins.fast.scores import Block
 from undimix_plugins.plan import Plan

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from undimix_plugins.blocks import blocks
+from undimix_plugins.blocks import FEW, blocks
 from undimix_plugins.checks import values_are_free
 from undimix_plugins.columns import sum_of_rows
 from undimix_plugins.components import TaskGradients, euclidean_distances
@@ -22,7 +22,6 @@ from undimix_plugins.fast.logits import Logits, finite, inner_products, own_prod
 from undimix_plugins.fast.tasks import has_same_tasks
 from undimix_plugins.weightings.undimix import ROUNDING
 
-FEW = 4  # excluded columns whose distances to the pool are taken off one after the other
 CONCENTRATED = 0.25  # the length of the mean of rows of length 1 from which sums over them are taken in float64
 
 
@@ -31,8 +30,8 @@ class Block(NamedTuple):
 
     Attributes:
         rows: Which anchors.
-        logits: [r, m], 0 where excluded.
-        excluded: What is no negative.
+        logits: [r, m]; `StandardisedMix.block` writes 0 where excluded.
+        excluded: The excluded columns.
         out: [r, m] to work in, where the block's numerators will stand.
         scratch: Further blocks [r, m] to work in.
     """
@@ -56,45 +55,73 @@ class Scored(NamedTuple):
     far: tuple[Tensor | slice, Tensor] | None = None
 
 
-class Score:
-    """What the scores have in common.
+class Bounds:
+    """Bounds on the terms of all scores, for each candidate, and the largest among each anchor's negatives.
 
-    Attributes:
-        excluded: What is no negative.
-        bounds: What bounds the terms summed in a score, by column of the pool [q, m].
+    Args:
+        excluded: The excluded columns.
     """
 
-    def __init__(self, excluded: Excluded, bounds: Tensor) -> None:
-        self.excluded, self.bounds = excluded, bounds
+    def __init__(self, excluded: Excluded) -> None:
+        self.excluded = excluded
+        self.parts: list[Tensor] = []
 
-    def block(self, block: Block) -> Scored:
-        """The score of a block of anchors."""
-        raise NotImplementedError
-
-    def error(self, largest: Tensor) -> Tensor:
-        """The size of the terms in an anchor's scores, from the largest bounds [q, n or 1, 1]: times eps, rounding."""
-        raise NotImplementedError
+    def add(self, bounds: Tensor) -> slice:
+        """Adds the bounds of a score [q, m], and returns their place among all."""
+        start = sum(map(len, self.parts))
+        self.parts.append(bounds)
+        return slice(start, start + len(bounds))
 
     @cached_property
     def largest(self) -> Tensor:
-        """The largest bounds among each anchor's negatives [q, n, 1]."""
-        return self.excluded.largest_of_negatives(self.bounds)[:, :, None]
+        """The largest bounds among each anchor's negatives [all, n, 1]; call it once all scores have added theirs."""
+        return self.excluded.largest_of_negatives(torch.cat(self.parts))[:, :, None]
+
+
+class Score:
+    """Base class of the scores.
+
+    Args:
+        bounds: The bounds of all scores.
+        own: Bounds on the terms that are summed in this score, for each candidate [q, m].
+    """
+
+    def __init__(self, bounds: Bounds, own: Tensor) -> None:
+        self.excluded, self.bounds, self.own_bounds = bounds.excluded, bounds, own
+        self.place = bounds.add(own)
+
+    def block(self, block: Block) -> Scored:
+        """Returns the score of a block of anchors."""
+        raise NotImplementedError
+
+    def error(self, largest: Tensor) -> Tensor:
+        """Returns the size of the terms of each anchor's scores [n, 1]. Times eps, it is their rounding error.
+
+        Args:
+            largest: The largest bounds [q, n, 1], or those of the whole pool [q, 1, 1].
+        """
+        raise NotImplementedError
+
+    @property
+    def largest(self) -> Tensor:
+        """The largest of the score's bounds among each anchor's negatives [q, n, 1]."""
+        return self.bounds.largest[self.place]
 
 
 class Similarity(Score):
     """The logits themselves."""
 
-    def __init__(self, logits: Logits, excluded: Excluded, lengths: Tensor) -> None:
+    def __init__(self, logits: Logits, bounds: Bounds, lengths: Tensor) -> None:
         """`lengths` are the pool's [m]."""
-        super().__init__(excluded, lengths[None])
+        super().__init__(bounds, lengths[None])
         self.lengths = row_lengths(logits.scaled)
 
     def block(self, block: Block) -> Scored:
-        """The score of a block of anchors."""
+        """Returns the score of a block of anchors."""
         return Scored(block.logits)
 
     def error(self, largest: Tensor) -> Tensor:
-        """As `Score` has it."""
+        """See `Score.error`."""
         return self.lengths * largest[0]
 
 
@@ -103,14 +130,12 @@ class Influence(Score):
 
     Attributes:
         products: Those of the rows' directions, where they are symmetric: they wait where numerators will be.
-        far: The anchors [n] beside whose negatives' gradients the largest in the pool is huge: all would be 0. None
-            where a look is free and shows none.
     """
 
     def __init__(
         self,
         logits: Logits,
-        excluded: Excluded,
+        bounds: Bounds,
         tasks: tuple[TaskGradients, TaskGradients],
         inputs: tuple[Tensor, Tensor] | None,
         products: Tensor | None,
@@ -122,17 +147,16 @@ class Influence(Score):
         self.largest_scale = finite(log_scale.max())
         self.scale_of_pool = (log_scale - self.largest_scale).exp()
         self.scaled_of_pool = direction * self.scale_of_pool[:, None]
-        bounds = [row_lengths(self.scaled_of_pool)[:, 0], self.scale_of_pool * terms, log_scale]
+        own = [row_lengths(self.scaled_of_pool)[:, 0], self.scale_of_pool * terms, log_scale]
         if inputs is not None:
-            bounds.append(row_lengths(inputs[1])[:, 0])
-        super().__init__(excluded, torch.stack(bounds))
+            own.append(row_lengths(inputs[1])[:, 0])
+        super().__init__(bounds, torch.stack(own))
         self.products = products if has_same_tasks(logits.contrast) else None
         if self.products is not None:
             own_products(direction, direction, self.products)
-        self.far = self._far_anchors()
 
     def block(self, block: Block) -> Scored:
-        """The score of a block of anchors."""
+        """Returns the score of a block of anchors."""
         rows, out = block.rows, block.out
         if self.products is not None:
             torch.mul(self.products[rows], self.scale_of_pool, out=out)
@@ -145,13 +169,18 @@ class Influence(Score):
         return Scored(block.excluded.write(out, 0), far)
 
     def error(self, largest: Tensor) -> Tensor:
-        """As `Score` has it."""
+        """See `Score.error`."""
         direction, _, terms = self.of_anchors
         error = terms[:, None] * largest[0] + row_lengths(direction) * largest[1]
         return error if self.inputs is None else error * (row_lengths(self.inputs[0]) * largest[3])
 
-    def _far_anchors(self) -> Tensor | None:
-        log_scale, least = self.of_pool.log_scale, math.log(torch.finfo(self.bounds.dtype).tiny) / 4.4
+    @cached_property
+    def far(self) -> Tensor | None:
+        """The anchors [n] whose negatives' gradients are tiny beside the largest in the pool: all would be 0.
+
+        None if values can be read for free and there are none.
+        """
+        log_scale, least = self.of_pool.log_scale, math.log(torch.finfo(self.own_bounds.dtype).tiny) / 4.4
         if values_are_free(log_scale) and bool(log_scale.min() - self.largest_scale >= least):
             return None
         far = (self.largest[2] - self.largest_scale)[:, 0] < least
@@ -188,9 +217,9 @@ class CosineDiversity(Score):
         looks_up: Whether what is excluded is added from the logits: of two views of rows of length 1 it is there.
     """
 
-    def __init__(self, logits: Logits, excluded: Excluded, lengths: Tensor, count: Tensor) -> None:
+    def __init__(self, logits: Logits, bounds: Bounds, lengths: Tensor, count: Tensor) -> None:
         """`lengths` are the pool's [m]; `count` is how many negatives each anchor has, at least 1 [n, 1]."""
-        super().__init__(excluded, torch.ones_like(lengths[None]))
+        super().__init__(bounds, lengths[None][:0])  # rows of length 1 need no bound
         self.logits, self.count, pool = logits, count, logits.pool
         of_length_one = values_are_free(lengths) and all_one(lengths)
         self.unit = pool if of_length_one else pool / lengths.masked_fill(lengths == 0, 1)[:, None]
@@ -222,9 +251,9 @@ class CosineDiversity(Score):
         return Scored(block.excluded.write(out, 0))
 
     def error(self, largest: Tensor) -> Tensor:
-        """As `Score` has it."""
+        """See `Score.error`."""
         summed = torch.full_like(self.count, len(self.unit)) if self.excluded.dense else self.count - 1
-        return summed.clamp(min=1) * largest[0] * (self.logits.factor if self.looks_up else 1)
+        return summed.clamp(min=1) * (self.logits.factor if self.looks_up else 1)
 
     @cached_property
     def excluded_sums(self) -> Tensor:
@@ -235,13 +264,13 @@ class CosineDiversity(Score):
 class EuclideanDiversity(Score):
     """Euclidean distances to the anchor's other negatives, summed."""
 
-    def __init__(self, logits: Logits, excluded: Excluded, lengths: Tensor, count: Tensor) -> None:
-        """As `CosineDiversity` has it."""
-        super().__init__(excluded, lengths[None])
+    def __init__(self, logits: Logits, bounds: Bounds, lengths: Tensor, count: Tensor) -> None:
+        """Takes the arguments of `CosineDiversity`."""
+        super().__init__(bounds, lengths[None])
         self.pool, self.listed, self.count = logits.pool, logits.contrast.excluded, count
 
     def block(self, block: Block) -> Scored:
-        """The score of a block of anchors."""
+        """Returns the score of a block of anchors."""
         out, pool = block.scratch[0], self.pool
         if self.excluded.dense or self.listed.shape[1] > FEW:
             negative = 1 - block.excluded.marks(len(pool)).to(pool.dtype)
@@ -256,7 +285,7 @@ class EuclideanDiversity(Score):
         return Scored(block.excluded.write(out, 0))
 
     def error(self, largest: Tensor) -> Tensor:
-        """As `Score` has it."""
+        """See `Score.error`."""
         summed = torch.full_like(self.count, len(self.pool)) if self.excluded.dense else self.count - 1
         return summed.clamp(min=1) * largest[0]
 

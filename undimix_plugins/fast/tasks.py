@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from undimix_plugins.blocks import blocks, blocks_of
+from undimix_plugins.blocks import CHUNK, blocks, blocks_of
 from undimix_plugins.checks import values_are_free
 from undimix_plugins.components import TaskGradients, groups
 from undimix_plugins.contrast import Contrast
@@ -143,7 +143,7 @@ class Candidates:
 
 def largest(scores: Tensor) -> tuple[Tensor, Tensor]:
     """A row's largest score and the first column it stands in, each [r]; wide ones by chunks, since `max` is slow."""
-    chunk, width = 64, scores.shape[1]
+    chunk, width = CHUNK, scores.shape[1]
     if width < 16 * chunk:
         top, column = scores.max(dim=1)
         return top, column

@@ -57,7 +57,7 @@ class Weighting:
     adds_negatives: ClassVar[bool] = False
     strength: ClassVar[str] = ""
 
-    # Facts about the weighting: a subclass overrides them by an attribute or a property.
+    # Facts about the weighting: a subclass overrides them by a class attribute or a property.
 
     @property
     def has_mean_one(self) -> bool:
@@ -234,6 +234,16 @@ class Softened(Weighting):
     def citation(self) -> str:  # type: ignore[override]
         """The citation of the full weighting."""
         return self.weighting.citation
+
+    @property
+    def adds_negatives(self) -> bool:  # type: ignore[override]
+        """Whether the full weighting adds negatives."""
+        return self.weighting.adds_negatives
+
+    @property
+    def debiases(self) -> bool:
+        """Whether the full weighting debiases."""
+        return self.weighting.debiases
 
     @property
     def needs_last_layer(self) -> bool:

@@ -40,11 +40,11 @@ class ExcludedBlock:
         return block.scatter_(1, self.index, torch.where(has_any, value, block.gather(1, self.index)))
 
     def marks(self, width: int) -> Tensor:
-        """Which of so many columns are excluded: 1 or 0 [r, width]."""
+        """Returns 1 for the excluded columns and 0 for the others, [r, width]."""
         return self.write(self.index.new_zeros(len(self.index), width, dtype=torch.float), 1)
 
     def of(self, places: Tensor | slice) -> ExcludedBlock:
-        """Those of some of the block's anchors."""
+        """Returns the excluded columns of some of the block's anchors."""
         mask = None if self.mask is None else self.mask[places]
         return ExcludedBlock(self.index[places], self.once[places], self.padded, mask)
 
@@ -83,7 +83,7 @@ class Excluded:
         return ExcludedBlock(self.index[rows], self.once[rows], self.padded, mask)
 
     def largest_of_negatives(self, values: Tensor) -> Tensor:
-        """The largest of the pool's `values` [q, m] among each anchor's negatives: [q, n], -inf for none."""
+        """Returns the largest of the pool's `values` [q, m] among each anchor's negatives: [q, n], -inf without negatives."""
         if self.dense:
             rows = blocks_of(self.contrast.anchors, self.contrast.pool)
             return torch.cat([_largest_unmarked(self.block(block), values) for block in rows], dim=1)
@@ -102,6 +102,6 @@ def _largest_unmarked(excluded: ExcludedBlock, values: Tensor) -> Tensor:
 
 
 def write_one(block: Tensor, columns: Tensor, value: float) -> Tensor:
-    """Writes `value` into a column each [r] of a block [r, m], nothing where that is -1, and returns it."""
+    """Writes `value` into one column of each row of a block [r, m], and returns the block. Column -1 writes nothing."""
     index = columns.clamp(min=0)[:, None]
     return block.scatter_(1, index, torch.where(columns[:, None] < 0, block.gather(1, index), value))

@@ -1,4 +1,4 @@
-"""Logits about the pool's mean, in units of log 2, and the products and exponentials that they are made of."""
+"""Logits relative to the pool's mean, in units of log 2, and the products and exponentials they need."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ class Logits:
 
     @property
     def offset(self) -> Tensor:
-        """What they lack of the inner products with the pool as it is [n]."""
+        """The difference between the inner products with the pool itself and these logits [n]."""
         return self.scaled @ self.centre
 
     def block(self, rows: slice, out: Tensor) -> Tensor:
-        """The logits of a block of anchors [r, m]: kept ones, or written to `out`."""
+        """Returns the logits of a block of anchors [r, m], from memory or computed into `out`."""
         if self.kept is not None:
             return self.kept[rows]
         return inner_products(self.scaled[rows], self.centred, out)
@@ -62,7 +62,7 @@ class Logits:
         return self.scaled_about_mean @ self.centre
 
     def transposed(self, rows: slice, out: Tensor) -> Tensor:
-        """The logits of a block of the pool against all anchors [r, n], but for a number for each row, to `out`."""
+        """Writes the logits of a block of the pool with all anchors [r, n] to `out`, up to a constant for each row."""
         if self.kept is None:
             return torch.mm(self.pool[rows], self.scaled_about_mean.T, out=out)
         torch.add(self.kept[:, rows].T, self.offset_about_mean, out=out)
@@ -70,7 +70,7 @@ class Logits:
 
 
 def write_zero_rows(rows: Tensor, logits: Tensor) -> Tensor:
-    """Writes the logits [r, m] of rows of zeros [r, d], which are all 0: rounding is not to choose the largest."""
+    """Writes 0 as the logits [r, m] of rows of zeros [r, d], so that rounding does not choose the largest."""
     zero = (rows == 0).all(dim=1)
     if not values_are_free(zero) or bool(zero.any()):
         logits.masked_fill_(zero[:, None], 0)
@@ -78,7 +78,7 @@ def write_zero_rows(rows: Tensor, logits: Tensor) -> Tensor:
 
 
 def inner_products(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """`left @ right.T`, some columns at a time, so that a cache holds what is written."""
+    """Computes `left @ right.T`, some columns at a time, so that the output fits into a cache."""
     step = 2 * tile_size(right)
     for start in range(0, len(right), step):
         columns = slice(start, start + step)
@@ -87,7 +87,7 @@ def inner_products(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
 
 
 def own_products(scaled: Tensor, rows: Tensor, out: Tensor, along: Tensor | None = None) -> None:
-    """`scaled @ rows.T`, of rows and a multiple of them, by half and mirrored; `along` [rows] is added to each row."""
+    """Computes `scaled @ rows.T` for a multiple of the rows: one half, which is mirrored. `along` [rows] is added."""
     for above, columns in tile_pairs(rows):
         tile = torch.mm(scaled[above], rows[columns].T, out=out[above, columns])
         if above != columns and along is None:
@@ -99,18 +99,18 @@ def own_products(scaled: Tensor, rows: Tensor, out: Tensor, along: Tensor | None
 
 
 def row_lengths(rows: Tensor) -> Tensor:
-    """The length of each row [r, 1]."""
+    """Returns the length of each row [r, 1]."""
     lengths: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     return lengths
 
 
 def finite(values: Tensor) -> Tensor:
-    """-inf as the least number, so that it can be taken from another -inf."""
+    """Replaces -inf by the least number, so that a difference of two is not NaN."""
     return values.clamp(min=torch.finfo(values.dtype).min)
 
 
 def are_moderate(totals: Tensor) -> bool:
-    """Whether sums of exponentials are far from overflow and underflow; a look at them has to be free."""
+    """Whether sums of exponentials are far from overflow and underflow. Call it where reading values is free."""
     least, most = map(float, totals.aminmax())
     return least > 1 / MODERATE and most < MODERATE
 

@@ -37,18 +37,18 @@ Gradients = tuple[Tensor | None, Tensor | None]  # of anchors and pool; one tens
 
 
 def negative_log_sums(plan: Plan) -> Tensor:
-    """The log of the weighted sum of each anchor's negatives [n], -inf for none; no gradient follows `log_weights`."""
+    """Returns the weighted log-sum of each anchor's negatives [n], -inf without negatives. `log_weights` get no gradient."""
     return NegativeLogSums.apply(plan.contrast.anchors, plan.contrast.pool, plan)  # type: ignore[no-any-return]
 
 
 def mean_loss(plan: Plan, loss: Margin) -> Tensor:
-    """The mean of `loss` over the anchors; no gradient follows `log_weights`, and backward twice is an error."""
+    """Returns the mean of `loss` over the anchors. `log_weights` get no gradient; a second derivative is an error."""
     contrast = plan.contrast
     return MeanLoss.apply(contrast.anchors, contrast.positives, contrast.pool, plan, loss)  # type: ignore[no-any-return]
 
 
 class NegativeLogSums(torch.autograd.Function):
-    """The log of the weighted sum of each anchor's negatives [n]; numerators that do not fit are made twice."""
+    """The weighted log-sum of each anchor's negatives [n]. Numerators that do not fit into memory are computed twice."""
 
     @staticmethod
     def forward(ctx: Any, anchors: Tensor, pool: Tensor, plan: Plan) -> Tensor:
@@ -85,7 +85,7 @@ class NegativeLogSums(torch.autograd.Function):
 
 
 class MeanLoss(torch.autograd.Function):
-    """The mean over the anchors of a function of their margins, with its gradient worked out in the forward pass."""
+    """The mean over the anchors of a function of their margins. The forward pass computes the gradient, too."""
 
     @staticmethod
     def forward(
@@ -142,7 +142,7 @@ class MeanLoss(torch.autograd.Function):
 
 
 def zero_sums(anchors: Tensor, pool: Tensor, needed: tuple[bool, bool]) -> Gradients:
-    """What the gradients of anchors and pool are to be added to, None where they are not needed."""
+    """Returns zeros to add the gradients of anchors and pool to, None for gradients that are not needed."""
     of_pool = torch.zeros_like(pool) if needed[1] else None
     return (of_pool if anchors is pool else torch.zeros_like(anchors) if needed[0] else None), of_pool
 
@@ -150,7 +150,7 @@ def zero_sums(anchors: Tensor, pool: Tensor, needed: tuple[bool, bool]) -> Gradi
 def add_gradients(
     numerators: Tensor, share: Tensor, anchors: Tensor, pool: Tensor, rows: slice, sums: Gradients
 ) -> None:
-    """Adds those of a block of anchors to the sums, as `gradients` has them."""
+    """Adds the gradients of a block of anchors to the sums. See `gradients`."""
     of_anchors, of_pool = sums
     if of_anchors is not None:
         of_anchors[rows].addcmul_(numerators @ pool, share)
@@ -161,7 +161,7 @@ def add_gradients(
 def gradients(
     numerators: Tensor, share: Tensor, anchors: Tensor, pool: Tensor, sums: Gradients, *, symmetric: bool
 ) -> None:
-    """Adds those of `sum over i, j of share_i * numerators_ij * <a_i, v_j>` to the sums, the numerators held fixed.
+    """Adds the gradients of `sum over i, j of share_i * numerators_ij * <a_i, v_j>` to the sums. Numerators are constants.
 
     Symmetric numerators are given on and above the diagonal alone.
     """
@@ -184,7 +184,7 @@ def gradients(
 
 
 class Once(torch.autograd.Function):
-    """A gradient as it is, which says so when it is asked for its own, rather than pass for a constant."""
+    """The identity for a gradient. It raises an error in a second derivative, where it would pass for a constant."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, *inputs: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ class Once(torch.autograd.Function):
 
 
 def once(gradients: Iterable[Tensor | None], contrast: Contrast) -> tuple[Tensor | None, ...]:
-    """What a backward returns for anchors, positives and pool, or those of them that it has."""
+    """Returns the gradients that a backward pass returns, so that a second derivative is an error."""
     if not torch.is_grad_enabled():  # but with create_graph=True
         return tuple(gradients)
     inputs = contrast.anchors, contrast.positives, contrast.pool

@@ -1,4 +1,4 @@
-"""Memory for blocks of scores, which is kept from one call to the next."""
+"""Memory for blocks of scores, kept from one call to the next."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Workspace:
         self.memory = memory
 
     def block(self, rows: int, columns: int) -> Tensor:
-        """An uninitialised block [rows, columns]."""
+        """Returns an uninitialised block [rows, columns]."""
         width = columns + PADDING
         block = self.memory[self.next : self.next + rows * width].view(rows, width)[:, :columns]
         self.next += rows * width

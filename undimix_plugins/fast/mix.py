@@ -27,7 +27,7 @@ from undimix_plugins.weightings.undimix import ROUNDING, Prepared, UnDiMix
 
 
 class Slope(NamedTuple):
-    """What makes a block's numerators the gradient of their log-sum, where weights carry one.
+    """Turns a block's numerators into the gradient of their log-sum, for weights with a gradient.
 
     Attributes:
         steepness: By how much a log-weight grows with its logit [r, 1].
@@ -104,7 +104,7 @@ class StandardisedMix:
         self.factor = torch.stack([root * (LOG2E * mix.hardness * factor) for factor in factors])
 
     def block(self, block: Block) -> Mixed:
-        """The scores of a block of anchors, whose excluded logits are written over."""
+        """Returns the scores of a block of anchors. It overwrites the excluded logits."""
         block.excluded.write(block.logits, 0)
         values, scales = self._scales(block, [score.block(block) for score in self.scores.values()])
         mixed = self._geometric if self.mix.mixing == "geometric" else self._linear
@@ -150,7 +150,7 @@ class StandardisedMix:
         return Mixed(torch.add(log_weights, block.logits, out=scratch[0]), None, None)
 
     def _scales(self, block: Block, scored: list[Scored]) -> tuple[list[Tensor], Tensor]:
-        """The scores, 0 in the excluded columns, and what standardises them to their strength: [scores, r, 1]."""
+        """Returns the scores, 0 in the excluded columns, and the factors that standardise them [scores, r, 1]."""
         rows, values = block.rows, [score.values for score in scored]
         totals = torch.stack([value.sum(dim=1, keepdim=True) for value in values])
         squares = torch.stack([row_lengths(value) for value in values]).square_()
@@ -172,13 +172,13 @@ class StandardisedMix:
 
     @cached_property
     def rounding(self) -> Tensor:
-        """The length up to which scores are rounding [scores, n, 1]."""
+        """The length up to which scores are rounding errors [scores, n, 1]."""
         return torch.stack([score.error(score.largest) for score in self.scores.values()]) * self.eps
 
     def _tasks(
         self, prepared: Prepared | None, scratch: list[Tensor], lengths: Tensor
     ) -> tuple[TaskGradients, TaskGradients]:
-        """The tasks' gradients of anchors and pool; those that processes share are prepared."""
+        """Returns the task gradients of anchors and pool. Those shared between processes are in `prepared`."""
         if prepared is not None and prepared.tasks is not None:
             return prepared.tasks
         logits, last_layer = self.logits, self.logits.contrast.last_layer

@@ -20,7 +20,7 @@ from undimix_plugins.weightings.weighting import checked
 
 
 class Sums(NamedTuple):
-    """What a block of r anchors leaves.
+    """The results for a block of r anchors.
 
     Attributes:
         rows: Which anchors.
@@ -69,7 +69,7 @@ class Numerators:
         return map(self.block, self.rows)
 
     def block(self, rows: slice) -> Sums:
-        """Numerators of a block of anchors, and their sums."""
+        """Computes the numerators of a block of anchors, and their sums."""
         out = self.lone[: rows.stop - rows.start] if self.out is None else self.out[rows]
         scratch, excluded = [memory[: len(out)] for memory in self.scratch], self.excluded.block(rows)
         logits = self.logits.block(rows, scratch[-1] if scratch else out)
@@ -86,7 +86,7 @@ class Numerators:
         return Sums(rows, out, total, log_sum[:, 0] / LOG2E)
 
     def scores(self, rows: slice, logits: Tensor, out: Tensor) -> Tensor:
-        """Logits plus log-weights of a block [r, m], for weights that are asked for; `out` is written to."""
+        """Returns logits plus log-weights of a block [r, m], without a `mix`. It may write to `out`."""
         if self.plan.alike:
             return logits
         weigher = self.plan.weigher
@@ -95,7 +95,7 @@ class Numerators:
 
 
 def workspace(contrast: Contrast) -> Workspace:
-    """Memory for what is kept and the scratch."""
+    """Returns memory for what is kept, and to work in."""
     anchors, pool = contrast.anchors, contrast.pool
     kept = 2 * len(anchors) if fits(anchors, pool) else 0
     return Workspace(pool, (kept + 4 * blocks_of(anchors, pool)[0].stop) * (len(pool) + PADDING))

@@ -1,4 +1,4 @@
-"""UnDiMix's three scores, a block of anchors at a time, each with a bound of its rounding error.
+"""UnDiMix's three scores for a block of anchors, each with a bound on its rounding error.
 
 What standardising undoes is left as it comes: a factor of an anchor's own, and a number added to all of its scores.
 """
@@ -187,7 +187,7 @@ class Influence(Score):
         return far if not values_are_free(far) or bool(far.any()) else None
 
     def _write_far(self, far: Tensor, block: Block) -> tuple[Tensor | slice, Tensor]:
-        """Writes the influence for the anchors that are far, relative to the largest of their own negatives.
+        """Writes the influence for the `far` anchors, relative to the largest gradient of their own negatives.
 
         For all of the block where a look at which they are is not free. Returns their places and errors.
         """
@@ -297,7 +297,7 @@ class EuclideanDiversity(Score):
 
 
 def precise_distances(unit: Tensor) -> Tensor:
-    """The distances of rows of length 1 to all others [m], less the same for all.
+    """Returns the distances of rows of length 1 to all others, summed [m], up to a constant.
 
     In float64: of concentrated rows it is so little of the terms' sum that rounding would show, even in their lengths.
     """
@@ -308,7 +308,7 @@ def precise_distances(unit: Tensor) -> Tensor:
 
 
 def is_two_views(contrast: Contrast) -> bool:
-    """Whether a look is free and shows anchors in two views, half their number apart, both excluded from the pool."""
+    """Whether the anchors are two views, both excluded from the pool. False if reading values is not free."""
     excluded, half = contrast.excluded, len(contrast.anchors) // 2
     if contrast.excluded_mask is not None or excluded.shape[1] != 2 or len(excluded) != 2 * half:
         return False
@@ -320,5 +320,5 @@ def is_two_views(contrast: Contrast) -> bool:
 
 
 def all_one(lengths: Tensor) -> bool:
-    """Whether all are 1 but for rounding."""
+    """Whether all lengths are 1 up to rounding."""
     return bool(((lengths - 1).abs() <= ROUNDING * torch.finfo(lengths.dtype).eps).all())

@@ -1,4 +1,4 @@
-"""The gradients of all pseudo-labelling tasks, block by block: the numbers of `components.task_gradients`."""
+"""The gradients of all pseudo-labelling tasks, block by block. `components.task_gradients` is the reference."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from undimix_plugins.fast.logits import LOG2E, Logits, are_moderate, finite, row
 
 
 def all_task_gradients(logits: Logits, scratch: list[Tensor], longest: Tensor) -> tuple[TaskGradients, TaskGradients]:
-    """The gradients of the anchors' tasks and of the pool's.
+    """Computes the gradients of the anchors' tasks and of the pool's.
 
     Args:
         logits: Of all anchors.
@@ -55,12 +55,12 @@ def all_task_gradients(logits: Logits, scratch: list[Tensor], longest: Tensor) -
 
 
 def has_same_tasks(contrast: Contrast) -> bool:
-    """Whether a row's task is the same as an anchor and as a candidate: of one batch with itself."""
+    """Whether a row has the same task as an anchor and as a candidate: anchors are the pool."""
     return contrast.is_own_pool and bool(contrast.positives_in_pool)
 
 
 def together(parts: list[TaskGradients]) -> TaskGradients:
-    """Of all blocks of tasks."""
+    """Joins the blocks."""
     return parts[0] if len(parts) == 1 else TaskGradients(*map(torch.cat, zip(*parts, strict=True)))
 
 
@@ -80,7 +80,7 @@ class Candidates:
         self.groups = None if group is None else (group[: len(centred)], group[len(centred) :])  # of rows, and further
 
     def task_gradients(self, logits: Tensor, rows: slice, out: Tensor, further: Tensor | None) -> TaskGradients:
-        """As `components._gradients`, of a block of tasks.
+        """Computes the gradients of a block of tasks. See `components._gradients`.
 
         From their logits [r, candidates] in units of log 2, and those of the further candidates [r]; `out`
         [r, candidates] is to work in.
@@ -108,7 +108,7 @@ class Candidates:
             log_label = log_label + copies.log2()
 
         def others(block: Tensor, value: float) -> Tensor:
-            """The block with `value` for the label and its copies."""
+            """Writes `value` for the label and its copies."""
             if same is not None:
                 return block.masked_fill_(same, value)
             return block.scatter_(1, label[:, None], value) if further is None else write_one(block, label, value)
@@ -142,7 +142,7 @@ class Candidates:
 
 
 def largest(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """A row's largest score and the first column it stands in, each [r]; wide ones by chunks, since `max` is slow."""
+    """Returns each row's largest score and its first column, each [r]. Wide rows go by chunks, since `max` is slow."""
     chunk, width = CHUNK, scores.shape[1]
     if width < 16 * chunk:
         top, column = scores.max(dim=1)

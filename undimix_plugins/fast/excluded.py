@@ -83,7 +83,7 @@ class Excluded:
         return ExcludedBlock(self.index[rows], self.once[rows], self.padded, mask)
 
     def largest_of_negatives(self, values: Tensor) -> Tensor:
-        """Returns the largest of the pool's `values` [q, m] among each anchor's negatives: [q, n], -inf without negatives."""
+        """Returns the largest of the pool's `values` [q, m] among each anchor's negatives [q, n], or -inf."""
         if self.dense:
             rows = blocks_of(self.contrast.anchors, self.contrast.pool)
             return torch.cat([_largest_unmarked(self.block(block), values) for block in rows], dim=1)

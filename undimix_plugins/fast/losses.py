@@ -37,7 +37,7 @@ Gradients = tuple[Tensor | None, Tensor | None]  # of anchors and pool; one tens
 
 
 def negative_log_sums(plan: Plan) -> Tensor:
-    """Returns the weighted log-sum of each anchor's negatives [n], -inf without negatives. `log_weights` get no gradient."""
+    """Returns the weighted log-sum of each anchor's negatives [n], or -inf. `log_weights` get no gradient."""
     return NegativeLogSums.apply(plan.contrast.anchors, plan.contrast.pool, plan)  # type: ignore[no-any-return]
 
 

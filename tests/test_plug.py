@@ -19,7 +19,7 @@ from tests import unknown_toolkit
 from tests.contrasts import random_rows
 from undimix_plugins import HCL, Debiased, UnDiMix, Uniform, compose, info_nce, two_views, undimix
 from undimix_plugins.monitoring.warmup import set_hardness
-from undimix_plugins.toolkit import WeightedLoss
+from undimix_plugins.toolkit import WeightedLoss, reweight
 
 GROUP = "undimix_plugins.adapters"
 
@@ -52,9 +52,9 @@ def state(loss: nn.Module) -> tuple[object, ...]:
 
 
 def test_refuses_what_is_no_loss_object() -> None:
-    with pytest.raises(TypeError, match=r"^loss: expected a loss object .*, got None$"):
+    with pytest.raises(TypeError, match=r"^loss: expected a loss object such as NTXentLoss\(\), got None$"):
         undimix(None)
-    with pytest.raises(TypeError, match=r"^loss: expected a loss object .*, got the class ReLU$"):
+    with pytest.raises(TypeError, match=r"^loss: expected a loss object such as ReLU\(\.\.\.\), got the class ReLU$"):
         undimix(nn.ReLU)
 
 
@@ -230,9 +230,31 @@ class TestDropIn:
 
 
 def test_refuses_a_loss_that_is_not_supported(toolkit: ModuleType) -> None:
-    message = r"^loss: OtherLoss has no negatives .*supported: strange_toolkit's PairLoss$"
+    message = r"^loss: OtherLoss has no negatives to weight or is not supported; supported: strange_toolkit: PairLoss$"
     with pytest.raises(TypeError, match=message):
         undimix(toolkit.OtherLoss())
+
+
+def test_supported_losses_are_listed_by_toolkit() -> None:
+    """And a model is told from a loss."""
+
+    def host(toolkit: str, name: str) -> type[nn.Module]:
+        return type(name, (nn.Module,), {"__module__": f"{toolkit}.losses"})
+
+    hosts = [host("one", "BLoss"), host("other", "CLoss"), host("one", "ALoss"), host("one", "BLoss")]
+    supported = "supported: one: ALoss, BLoss; other: CLoss"
+    model = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(TypeError) as raised:
+        reweight(model, None, dict.fromkeys(hosts, WeightedLoss))
+    assert str(raised.value) == (
+        f"loss: Sequential looks like a model, not a loss: weight the loss that trains it; {supported}"
+    )
+    with pytest.raises(TypeError) as raised:
+        reweight(nn.CrossEntropyLoss(), None, dict.fromkeys(hosts, WeightedLoss))
+    assert str(raised.value) == (
+        "loss: CrossEntropyLoss has no negatives to weight or is not supported, which compares no anchor with "
+        f"negatives; {supported}"
+    )
 
 
 def test_refuses_code_that_would_be_lost(toolkit: ModuleType, users_code: ModuleType) -> None:

@@ -67,8 +67,10 @@ def undimix(
         >>> loss = criterion(torch.randn(8, 32), torch.randn(8, 32))
     """
     if loss is None or isinstance(loss, type):
-        came = "None" if loss is None else f"the class {loss.__name__}"
-        raise TypeError(f"loss: expected a loss object such as NTXentLoss(), got {came}")
+        example, came = (
+            ("NTXentLoss()", "None") if loss is None else (f"{loss.__name__}(...)", f"the class {loss.__name__}")
+        )
+        raise TypeError(f"loss: expected a loss object such as {example}, got {came}")
     settings = {name: value for name, value in options.items() if name not in OPTIONS}
     ours = {name: value for name, value in options.items() if name in OPTIONS}
     for name, why in ELSEWHERE.items():

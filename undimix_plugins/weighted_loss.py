@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from functools import cache
 from typing import Any, ClassVar, cast
@@ -271,20 +271,36 @@ def why_no_loss(loss: object) -> str:
         >>> why_no_loss(torch.nn.CrossEntropyLoss())
         'which compares no anchor with negatives'
     """
-    cls = type(loss)
-    named_so = any("loss" in base.__name__.lower() for base in cls.__mro__)
-    if isinstance(loss, nn.Module) and not named_so and len(list(loss.parameters())) > 1:  # one may be a temperature
+    if _looks_like_a_model(loss):
         return "which looks like a model: weight the loss that trains it"
-    return "which compares no anchor with negatives" if cls.__module__.startswith("torch.nn.") else ""
+    return "which compares no anchor with negatives" if type(loss).__module__.startswith("torch.nn.") else ""
+
+
+def _looks_like_a_model(loss: object) -> bool:
+    named_a_loss = any("loss" in base.__name__.lower() for base in type(loss).__mro__)
+    return isinstance(loss, nn.Module) and not named_a_loss and len(list(loss.parameters())) > 1  # one: a temperature
+
+
+def _supported(classes: Iterable[type[nn.Module]]) -> str:
+    """Returns the names of the supported losses, by toolkit."""
+    names: dict[str, set[str]] = {}
+    for host in classes:
+        names.setdefault(host.__module__.partition(".")[0], set()).add(host.__name__)
+    return "; ".join(f"{toolkit}: {', '.join(sorted(names[toolkit]))}" for toolkit in sorted(names))
 
 
 def _weighted_class(loss: nn.Module, classes: Mapping[type[nn.Module], type[WeightedLoss]]) -> type[nn.Module]:
     cls = type(loss)
-    supported = ", ".join(sorted({f"{host.__module__.partition('.')[0]}'s {host.__name__}" for host in classes}))
+    supported = _supported(classes)
     host = next((base for base in cls.__mro__ if base in classes), None)
     if host is None:
         wraps = isinstance(getattr(loss, "loss", None), tuple(classes))
         hint = f". Weight the loss inside it: {cls.__name__}(..., undimix(loss), ...)" if wraps else ""
+        if _looks_like_a_model(loss):
+            raise TypeError(
+                f"loss: {cls.__name__} looks like a model, not a loss: weight the loss that trains it; supported: "
+                f"{supported}"
+            )
         looks = f", {why_no_loss(loss)}" if why_no_loss(loss) else ""
         raise TypeError(
             f"loss: {cls.__name__} has no negatives to weight or is not supported{looks}; supported: {supported}{hint}"

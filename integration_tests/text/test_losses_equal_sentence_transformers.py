@@ -646,5 +646,9 @@ def test_refused_with_a_reason(make: Make, why: str) -> None:
 
 
 def test_a_model_is_told_from_a_loss() -> None:
-    with pytest.raises(TypeError, match=r"^loss: SentenceTransformer has no negatives .* looks like a model: weight"):
+    message = (
+        r"^loss: SentenceTransformer looks like a model, not a loss: weight the loss that trains it; supported: "
+        r"sentence_transformers: \w+Loss(, \w+Loss)*$"
+    )
+    with pytest.raises(TypeError, match=message):
         undimix(encoder())

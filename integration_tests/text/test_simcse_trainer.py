@@ -246,9 +246,7 @@ def test_bad_outputs() -> None:
         TwoViews(TwoViews(DataCollatorWithPadding(TOKENIZER)))
     with pytest.raises(TypeError, match="collator: expected a data collator, got 'x'"):
         TwoViews("x")  # type: ignore[arg-type]
-    with pytest.raises(
-        TypeError, match="supported: undimix_transformers's ImageTextLoss, undimix_transformers's SimCSELoss"
-    ):
+    with pytest.raises(TypeError, match="supported: undimix_transformers: ImageTextLoss, SimCSELoss"):
         undimix(TwoViews(DataCollatorWithPadding(TOKENIZER)))
 
 

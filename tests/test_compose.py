@@ -417,19 +417,23 @@ REFUSED: dict[str, tuple[tuple[Weighting, ...], str]] = {
     "hcl-bcl": ((HCL(), BCL()), "expected at most one that debiases (HCL(tau_plus=0) does not), got HCL("),
     "penalty": (
         (SimilarityPenalty(), Debiased()),
-        "expected weights of mean 1 where their sum is debiased, which a SimilarityPenalty's are not, got Simil",
+        "expected weights of mean 1 where Debiased debiases, which SimilarityPenalty's are not (a class of your own "
+        "whose weights average 1 states has_mean_one = True), got SimilarityPenalty(",
     ),
     "penalty-hcl": (
         (HCL(), SimilarityPenalty()),
-        "expected weights of mean 1 where their sum is debiased, which a SimilarityPenalty's are not, got HCL(",
+        "expected weights of mean 1 where HCL debiases, which SimilarityPenalty's are not (a class of your own whose "
+        "weights average 1 states has_mean_one = True), got HCL(",
     ),
     "product": (
         (UnDiMix(), HCL()),
-        "expected weights of mean 1 where their sum is debiased, which a product's are not, got UnDiMix(",
+        "expected one method with weights where HCL debiases (HCL(tau_plus=0) does not), since debiasing is not "
+        "defined for a product of weights, here of UnDiMix and HCL, got UnDiMix(",
     ),
     "product-debiased": (
         (UnDiMix(), HCL(tau_plus=0.0), Debiased()),
-        "expected weights of mean 1 where their sum is debiased, which a product's are not, got UnDiMix(",
+        "expected one method with weights where Debiased debiases (Debiased(tau_plus=0) does not), since debiasing is "
+        "not defined for a product of weights, here of UnDiMix and HCL, got UnDiMix(",
     ),
     "mochi-first": (
         (MoCHi(), Debiased()),

@@ -99,7 +99,10 @@ def test_who_needs_the_last_layer() -> None:
 
 
 def test_ones_own_weighting_is_debiased_only_where_its_mean_is_known() -> None:
-    message = "expected weights of mean 1 where their sum is debiased, which a Farther's are not"
+    message = (
+        r"expected weights of mean 1 where \w+ debiases, which Farther's are not \(a class of your own whose weights "
+        r"average 1 states has_mean_one = True\)"
+    )
     for parts in ([Farther(), Debiased()], [Debiased(), Farther()], [Farther(), HCL(beta=0.0)]):
         with pytest.raises(ValueError, match=message):
             compose(*parts)

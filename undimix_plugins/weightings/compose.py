@@ -68,11 +68,19 @@ def _against(parts: Sequence[Weighting]) -> str | None:
         return "expected at most one that debiases (HCL(tau_plus=0) does not)"
     of_sum = [place for place in debias if parts[place]._combines()]
     weighing = [part for part in parts if not part._weigher()._weighs_alike]
-    for part in weighing if of_sum else ():
-        if not part.has_mean_one:
-            return f"expected weights of mean 1 where their sum is debiased, which a {type(part).__name__}'s are not"
-    if of_sum and len(weighing) > 1:
-        return "expected weights of mean 1 where their sum is debiased, which a product's are not"
+    if of_sum:
+        debiasing, names = type(parts[of_sum[0]]).__name__, [type(part).__name__ for part in weighing]
+        for part, name in zip(weighing, names, strict=True):
+            if not part.has_mean_one:
+                return (
+                    f"expected weights of mean 1 where {debiasing} debiases, which {name}'s are not (a class of your "
+                    "own whose weights average 1 states has_mean_one = True)"
+                )
+        if len(weighing) > 1:
+            return (
+                f"expected one method with weights where {debiasing} debiases ({debiasing}(tau_plus=0) does not), "
+                f"since debiasing is not defined for a product of weights, here of {' and '.join(names)}"
+            )
     adding = next((place for place, part in enumerate(parts) if part.adds_negatives), len(parts))
     if any(place > adding for place in of_sum):
         name = type(parts[adding]).__name__

@@ -201,8 +201,16 @@ def test_a_pool_of_all_processes() -> None:
     assert not same(negative_statistics(replace(alone, gathered=halved), UnDiMix()), got)
 
 
+ONE_EACH = (
+    r"labels: expected one for each sample of the batch, whose number divides those of the anchors \(8\) and of the "
+    r"pool \(8\), got"
+)
 BAD = {
-    "too-many": (torch.arange(6), r"labels: expected one for each sample.* anchors \(8\) and pool \(8\).*, got 6"),
+    "too-many": (torch.arange(6), rf"{ONE_EACH} 6$"),
+    "of-both-views": (
+        torch.arange(16),
+        rf"{ONE_EACH} 16; two views of a sample have one label: labels\[::2\] if they are adjacent rows$",
+    ),
     "none": (torch.arange(0), r"labels: expected one for each sample.*, got 0"),
     "matrix": (torch.zeros(4, 2), r"labels: expected a label for each sample, of shape \[samples\], got \[4, 2\]"),
     "list": ([0, 1, 2, 3], r"labels: expected a label for each sample, of shape \[samples\], got list"),

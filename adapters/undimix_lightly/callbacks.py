@@ -136,6 +136,7 @@ class NegativeStatistics(_OfLightning):
             such as `lambda batch: batch[1]`; None for no such numbers.
 
     Raises:
+        TypeError: If `labels` is not a function.
         ValueError: If `every` is below 1. In training: if the labels do not fit the contrast, or with a memory bank,
             whose entries have no labels.
 
@@ -149,6 +150,8 @@ class NegativeStatistics(_OfLightning):
     """
 
     def __init__(self, every: int = 50, labels: Callable[[Any], Tensor] | None = None) -> None:
+        if labels is not None and not callable(labels):
+            raise TypeError(f"labels: expected a function such as lambda batch: batch[1], got {labels!r}")
         self.every, self.labels = int(check_number("every", every, at_least=1)), labels
         self._seen: list[dict[str, float]] = []
         self._step: int | None = None  # the last one that was watched in this training

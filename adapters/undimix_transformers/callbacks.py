@@ -135,6 +135,20 @@ def _losses(of: Trainer | nn.Module) -> list[WeightedLoss]:
     return list(dict.fromkeys(found))
 
 
+def _of_inputs(labels: Callable[[Any], Tensor], inputs: Any) -> Tensor:
+    try:
+        return labels(inputs)
+    except KeyError as error:
+        key = error.args[0] if error.args else None
+        if not isinstance(key, str) or key in inputs:  # not a key of the inputs that is missing
+            raise
+        raise ValueError(
+            f"labels: expected inputs with the key {key!r}, got {sorted(inputs)}; keep the column with "
+            f'TrainingArguments(label_names=["{key}"], remove_unused_columns=False); with sentence-transformers, the '
+            "dataset needs a column 'label' or 'labels', and the key is 'label'"
+        ) from error
+
+
 class NegativeStatistics(_OfTransformers):
     """Logs how the weights treat the negatives, as "negatives/effective_number" and so on.
 
@@ -150,8 +164,9 @@ class NegativeStatistics(_OfTransformers):
             `TwoViews`. None for no such numbers.
 
     Raises:
-        TypeError: If `trainer` is not a Trainer.
-        ValueError: If `every` is below 1. In training: if the labels do not fit the contrast.
+        TypeError: If `trainer` is not a Trainer, or `labels` is not a function.
+        ValueError: If `every` is below 1. In training: if the inputs lack the key that `labels` reads, or if the labels
+            do not fit the contrast.
 
     Warns:
         UserWarning: If no weighted loss is seen in a step (one under `torch.compile` is not seen). When training ends:
@@ -169,6 +184,8 @@ class NegativeStatistics(_OfTransformers):
     def __init__(self, trainer: Trainer, every: int = 50, labels: Callable[[Any], Tensor] | None = None) -> None:
         if not isinstance(trainer, Trainer):
             raise TypeError(f"trainer: expected a Trainer, got {trainer!r}")
+        if labels is not None and not callable(labels):
+            raise TypeError(f"labels: expected a function such as lambda inputs: inputs['labels'], got {labels!r}")
         self.trainer, self.every, self.labels = trainer, int(check_number("every", every, at_least=1)), labels
         self._watching, self._seen = False, list[dict[str, float]]()
         self._watched_any = False  # of this training's steps
@@ -179,7 +196,7 @@ class NegativeStatistics(_OfTransformers):
     def _watched(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if not (self._watching and model.training):  # a callback may evaluate amid a step
             return self._compute_loss(model, inputs, *args, **kwargs)
-        labels = None if self.labels is None else self.labels(inputs)
+        labels = None if self.labels is None else _of_inputs(self.labels, inputs)
         with watch(lambda *compared: self._seen.append(negative_statistics(*compared, labels=labels))):
             return self._compute_loss(model, inputs, *args, **kwargs)
 

@@ -436,6 +436,8 @@ def test_refusals(sentences: list[Any], tmp_path: Path) -> None:
     trainer = plain_trainer(bert(), lambda *given, **named: loss(given[0]), sentences, tmp_path)
     with pytest.raises(ValueError, match=r"^every: expected a finite number at least 1, got 0"):
         NegativeStatistics(trainer, every=0)
+    with pytest.raises(TypeError, match=r"^labels: expected a function such as .*, got 'labels'$"):
+        NegativeStatistics(trainer, labels="labels")  # type: ignore[arg-type]
     trainer.add_callback(HardnessWarmup(trainer, steps=5))
     with pytest.raises(ValueError, match=r"expected a weighted loss .* got none; where a function calls it"):
         trainer.train()
@@ -443,4 +445,29 @@ def test_refusals(sentences: list[Any], tmp_path: Path) -> None:
     trainer.add_callback(NegativeStatistics(trainer, every=1, labels=lambda inputs: inputs["labels"]))
     with pytest.raises(ValueError, match=r"^labels: expected one for each sample of the batch"):
         trainer.train()  # the collator gives each label twice
+    assert OBSERVERS.values() == []
+
+
+def test_labels_that_the_inputs_lack(sentences: list[Any], pairs: Dataset, tmp_path: Path) -> None:
+    """Both Trainers say which key is missing, and how to get it; other errors of the function stay as they are."""
+    trainer = plain_trainer(bert(), SimCSELoss(), sentences, tmp_path, remove_unused_columns=True)
+    trainer.add_callback(NegativeStatistics(trainer, every=1, labels=lambda inputs: inputs["labels"][::2]))
+    expected = (
+        r"^labels: expected inputs with the key 'labels', got \['attention_mask', 'input_ids'.*\]; keep the column "
+        r"with TrainingArguments\(label_names=\[\"labels\"\], remove_unused_columns=False\)"
+    )
+    with pytest.raises(ValueError, match=expected):
+        trainer.train()
+
+    model = sentence_model()
+    trainer = sentence_trainer(model, ranking(model), pairs.remove_columns("label"), tmp_path)
+    trainer.add_callback(NegativeStatistics(trainer, every=1, labels=of_labels))
+    expected = "^labels: expected inputs with the key 'label', got .*the dataset needs a column 'label'"
+    with pytest.raises(ValueError, match=expected):
+        trainer.train()
+
+    trainer = plain_trainer(bert(), SimCSELoss(), sentences, tmp_path)
+    trainer.add_callback(NegativeStatistics(trainer, every=1, labels=lambda inputs: {}[inputs["labels"].dim()]))
+    with pytest.raises(KeyError, match=r"^1$"):
+        trainer.train()
     assert OBSERVERS.values() == []

@@ -305,6 +305,8 @@ def test_statistics_without_anything_to_see(digits: Digits, tmp_path: Path) -> N
 def test_statistics_refuse(digits: Digits, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="every: expected a finite number at least 1"):
         NegativeStatistics(every=0)
+    with pytest.raises(TypeError, match=r"labels: expected a function such as .*, got 1"):
+        NegativeStatistics(labels=1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="labels: expected one for each sample of the batch"):
         fit(make(), digits, tmp_path, NegativeStatistics(every=1, labels=lambda batch: batch[1][1:]))
     assert OBSERVERS.values() == []  # although training was broken off

@@ -198,9 +198,10 @@ def _same_label(contrast: Contrast, labels: Tensor, rows: slice) -> Tensor:
     if why:
         raise ValueError(f"labels: expected none, since they could not be used, got some with {why}")
     if not b or n % b or m % b:
+        hint = "; two views of a sample have one label: labels[::2] if they are adjacent rows" if b == 2 * n else ""
         raise ValueError(
-            f"labels: expected one for each sample of the batch, so many that anchors ({n}) and pool ({m}) are a "
-            f"multiple, got {b}"
+            f"labels: expected one for each sample of the batch, whose number divides those of the anchors ({n}) and "
+            f"of the pool ({m}), got {b}{hint}"
         )
     labels = labels.to(contrast.pool.device)
     of_anchors, of_pool = labels.repeat(n // b), labels.repeat(m // b)

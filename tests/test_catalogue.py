@@ -37,3 +37,5 @@ def test_the_command_prints_them() -> None:
         assert f"{method.name}, arXiv {method.source}: " in ran.stdout
         assert method.equation[:40] in ran.stdout.replace("\n    ", " ")
     assert max(map(len, ran.stdout.splitlines())) <= 80
+    assert '"one line" means undimix(loss, Method())' in ran.stdout
+    assert ran.stdout.endswith("are in examples/ of the repository.\n")

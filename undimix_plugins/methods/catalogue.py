@@ -6,6 +6,10 @@ import textwrap
 from typing import NamedTuple
 
 LINE = "one line"  # undimix(loss, weighting)
+FOOTER = (
+    f'"{LINE}" means undimix(loss, Method()), such as undimix(loss, UnDiMix()).',
+    "The scripts, such as lightly_adco.py, are in examples/ of the repository.",
+)
 TOOLKITS = ("lightly", "sentence-transformers", "PyG", "transformers")
 
 
@@ -208,7 +212,7 @@ def table(width: int | None = None) -> str:
         width: The width of lines in characters. None for no limit.
 
     Returns:
-        The text, with a paragraph for each method.
+        The text, with a paragraph for each method, and one that says how to use them.
 
     Examples:
         >>> print(table().splitlines()[0])
@@ -220,7 +224,8 @@ def table(width: int | None = None) -> str:
         if width is not None:
             lines = [textwrap.fill(line, width - 4, subsequent_indent="    ") for line in lines]
         paragraphs.append("\n    ".join(lines))
-    return "\n\n".join(paragraphs)
+    footer = FOOTER if width is None else [textwrap.fill(line, width) for line in FOOTER]
+    return "\n\n".join([*paragraphs, "\n".join(footer)])
 
 
 def markdown() -> str:

@@ -42,11 +42,13 @@ def markdown(results: Results) -> str:
 
 
 def _table(results: Results, toolkits: Sequence[str], columns: Sequence[str], footnotes: dict[str, int]) -> str:
-    rows = list(dict.fromkeys((toolkit, row) for toolkit, row, _ in results if toolkit in toolkits))
+    """A row for each loss, under a row with its toolkit's name."""
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for toolkit, row in rows:
-        texts = [_text(results.get((toolkit, row, column)), footnotes) for column in columns]
-        lines.append(f"| {NAMES[toolkit]}: {row} | " + " | ".join(texts) + " |")
+    for toolkit in toolkits:
+        lines.append(f"| **{NAMES[toolkit]}** |" + " |" * len(columns))
+        for row in dict.fromkeys(row for other, row, _ in results if other == toolkit):
+            texts = [_text(results.get((toolkit, row, column)), footnotes) for column in columns]
+            lines.append(f"| {row} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 
 

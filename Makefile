@@ -26,7 +26,7 @@ demo: .venv/installed ## train three modalities, plain and with UnDiMix: a table
 	@echo "== demo: three modalities, plain and with UnDiMix, in their own toolkits' training loops"
 	.venv/bin/python examples/demo.py
 
-test: .venv/installed ## run ruff, mypy and all tests, as a change has to pass them
+test: .venv/installed ## run ruff, mypy and all tests; every change must pass
 	@echo "== ruff: format and lint"
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
@@ -55,10 +55,10 @@ tables: .venv/installed ## write the tables and plots of benchmarks/results into
 	@echo "== tables: the results in benchmarks/results, into docs/results.md and docs/pictures"
 	.venv/bin/python -m benchmarks.embeddings.tables
 
-docs: .venv/installed ## build the manual, with warnings as errors
+docs: .venv/installed ## build the manual into docs/_build/html, with warnings as errors
 	@echo "== docs: the manual, into docs/_build/html; a warning or a broken link within the manual is an error"
 	.venv/bin/python -m sphinx -b html -q -W --keep-going docs docs/_build/html
 
-linkcheck: .venv/installed ## check the manual's links to other sites (needs a network)
+linkcheck: .venv/installed ## check the manual's links to other sites (needs network access)
 	@echo "== linkcheck: the manual's links to other sites"
 	.venv/bin/python -m sphinx -b linkcheck docs docs/_build/linkcheck

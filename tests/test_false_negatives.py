@@ -204,9 +204,7 @@ def test_what_is_found_differs() -> None:
     assert len(set(counts[40, 0.25, "max"])) > 2
 
 
-@given(
-    st.integers(2, 9), st.integers(1, 12), st.floats(-1, 1), st.sampled_from(["max", "mean"]), st.integers(0, 99)
-)
+@given(st.integers(2, 9), st.integers(1, 12), st.floats(-1, 1), st.sampled_from(["max", "mean"]), st.integers(0, 99))
 @pytest.mark.parametrize("small", [True], ids=["kept"], indirect=True)
 def test_found_of_any(pairs: int, k: int, threshold: float, aggregate: str, seed: int) -> None:
     of = of_case(in_batch(pairs, 3, seed=seed))

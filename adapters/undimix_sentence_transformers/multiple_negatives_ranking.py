@@ -125,6 +125,10 @@ class RankingLoss(WeightedLoss):
         keys = [text_keys(column) for column in features] if self.exclude_duplicates else []
         if not self.exclude_same_class:
             return Known(keys)
+        if labels is None:
+            raise ValueError(
+                "exclude_same_class: expected a class for each sample, got none; the dataset needs a column 'label'"
+            )
         if not isinstance(labels, Tensor) or labels.dim() != 1:
             came = list(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
             raise ValueError(

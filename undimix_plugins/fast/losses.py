@@ -48,7 +48,7 @@ def mean_loss(plan: Plan, loss: Margin) -> Tensor:
 
 
 class NegativeLogSums(torch.autograd.Function):
-    """The weighted log-sum of each anchor's negatives [n]. Numerators that do not fit into memory are computed twice."""
+    """The weighted log-sum of each anchor's negatives [n]. Numerators that do not fit are computed twice."""
 
     @staticmethod
     def forward(ctx: Any, anchors: Tensor, pool: Tensor, plan: Plan) -> Tensor:
@@ -161,7 +161,7 @@ def add_gradients(
 def gradients(
     numerators: Tensor, share: Tensor, anchors: Tensor, pool: Tensor, sums: Gradients, *, symmetric: bool
 ) -> None:
-    """Adds the gradients of `sum over i, j of share_i * numerators_ij * <a_i, v_j>` to the sums. Numerators are constants.
+    """Adds the gradients of `sum over i, j of share_i * numerators_ij * <a_i, v_j>` to the sums, with constant numerators.
 
     Symmetric numerators are given on and above the diagonal alone.
     """

@@ -67,7 +67,8 @@ def _against(parts: Sequence[Weighting]) -> str | None:
     if len(debias) > 1:
         return "expected at most one that debiases (HCL(tau_plus=0) does not)"
     of_sum = [place for place in debias if parts[place]._combines()]
-    weighing = [part for part in parts if not part._weigher()._weighs_alike]
+    # At hardness 0, such as HCL(beta=0), all weights are 1.
+    weighing = [part for part in parts if not part._weigher()._weighs_alike and part._hardness() != 0]
     if of_sum:
         debiasing, names = type(parts[of_sum[0]]).__name__, [type(part).__name__ for part in weighing]
         for part, name in zip(weighing, names, strict=True):

@@ -75,10 +75,6 @@ class HCL(Weighting):
         """True if `tau_plus` is above 0."""
         return self.tau_plus > 0
 
-    @property
-    def _weighs_alike(self) -> bool:
-        return self.beta == 0 and type(self) is HCL
-
     def softened(self, share: float) -> HCL:
         """Returns a copy with `beta` and `tau_plus` multiplied by `share`, a number from 0 to 1."""
         share = check_share(share)

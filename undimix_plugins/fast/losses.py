@@ -161,7 +161,7 @@ def add_gradients(
 def gradients(
     numerators: Tensor, share: Tensor, anchors: Tensor, pool: Tensor, sums: Gradients, *, symmetric: bool
 ) -> None:
-    """Adds the gradients of `sum over i, j of share_i * numerators_ij * <a_i, v_j>` to the sums, with constant numerators.
+    """Adds the gradients of `sum over i, j of share_i * numerators_ij * <a_i, v_j>` to the sums, numerators constant.
 
     Symmetric numerators are given on and above the diagonal alone.
     """

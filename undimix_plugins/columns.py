@@ -49,6 +49,24 @@ def sum_of_rows(rows: Tensor, columns: Tensor) -> Tensor:
     return torch.cat([rows, torch.zeros_like(rows[:1])])[columns].sum(dim=1)
 
 
+def mean_of_rows(rows: Tensor, columns: Tensor) -> Tensor:
+    """Returns the mean of `rows[columns]` for each row of `columns`.
+
+    Args:
+        rows: Rows [m, d], floating point.
+        columns: Integers [n, k], each at most once in a row, padded with -1.
+
+    Returns:
+        Means [n, d], same dtype as `rows`; 0 for a row that lists no column.
+
+    Examples:
+        >>> mean_of_rows(torch.eye(2), torch.tensor([[0, 1], [-1, -1]]))
+        tensor([[0.5000, 0.5000],
+                [0.0000, 0.0000]])
+    """
+    return sum_of_rows(rows, columns) / (columns >= 0).sum(dim=1, keepdim=True).clamp(min=1)
+
+
 def distinct(columns: Tensor) -> Tensor:
     """Removes repeated columns from each row, so that rows can be summed over the columns.
 

@@ -23,7 +23,7 @@ from undimix_plugins.checks import (
     check_scalar_temperature,
     check_that_logits_fit,
 )
-from undimix_plugins.columns import distinct, is_not_among, sum_of_rows
+from undimix_plugins.columns import distinct, is_not_among, mean_of_rows, sum_of_rows
 from undimix_plugins.distributed import gather_parts, processes
 from undimix_plugins.rows import as_full_precision, full_precision
 
@@ -202,8 +202,8 @@ class Contrast:
         if listed:
             del rows["positives"]
         lengths = check_finite(**rows)
-        inputs = (None, None) if last_layer is None else (last_layer.anchor_inputs, last_layer.pool_inputs)
-        check_inputs(anchors, pool, *inputs)
+        if last_layer is not None:
+            check_inputs(anchors, pool, last_layer.anchor_inputs, last_layer.pool_inputs)
         temperature = check_scalar_temperature(temperature, pool.dtype)
         if lengths:
             check_lengths(rows, lengths)
@@ -223,7 +223,7 @@ class Contrast:
             check_same_length(anchors=anchors, positives=positives)
             positives = as_full_precision(positives)
         if last_layer is not None:
-            of_anchors, of_pool = (part.to(pool.dtype) for part in inputs if part is not None)
+            of_anchors, of_pool = last_layer.anchor_inputs.to(pool.dtype), last_layer.pool_inputs.to(pool.dtype)
             last_layer = LastLayerInputs(of_anchors, of_pool, last_layer.normalized)
         if anchor_weights is not None:
             anchor_weights = check_anchor_weights(anchor_weights, anchors)
@@ -414,24 +414,6 @@ class Contrast:
         step = rows_at_once(len(self.pool))
         blocks = (slice(start, start + step) for start in range(0, len(self.anchors), step))
         return torch.cat([self.is_negative(rows).sum(dim=1) for rows in blocks]).to(self.pool.dtype)
-
-
-def mean_of_rows(rows: Tensor, columns: Tensor) -> Tensor:
-    """Returns the mean of `rows[columns]` for each row of `columns`.
-
-    Args:
-        rows: Rows [m, d], floating point.
-        columns: Integers [n, k], each at most once in a row, padded with -1.
-
-    Returns:
-        Means [n, d], same dtype as `rows`; 0 for a row that lists no column.
-
-    Examples:
-        >>> mean_of_rows(torch.eye(2), torch.tensor([[0, 1], [-1, -1]]))
-        tensor([[0.5000, 0.5000],
-                [0.0000, 0.0000]])
-    """
-    return sum_of_rows(rows, columns) / (columns >= 0).sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def with_gradient_of(temperature: float | Tensor, anchors: Tensor, positives: Tensor, pool: Tensor) -> list[Tensor]:

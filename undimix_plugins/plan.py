@@ -94,7 +94,8 @@ def planned(contrast: Contrast, weighting: Weighting, *, one_positive: bool = Fa
         else:
             prepared = None if alike else weigher.prepare(chosen)
         by_autograd = compiled or (not alike and mix is None and _carries_gradient(weigher, prepared))
-        _show(contrast, weighting, compiled)
+        if not compiled:
+            _show(contrast, weighting)
     combines = weighting._combines()
     whole = compiled or fits(chosen.anchors, chosen.pool, AUTOGRAD_MATRICES)
     return Plan(
@@ -120,10 +121,8 @@ def _carries_gradient(weigher: Weighting, prepared: Any) -> bool:
     return isinstance(log_weights, Tensor) and log_weights.requires_grad
 
 
-def _show(contrast: Contrast, weighting: Weighting, compiled: bool) -> None:
+def _show(contrast: Contrast, weighting: Weighting) -> None:
     """Calls the observers with the contrast, after the weighting has been prepared (and, if it learns, fitted)."""
-    if compiled:
-        return
     # Activation checkpointing runs the forward pass again in the backward pass: it has been shown before.
     if (observers := OBSERVERS.values()) and not in_backward():
         with OBSERVERS.holding_nothing():  # they may compute losses, too

@@ -57,14 +57,7 @@ def evaluate_embedding(
         >>> evaluate_embedding(labels[:, None] + 0.1 * torch.randn(40, 3), labels)
         Evaluation(accuracy=1.0, std=0.0)
     """
-    x = as_array(embeddings).astype(np.float64)
-    y = as_array(labels)
-    if x.ndim != 2:
-        raise ValueError(f"embeddings: expected shape [graphs, width], got {list(x.shape)}")
-    if y.shape != x.shape[:1]:
-        raise ValueError(f"labels: expected shape [{len(x)}], one for each embedding, got {list(y.shape)}")
-    if not np.isfinite(x).all():
-        raise ValueError("embeddings: expected finite values, got NaN or infinity")
+    x, y = checked_embeddings(embeddings, labels, of="graphs")
     if folds < 2:
         raise ValueError(f"folds: expected at least 2, got {folds}")
     classes, y, members = np.unique(y, return_inverse=True, return_counts=True)
@@ -82,6 +75,21 @@ def evaluate_embedding(
     outer = StratifiedKFold(folds, shuffle=True, random_state=seed)
     scores = cross_val_score(search, x, y, cv=outer, scoring="accuracy", error_score="raise")
     return Evaluation(float(scores.mean()), float(scores.std()))
+
+
+def checked_embeddings(
+    embeddings: Tensor | ArrayLike, labels: Tensor | ArrayLike, *, of: str
+) -> tuple[NDArray[np.float64], NDArray[Any]]:
+    """Embeddings [rows, width] in float64, and a label for each; a ValueError for others names what they are of."""
+    x = as_array(embeddings).astype(np.float64)
+    y = as_array(labels)
+    if x.ndim != 2:
+        raise ValueError(f"embeddings: expected shape [{of}, width], got {list(x.shape)}")
+    if y.shape != x.shape[:1]:
+        raise ValueError(f"labels: expected shape [{len(x)}], one class for each embedding, got {list(y.shape)}")
+    if not np.isfinite(x).all():
+        raise ValueError("embeddings: expected finite values, got NaN or infinity")
+    return x, y
 
 
 def as_array(values: Tensor | ArrayLike) -> NDArray[Any]:

@@ -12,7 +12,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import Normalizer
 from torch import Tensor
 
-from undimix_pyg.evaluate_embedding import INNER_FOLDS, as_array
+from undimix_pyg.evaluate_embedding import INNER_FOLDS, as_array, checked_embeddings
 
 STRENGTHS = [10.0**power for power in range(-1, 5)]
 
@@ -63,14 +63,7 @@ def evaluate_nodes(
         >>> evaluate_nodes(embeddings, labels, train=train, test=~train)
         1.0
     """
-    x = as_array(embeddings).astype(np.float64)
-    y = as_array(labels)
-    if x.ndim != 2:
-        raise ValueError(f"embeddings: expected shape [nodes, width], got {list(x.shape)}")
-    if y.shape != x.shape[:1]:
-        raise ValueError(f"labels: expected shape [{len(x)}], one class for each embedding, got {list(y.shape)}")
-    if not np.isfinite(x).all():
-        raise ValueError("embeddings: expected finite values, got NaN or infinity")
+    x, y = checked_embeddings(embeddings, labels, of="nodes")
     given = {"train": train, "val": val, "test": test}
     masks = {name: _checked_mask(name, mask, len(x)) for name, mask in given.items() if mask is not None}
     for name, other in (("val", "train"), ("test", "train"), ("test", "val")):

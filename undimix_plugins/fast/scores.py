@@ -209,7 +209,22 @@ class Influence(Score):
         return place, error
 
 
-class CosineDiversity(Score):
+class Diversity(Score):
+    """Distances to the anchor's other negatives, summed.
+
+    Args:
+        bounds: As `Score` takes them, and so `own`.
+        own: [q, m].
+        count: How many negatives each anchor has, at least 1 [n, 1].
+    """
+
+    def __init__(self, bounds: Bounds, own: Tensor, count: Tensor) -> None:
+        super().__init__(bounds, own)
+        summed = torch.full_like(count, own.shape[1]) if bounds.excluded.dense else count - 1
+        self.summed = summed.clamp(min=1)  # how many distances
+
+
+class CosineDiversity(Diversity):
     """Cosine distances to the anchor's other negatives, summed.
 
     Attributes:
@@ -219,8 +234,8 @@ class CosineDiversity(Score):
 
     def __init__(self, logits: Logits, bounds: Bounds, lengths: Tensor, count: Tensor) -> None:
         """`lengths` are the pool's [m]; `count` is how many negatives each anchor has, at least 1 [n, 1]."""
-        super().__init__(bounds, lengths[None][:0])  # rows of length 1 need no bound
-        self.logits, self.count, pool = logits, count, logits.pool
+        super().__init__(bounds, lengths[None][:0], count)  # rows of length 1 need no bound
+        self.logits, pool = logits, logits.pool
         of_length_one = values_are_free(lengths) and all_one(lengths)
         self.unit = pool if of_length_one else pool / lengths.masked_fill(lengths == 0, 1)[:, None]
         total = self.unit.sum(dim=0)
@@ -252,8 +267,7 @@ class CosineDiversity(Score):
 
     def error(self, largest: Tensor) -> Tensor:
         """See `Score.error`."""
-        summed = torch.full_like(self.count, len(self.unit)) if self.excluded.dense else self.count - 1
-        return summed.clamp(min=1) * (self.logits.factor if self.looks_up else 1)
+        return self.summed * (self.logits.factor if self.looks_up else 1)
 
     @cached_property
     def excluded_sums(self) -> Tensor:
@@ -261,13 +275,13 @@ class CosineDiversity(Score):
         return sum_of_rows(self.unit, self.logits.contrast.excluded)
 
 
-class EuclideanDiversity(Score):
+class EuclideanDiversity(Diversity):
     """Euclidean distances to the anchor's other negatives, summed."""
 
     def __init__(self, logits: Logits, bounds: Bounds, lengths: Tensor, count: Tensor) -> None:
         """Takes the arguments of `CosineDiversity`."""
-        super().__init__(bounds, lengths[None])
-        self.pool, self.listed, self.count = logits.pool, logits.contrast.excluded, count
+        super().__init__(bounds, lengths[None], count)
+        self.pool, self.listed = logits.pool, logits.contrast.excluded
 
     def block(self, block: Block) -> Scored:
         """Returns the score of a block of anchors."""
@@ -286,8 +300,7 @@ class EuclideanDiversity(Score):
 
     def error(self, largest: Tensor) -> Tensor:
         """See `Score.error`."""
-        summed = torch.full_like(self.count, len(self.pool)) if self.excluded.dense else self.count - 1
-        return summed.clamp(min=1) * largest[0]
+        return self.summed * largest[0]
 
     @cached_property
     def to_all(self) -> Tensor:

@@ -68,7 +68,7 @@ def _against(parts: Sequence[Weighting]) -> str | None:
         return "expected at most one that debiases (HCL(tau_plus=0) does not)"
     of_sum = [place for place in debias if parts[place]._combines()]
     # At hardness 0, such as HCL(beta=0), all weights are 1.
-    weighing = [part for part in parts if not part._weigher()._weighs_alike and part._hardness() != 0]
+    weighing = [part for part in parts if _weighs(part) and part._hardness() != 0]
     if of_sum:
         debiasing, names = type(parts[of_sum[0]]).__name__, [type(part).__name__ for part in weighing]
         for part, name in zip(weighing, names, strict=True):
@@ -87,6 +87,11 @@ def _against(parts: Sequence[Weighting]) -> str | None:
         name = type(parts[adding]).__name__
         return f"expected debiasing before {name}, whose negatives are no draws that a class has a share of"
     return None
+
+
+def _weighs(part: Weighting) -> bool:
+    """Whether the weights are not all equal."""
+    return not part._weigher()._weighs_alike
 
 
 @loadable
@@ -137,7 +142,7 @@ class Composed(Weighting):
         return any(part.needs_last_layer for part in self.parts)
 
     def _weighing(self) -> list[Weighting]:
-        return [part for part in self.parts if not part._weigher()._weighs_alike] or [Uniform()]
+        return [part for part in self.parts if _weighs(part)] or [Uniform()]
 
     def _weigher(self) -> Weighting:
         """Returns the only part with weights, `Uniform()` if there is none, or itself if there are several."""

@@ -16,17 +16,20 @@ from undimix_plugins.methods.mixing import IMix, UnMix
 from undimix_plugins.methods.mmcl import MMCL
 from undimix_plugins.monitoring.explain import explain
 from undimix_plugins.monitoring.statistics import negative_statistics, watch
+from undimix_plugins.monitoring.temperature import cosine_temperature
 from undimix_plugins.monitoring.warmup import hardness_share
 from undimix_plugins.monitoring.weights import effective_number, importance_weights
 from undimix_plugins.plug import undimix
 from undimix_plugins.rows import unit_rows
 from undimix_plugins.weightings import (
+    ADNCE,
     BCL,
     HCL,
     Debiased,
     FalseNegativeAttraction,
     FalseNegativeElimination,
     MoCHi,
+    PositiveAware,
     ProGCL,
     Ring,
     SimilarityPenalty,
@@ -40,6 +43,7 @@ from undimix_plugins.weightings import (
 __version__ = version("undimix-plugins")
 
 __all__ = [
+    "ADNCE",
     "BCL",
     "HCL",
     "MMCL",
@@ -51,6 +55,7 @@ __all__ = [
     "FalseNegativeElimination",
     "IMix",
     "MoCHi",
+    "PositiveAware",
     "ProGCL",
     "Ring",
     "SimilarityPenalty",
@@ -60,6 +65,7 @@ __all__ = [
     "Weighting",
     "__version__",
     "compose",
+    "cosine_temperature",
     "decoupled",
     "effective_number",
     "explain",

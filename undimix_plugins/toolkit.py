@@ -27,6 +27,11 @@ from undimix_plugins.distributed import check_equal_batches, gather_constants, g
 from undimix_plugins.last_layer import LastLayer
 from undimix_plugins.loss import decoupled, info_nce, log_sums, mean_loss
 from undimix_plugins.monitoring.statistics import mean_statistics, negative_statistics, watch
+from undimix_plugins.monitoring.temperature import (
+    TemperatureCycle,
+    losses_with_temperature,
+    set_temperature,
+)
 from undimix_plugins.monitoring.warmup import check_warmup, hardness_share, set_hardness, weighted_losses
 from undimix_plugins.rows import as_full_precision, to_length_one, unit_rows
 from undimix_plugins.scoped import Scoped
@@ -43,6 +48,7 @@ __all__ = [
     "LastLayerInputs",
     "LogSums",
     "Scoped",
+    "TemperatureCycle",
     "WeightedLoss",
     "Weighting",
     "as_full_precision",
@@ -65,6 +71,7 @@ __all__ = [
     "info_nce",
     "joined_class",
     "log_sums",
+    "losses_with_temperature",
     "mean_loss",
     "mean_statistics",
     "negative_statistics",
@@ -73,6 +80,7 @@ __all__ = [
     "reweight",
     "same_label",
     "set_hardness",
+    "set_temperature",
     "to_length_one",
     "two_views",
     "unit_rows",

@@ -21,9 +21,14 @@ from undimix_lightly.non_semantic import (  # noqa: E402
 from undimix_lightly.ntx_ent_loss import DirectCLRLoss, NTXentLoss  # noqa: E402
 
 if TYPE_CHECKING:
-    from undimix_lightly.callbacks import HardnessWarmup, MemoryBankCheckpoint, NegativeStatistics
+    from undimix_lightly.callbacks import (
+        HardnessWarmup,
+        MemoryBankCheckpoint,
+        NegativeStatistics,
+        TemperatureSchedule,
+    )
 
-CALLBACKS = ("HardnessWarmup", "MemoryBankCheckpoint", "NegativeStatistics")
+CALLBACKS = ("HardnessWarmup", "MemoryBankCheckpoint", "NegativeStatistics", "TemperatureSchedule")
 
 __all__ = [
     "DCLLoss",
@@ -38,6 +43,7 @@ __all__ = [
     "NegativeStatistics",
     "NonSemanticNegatives",
     "NonSemanticTransform",
+    "TemperatureSchedule",
     "non_semantic_columns",
     "weighted",
 ]

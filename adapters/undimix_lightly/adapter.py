@@ -14,19 +14,20 @@ from undimix_lightly.dcl_loss import DCLLoss, DCLWLoss
 from undimix_lightly.detcon_loss import DetConBLoss, DetConSLoss
 from undimix_lightly.macl_loss import MACLLoss
 from undimix_lightly.ntx_ent_loss import DirectCLRLoss, NTXentLoss
-from undimix_plugins.toolkit import Weighting, reweight
+from undimix_plugins.toolkit import WeightedLoss, Weighting, reweight
+
+OURS = (DCLLoss, DCLWLoss, DetConBLoss, DetConSLoss, DirectCLRLoss, MACLLoss, NTXentLoss)
+CLASSES: dict[type[nn.Module], type[WeightedLoss]] = {getattr(host, cls.__name__): cls for cls in OURS}
 
 
 def weighted(loss: nn.Module, weighting: Weighting | None, **settings: Any) -> nn.Module:
     """lightly's adapter for `undimix()`; a TypeError for settings that its losses do not have."""
-    ours = (DCLLoss, DCLWLoss, DetConBLoss, DetConSLoss, DirectCLRLoss, MACLLoss, NTXentLoss)
-    classes = {getattr(host, cls.__name__): cls for cls in ours}
     by_labels = settings.pop("exclude_same_class", None)
-    if by_labels is not None and isinstance(loss, tuple(classes)):
+    if by_labels is not None and isinstance(loss, tuple(CLASSES)):
         how = "takes labels in the call, criterion(z0, z1, labels)"
         if isinstance(loss, (HostDetConBLoss, HostDetConSLoss)):
             how = "knows by its masks what belongs together"
         elif isinstance(loss, HostNTXentLoss) and loss.memory_bank.size[0]:
             how = "compares with a memory bank, whose entries have no labels"
         raise TypeError(f"exclude_same_class: expected none for {type(loss).__name__}, which {how}, got {by_labels!r}")
-    return reweight(loss, weighting, classes, **settings)
+    return reweight(loss, weighting, CLASSES, **settings)

@@ -1,25 +1,30 @@
-"""Callbacks for pytorch_lightning's Trainer: a warm-up, statistics of negatives, memory banks in checkpoints."""
+"""Callbacks for pytorch_lightning's Trainer: two schedules, statistics of negatives, memory banks in checkpoints."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from lightly.models.modules.memory_bank import MemoryBankModule
 from pytorch_lightning import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
+from undimix_lightly.adapter import CLASSES
 from undimix_plugins.toolkit import (
+    TemperatureCycle,
     WeightedLoss,
     check_number,
     check_warmup,
     hardness_share,
+    losses_with_temperature,
     mean_statistics,
     negative_statistics,
     set_hardness,
+    set_temperature,
     watch,
     weighted_losses,
 )
@@ -119,6 +124,104 @@ class HardnessWarmup(_OfLightning):
     def _set(self, share: float) -> None:
         for loss in self._losses:
             set_hardness(loss, share)
+
+
+class TemperatureSchedule(_OfLightning):
+    """Moves the temperature of the contrastive losses between two values, along a cosine.
+
+        t = (high - low) * (1 + cos(2 pi * time / period)) / 2 + low
+
+    The time is the Trainer's `global_step`, which counts the optimiser's steps; with `epochs`, it is the number of
+    finished epochs, so that the temperature is constant within an epoch. So a resumed run continues where it was, and
+    `share` refers to the training as it was when it began. The first temperature is `high`.
+
+    It works with lightly's losses (`NTXentLoss`, `DCLLoss`, `DCLWLoss`, `DirectCLRLoss`, `DetConSLoss`, `DetConBLoss`,
+    and the base temperature of `MACLLoss`), plain and weighted, with the weighted losses of the other toolkits, and
+    with `AdCo` (the encoder's temperature). It looks for them everywhere in the LightningModule. All losses that it
+    finds have the same temperature. Pass any other loss, or the LightningModule itself, as `of`: it then needs a number
+    as its attribute `temperature`, or `scale` for an inverse temperature.
+
+    The temperature is logged as "temperature", at the steps at which the Trainer logs. Validation uses the loss as it
+    is at that step. When training ends, the losses keep their last temperature. A loss under `torch.compile` is
+    compiled a second time when its temperature first changes.
+
+    Args:
+        low: The lowest temperature, at least 1e-10.
+        high: The highest temperature, at least `low`.
+        epochs: The length of a period in epochs, above 0. The paper has 400.
+        steps: The length of a period in steps, above 0, in place of `epochs`.
+        share: The length of a period as a share of the training, above 0, in place of `epochs`. With none of the three,
+            it is 0.2, as for the paper's 400 of 2,000 epochs.
+        of: The loss, or a module that contains it. None finds the losses of the LightningModule.
+
+    Raises:
+        ValueError: If a temperature or a length is out of its range, or if more than one length is given. When training
+            begins: if there is no contrastive loss, or a loss has no number as temperature (as if it is learned), or
+            for a `share` if the training has no end.
+        TypeError: If `of` is not a module.
+
+    Warns:
+        UserWarning: If a temperature is above 2.
+
+    References:
+        Kukleva, Böhle, Schiele, Kuehne, Rupprecht: Temperature Schedules for Self-Supervised Contrastive Methods on
+        Long-Tail Data, ICLR 2023, arXiv 2303.13664, with `low=0.1, high=1.0` and a period of 400 epochs.
+
+    Examples:
+        >>> from lightly.loss import NTXentLoss
+        >>> criterion = NTXentLoss(temperature=0.5)  # as an attribute of the LightningModule; plain or undimix(...)
+        >>> schedule = TemperatureSchedule(low=0.1, high=1.0, share=0.2)
+        >>> trainer = Trainer(max_epochs=10, callbacks=[schedule], logger=False, accelerator="cpu")
+    """
+
+    def __init__(
+        self,
+        low: float = 0.1,
+        high: float = 1.0,
+        *,
+        epochs: float | None = None,
+        steps: float | None = None,
+        share: float | None = None,
+        of: nn.Module | None = None,
+    ) -> None:
+        if of is not None and not isinstance(of, nn.Module):
+            raise TypeError(f"of: expected a loss, or a module that contains it, got {of!r}")
+        self.cycle, self.of = TemperatureCycle(low, high, epochs, steps, share), of
+        self._total: float | None = None  # steps of the training that has the schedule
+        self._losses: list[nn.Module] = []
+
+    @property
+    def state_key(self) -> str:
+        """The key of the state in checkpoints: one for each combination of settings."""
+        return self._generate_state_key(**asdict(self.cycle))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of steps of the training."""
+        return {"total": self._total}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues the schedule of that training."""
+        self._total = state_dict["total"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finds the losses."""
+        if trainer.global_step == 0 or self._total is None:
+            self._total = trainer.estimated_stepping_batches
+        where = pl_module if self.of is None else self.of
+        self._losses = losses_with_temperature(where, tuple(CLASSES), given=self.of is not None)
+        if not self._losses:
+            raise ValueError(
+                "TemperatureSchedule: expected a module with a contrastive loss as an attribute, such as NTXentLoss(), "
+                f"got {type(where).__name__} without one; for a loss of your own, TemperatureSchedule(of=loss)"
+            )
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Sets and logs the temperature of the step."""
+        assert self._total is not None  # since training began
+        temperature = self.cycle.at(step=trainer.global_step, epoch=trainer.current_epoch, total=self._total)
+        for loss in self._losses:
+            set_temperature(loss, temperature)
+        pl_module.log("temperature", temperature)
 
 
 class NegativeStatistics(_OfLightning):

@@ -14,7 +14,7 @@ from undimix_sentence_transformers.multiple_negatives_ranking import (  # noqa: 
     MultipleNegativesSymmetricRankingLoss,
     SparseMultipleNegativesRankingLoss,
 )
-from undimix_transformers.callbacks import HardnessWarmup, NegativeStatistics  # noqa: E402
+from undimix_transformers.callbacks import HardnessWarmup, NegativeStatistics, TemperatureSchedule  # noqa: E402
 
 __all__ = [
     "ANCE",
@@ -27,5 +27,6 @@ __all__ = [
     "MultipleNegativesSymmetricRankingLoss",
     "NegativeStatistics",
     "SparseMultipleNegativesRankingLoss",
+    "TemperatureSchedule",
     "weighted",
 ]

@@ -5,7 +5,7 @@ from undimix_plugins.toolkit import require
 require("transformers", extra="transformers")
 
 from undimix_transformers.adapter import weighted  # noqa: E402
-from undimix_transformers.callbacks import HardnessWarmup, NegativeStatistics  # noqa: E402
+from undimix_transformers.callbacks import HardnessWarmup, NegativeStatistics, TemperatureSchedule  # noqa: E402
 from undimix_transformers.image_text import ImageTextLoss  # noqa: E402
 from undimix_transformers.simcse import SentenceTuples, SimCSELoss, TwoViews  # noqa: E402
 
@@ -15,6 +15,7 @@ __all__ = [
     "NegativeStatistics",
     "SentenceTuples",
     "SimCSELoss",
+    "TemperatureSchedule",
     "TwoViews",
     "weighted",
 ]

@@ -1,9 +1,11 @@
-"""Callbacks for transformers' and sentence-transformers' Trainers: a warm-up and statistics of the negatives."""
+"""Callbacks for transformers' and sentence-transformers' Trainers: two schedules and statistics of the negatives."""
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,13 +13,16 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 
 from undimix_plugins.toolkit import (
+    TemperatureCycle,
     WeightedLoss,
     check_number,
     check_warmup,
     hardness_share,
+    losses_with_temperature,
     mean_statistics,
     negative_statistics,
     set_hardness,
+    set_temperature,
     watch,
     weighted_losses,
 )
@@ -98,11 +103,8 @@ class HardnessWarmup(_OfTransformers, ExportableState):
         """Finds the losses."""
         if state.global_step == 0 or self.total is None:
             self.total = state.max_steps
-        trainer = next((trainer for trainer, _ in trainers_above()), None)
-        of = trainer if self.of is None else self.of
-        if trainer is not None and trainer.model_init is not None and isinstance(of, type(trainer.model)):
-            of = trainer.model  # made anew for this training
-        self._losses = [] if of is None else _losses(of)
+        searched = _searched(next((trainer for trainer, _ in trainers_above()), None), self.of)
+        self._losses = list(dict.fromkeys(loss for part in searched for loss in weighted_losses(part)))
         if not self._losses:
             raise ValueError(
                 "HardnessWarmup: expected a weighted loss in the Trainer's loss, compute_loss_func or model, got none; "
@@ -126,13 +128,142 @@ class HardnessWarmup(_OfTransformers, ExportableState):
             set_hardness(loss, 1)
 
 
-def _losses(of: Trainer | nn.Module) -> list[WeightedLoss]:
-    if isinstance(of, nn.Module):
-        return weighted_losses(of)
+def _searched(trainer: Trainer | None, of: Trainer | nn.Module | None) -> list[nn.Module]:
+    """Returns the modules in which a callback looks for losses."""
+    of = trainer if of is None else of
+    if trainer is not None and trainer.model_init is not None and isinstance(of, type(trainer.model)):
+        of = trainer.model  # made anew for this training
+    if of is None or isinstance(of, nn.Module):
+        return [] if of is None else [of]
     loss = getattr(of, "loss", None)
     parts = [*(loss.values() if isinstance(loss, dict) else [loss]), of.compute_loss_func, of.model]
-    found = [inner for part in parts if isinstance(part, nn.Module) for inner in weighted_losses(part)]
-    return list(dict.fromkeys(found))
+    return [part for part in parts if isinstance(part, nn.Module)]
+
+
+class TemperatureSchedule(_OfTransformers, ExportableState):
+    """Moves the temperature of the contrastive losses between two values, along a cosine.
+
+        t = (high - low) * (1 + cos(2 pi * time / period)) / 2 + low
+
+    The time is the Trainer's `global_step`, which counts the optimiser's steps; with `epochs`, it is the number of
+    finished epochs, so that the temperature is constant within an epoch. So a resumed run continues where it was. With
+    `restore_callback_states_from_checkpoint`, the checkpoint's settings replace these, and `share` refers to the
+    training as it was when it began. The first temperature is `high`.
+
+    It works with `SimCSELoss`, and with the ranking losses and the losses with a guide of sentence-transformers, plain
+    and weighted, also inside `MatryoshkaLoss` and the like. A loss with a `scale` gets `1 / t`. All losses that it
+    finds have the same temperature. It raises an error for `ImageTextLoss`, whose model learns the temperature. Pass
+    any other loss as `of`: it then needs a number as its attribute `temperature`, or `scale` for an inverse
+    temperature.
+
+    The temperature is logged as "temperature", whenever the Trainer logs. An evaluation uses the loss as it is at that
+    step. When training ends, the losses keep their last temperature, which a sentence-transformers' model card then
+    shows. A loss under `torch.compile` is compiled a second time when its temperature first changes.
+
+    Args:
+        low: The lowest temperature, at least 1e-10.
+        high: The highest temperature, at least `low`.
+        epochs: The length of a period in epochs, above 0. The paper has 400.
+        steps: The length of a period in steps, above 0, in place of `epochs`.
+        share: The length of a period as a share of the training, above 0, in place of `epochs`. With none of the three,
+            it is 0.2, as for the paper's 400 of 2,000 epochs.
+        of: The loss, or a module that contains it; needed if a function of yours calls the loss. None finds the losses
+            of the Trainer when training begins: the loss of a sentence-transformers trainer, the `compute_loss_func`,
+            and losses inside the model. You can also pass a Trainer.
+
+    Raises:
+        TypeError: If `of` is neither a Trainer nor a module.
+        ValueError: If a temperature or a length is out of its range, or if more than one length is given. When training
+            begins: if there is no contrastive loss, or a loss has no number as temperature (as if it is learned).
+
+    Warns:
+        UserWarning: If a temperature is above 2.
+
+    References:
+        Kukleva, Böhle, Schiele, Kuehne, Rupprecht: Temperature Schedules for Self-Supervised Contrastive Methods on
+        Long-Tail Data, ICLR 2023, arXiv 2303.13664, with `low=0.1, high=1.0` and a period of 400 epochs.
+
+    Examples:
+        >>> import tempfile
+        >>> from undimix_transformers import SimCSELoss
+        >>> model, loss = torch.nn.Linear(2, 2), SimCSELoss(temperature=0.05)  # any encoder
+        >>> args = TrainingArguments(tempfile.mkdtemp(), report_to="none", use_cpu=True)
+        >>> schedule = TemperatureSchedule(low=0.05, high=0.5, share=0.2)
+        >>> trainer = Trainer(model=model, args=args, compute_loss_func=loss, callbacks=[schedule])
+    """
+
+    def __init__(
+        self,
+        low: float = 0.1,
+        high: float = 1.0,
+        *,
+        epochs: float | None = None,
+        steps: float | None = None,
+        share: float | None = None,
+        of: Trainer | nn.Module | None = None,
+    ) -> None:
+        if of is not None and not isinstance(of, (Trainer, nn.Module)):
+            raise TypeError(f"of: expected the Trainer or its loss, got {of!r}")
+        self.cycle, self.of = TemperatureCycle(low, high, epochs, steps, share), of
+        self.total: int | None = None  # steps of the training that has the schedule
+        self.temperature = high  # of the current step
+        self._losses: list[nn.Module] = []
+        self._trainer: Trainer | None = None
+
+    def state(self) -> dict[str, Any]:
+        """The state that the Trainer puts into its checkpoints."""
+        return {"args": asdict(self.cycle), "attributes": {"total": self.total}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Finds the losses."""
+        if state.global_step == 0 or self.total is None:
+            self.total = state.max_steps
+        self._trainer = next((trainer for trainer, _ in trainers_above()), None)
+        given = isinstance(self.of, nn.Module)
+        searched = _searched(self._trainer, self.of)
+        found = [loss for part in searched for loss in losses_with_temperature(part, _plain_losses(), given=given)]
+        self._losses = list(dict.fromkeys(found))
+        if not self._losses:
+            raise ValueError(
+                "TemperatureSchedule: expected a contrastive loss in the Trainer's loss, compute_loss_func or model, "
+                "got none; for a loss of your own, or one that a function calls, TemperatureSchedule(of=loss)"
+            )
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Sets the temperature of the step."""
+        assert self.total is not None  # since training began
+        epoch = int((state.epoch or 0) + 1e-6)
+        self.temperature = self.cycle.at(step=state.global_step, epoch=epoch, total=self.total)
+        for loss in self._losses:
+            set_temperature(loss, self.temperature)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Logs the temperature, if the Trainer logs the step."""
+        self._log(control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Logs the temperature, if the Trainer logs the epoch."""
+        self._log(control)
+
+    def _log(self, control: TrainerControl) -> None:
+        if control.should_log and self._trainer is not None:
+            self._trainer.log({"temperature": self.temperature})
+            control.should_log = True  # the Trainer's own log is still to come
+
+
+def _plain_losses() -> tuple[type[nn.Module], ...]:
+    """Returns sentence-transformers' own losses, if a user has imported sentence-transformers."""
+    if "sentence_transformers" not in sys.modules:
+        return ()
+    from undimix_sentence_transformers.adapter import CLASSES
+
+    return tuple(CLASSES)
 
 
 def _of_inputs(labels: Callable[[Any], Tensor], inputs: Any) -> Tensor:

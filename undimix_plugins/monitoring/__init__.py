@@ -1,1 +1,1 @@
-"""Tools to watch a training: importance weights, statistics, explanations, and a warm-up of the hardness."""
+"""Tools to watch a training: importance weights, statistics, explanations; schedules of hardness and temperature."""

@@ -152,7 +152,7 @@ def test_ours_stay_what_they_are() -> None:
     assert Uniform().softened(0.5) == Uniform()
     assert type(UnDiMix().softened(0)) is UnDiMix
     assert repr(Uniform().softened(0.3)) == "Uniform()"
-    assert Softened(HCL(), 0.5).citation == HCL.citation
+    assert Softened(HCL(), 0.5).citation == HCL().citation
 
 
 def test_what_is_in_between() -> None:

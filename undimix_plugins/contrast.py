@@ -118,6 +118,9 @@ class Contrast:
             if `positives` holds the only positive of each anchor.
         has_own_positive: Whether row i of `positives` is a positive itself. False if it is only the mean of the rows
             that `positive_columns` lists.
+        hard_negative_columns: For each anchor the columns of its explicit hard negatives in the pool [n, k], int64,
+            padded with -1: the negatives that a dataset gives for this anchor. None if the loss has no explicit hard
+            negatives. Columns that are not negatives of the anchor are ignored.
 
     Examples:
         >>> z = torch.nn.functional.normalize(torch.randn(6, 16), dim=1)
@@ -140,6 +143,7 @@ class Contrast:
     anchor_weights: Tensor | None
     positive_columns: Tensor | None
     has_own_positive: bool
+    hard_negative_columns: Tensor | None = None
 
     @staticmethod
     def of(
@@ -155,6 +159,7 @@ class Contrast:
         excluded_mask: ExcludedMask | None = None,
         gathered: GatheredPool | None = None,
         anchor_weights: Tensor | None = None,
+        hard_negative_columns: Tensor | None = None,
     ) -> Contrast:
         """Checks its arguments and returns a contrast of them. Rows are not normalised.
 
@@ -182,6 +187,9 @@ class Contrast:
                 makes one.
             gathered: Describes a pool that is gathered from several processes. None for one process.
             anchor_weights: The weight of each anchor's loss in the mean [n], from 0 to 1e30, without gradient.
+            hard_negative_columns: For each anchor the columns of its explicit hard negatives in the pool [n, k],
+                integers, padded with -1. Pass a tensor [n, 0] if the loss has explicit hard negatives, but this pool
+                does not contain them. None if the loss has none.
 
         Returns:
             The contrast.
@@ -229,6 +237,10 @@ class Contrast:
             anchor_weights = check_anchor_weights(anchor_weights, anchors)
         if own_columns is not None:
             own_columns = check_columns("own_columns", own_columns, shape=(n,), pool=pool)
+        if hard_negative_columns is not None:
+            hard_negative_columns = check_columns(
+                "hard_negative_columns", hard_negative_columns, shape=(n, None), pool=pool
+            )
 
         left_out = torch.empty(n, 0, dtype=torch.long, device=pool.device)
         if excluded is not None:
@@ -255,6 +267,7 @@ class Contrast:
             anchor_weights=anchor_weights,
             positive_columns=positive_columns,
             has_own_positive=not listed,
+            hard_negative_columns=hard_negative_columns,
         )
 
     @property
@@ -381,6 +394,28 @@ class Contrast:
         """
         negative = is_not_among(self.excluded[rows], len(self.pool))
         return negative if self.excluded_mask is None else negative & ~self._masked(self.excluded_mask, rows)
+
+    def is_hard_negative(self, rows: slice) -> Tensor:
+        """Returns which columns `hard_negative_columns` lists for a block of r anchors, bool [r, m].
+
+        Args:
+            rows: A block of r anchors.
+
+        Returns:
+            The mask. It is False everywhere if the contrast has no explicit hard negatives.
+
+        Examples:
+            >>> anchors, positives, pool = torch.randn(2, 8), torch.randn(2, 8), torch.randn(3, 8)
+            >>> hard = torch.tensor([[2], [-1]])
+            >>> contrast = Contrast.of(anchors, positives, pool, None, 0.05, hard_negative_columns=hard)
+            >>> contrast.is_hard_negative(slice(0, 2))
+            tensor([[False, False,  True],
+                    [False, False, False]])
+        """
+        columns = self.hard_negative_columns
+        if columns is None:
+            return torch.zeros(len(self.anchors[rows]), len(self.pool), dtype=torch.bool, device=self.pool.device)
+        return ~is_not_among(columns[rows], len(self.pool))
 
     def _masked(self, excluded_mask: ExcludedMask, rows: slice) -> Tensor:
         """Returns the mask of a block of anchors, bool [r, m]. Raises a ValueError for any other result."""

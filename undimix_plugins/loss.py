@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -10,7 +13,7 @@ from undimix_plugins.fast.losses import Margin
 from undimix_plugins.plan import planned
 from undimix_plugins.rows import full_precision
 from undimix_plugins.sums import LogSums, anchor_sums, mean_of
-from undimix_plugins.weightings.weighting import Weighting
+from undimix_plugins.weightings.weighting import Weighting, check_compared
 
 
 def info_nce(contrast: Contrast, weighting: Weighting) -> Tensor:
@@ -18,7 +21,8 @@ def info_nce(contrast: Contrast, weighting: Weighting) -> Tensor:
 
         loss_i = -log( exp(s_i+ / t) / (exp(s_i+ / t) + sum over j of w_ij exp(s_ij / t)) )
 
-    The weights are not rescaled. An anchor without negatives adds 0 to the mean.
+    The weights are not rescaled. An anchor without negatives adds 0 to the mean. If the weighting has a
+    `positive_factor` (`HCL(alpha=...)`), the denominator's first term is multiplied by it.
 
     Args:
         contrast: The anchors, positives and candidates.
@@ -45,7 +49,9 @@ def info_nce(contrast: Contrast, weighting: Weighting) -> Tensor:
         >>> contrast = two_views(torch.randn(8, 16), torch.randn(8, 16), temperature=0.5)
         >>> loss = info_nce(contrast, UnDiMix())
     """
-    return mean_loss(contrast, weighting, _softplus)
+    plan = planned(contrast, weighting)
+    factor = weighting.positive_factor
+    return mean_of(plan, _softplus if factor == 1 else partial(_softplus_above, factor))
 
 
 def decoupled(contrast: Contrast, weighting: Weighting) -> Tensor:
@@ -64,7 +70,7 @@ def decoupled(contrast: Contrast, weighting: Weighting) -> Tensor:
         A scalar, in the embeddings' dtype (float32 for half precision, also under autocast).
 
     Raises:
-        ValueError: As `info_nce` does.
+        ValueError: As `info_nce` does, or if the weighting has a `positive_factor` other than 1 (`HCL(alpha=...)`).
         TypeError: As `info_nce` does.
 
     Warns:
@@ -102,7 +108,8 @@ def mean_loss(contrast: Contrast, weighting: Weighting, loss: Margin, *, one_pos
         A scalar, in the embeddings' dtype (float32 for half precision, also under autocast).
 
     Raises:
-        ValueError: As `info_nce` does, or if `one_positive` is True and the weighting adds positives.
+        ValueError: As `info_nce` does, if `one_positive` is True and the weighting adds positives, or if the weighting
+            has a `positive_factor` other than 1: only `info_nce` knows the term that it multiplies.
         TypeError: As `info_nce` does.
 
     Warns:
@@ -112,11 +119,11 @@ def mean_loss(contrast: Contrast, weighting: Weighting, loss: Margin, *, one_pos
         >>> contrast = two_views(torch.randn(8, 16), torch.randn(8, 16), temperature=0.5)
         >>> loss = mean_loss(contrast, UnDiMix(), lambda margin: (margin.relu(), (margin > 0).to(margin.dtype)))
     """
-    plan = planned(contrast, weighting, one_positive=one_positive)
-    return mean_of(plan, loss)
+    _check_factor(contrast, weighting)
+    return mean_of(planned(contrast, weighting, one_positive=one_positive), loss)
 
 
-def log_sums(contrast: Contrast, weighting: Weighting) -> LogSums:
+def log_sums(contrast: Contrast, weighting: Weighting, *, applies_factor: bool = False) -> LogSums:
     """Computes the two log-sums of each anchor that a loss is made of.
 
         pos_i = s_i+ / t,   neg_i = log sum over j of w_ij exp(s_ij / t)
@@ -128,13 +135,16 @@ def log_sums(contrast: Contrast, weighting: Weighting) -> LogSums:
     Args:
         contrast: The anchors, positives and candidates.
         weighting: How much each negative counts.
+        applies_factor: Whether the caller multiplies the positive's term in its denominator by
+            `weighting.positive_factor`. If not, weightings with another factor than 1 raise a ValueError.
 
     Returns:
         Both numbers for each anchor, each [n], in the contrast's dtype, also under autocast.
 
     Raises:
         ValueError: As `info_nce` does, or if the weighting adds positives (`FalseNegativeAttraction`): the two numbers
-            do not give the mean over several positives.
+            do not give the mean over several positives. Also if the weighting has a `positive_factor` other than 1 and
+            `applies_factor` is False.
         TypeError: If `contrast` is not a `Contrast` or `weighting` is not a `Weighting`.
 
     Warns:
@@ -148,6 +158,8 @@ def log_sums(contrast: Contrast, weighting: Weighting) -> LogSums:
         >>> positives, negatives = log_sums(contrast, UnDiMix())
         >>> decoupled = (negatives - positives).mean()
     """
+    if not applies_factor:
+        _check_factor(contrast, weighting)
     plan = planned(contrast, weighting, one_positive=True)
     with full_precision(plan.contrast.pool):
         return anchor_sums(plan)
@@ -155,6 +167,23 @@ def log_sums(contrast: Contrast, weighting: Weighting) -> LogSums:
 
 def _softplus(margin: Tensor) -> tuple[Tensor, Tensor]:
     return torch.logaddexp(margin, torch.zeros_like(margin)), margin.sigmoid()
+
+
+def _softplus_above(factor: float, margin: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns `log(factor + exp(margin))` and its derivative, both 0 for an anchor without negatives."""
+    log_factor = math.log(factor)
+    losses = torch.logaddexp(margin, torch.full_like(margin, log_factor))
+    return losses.masked_fill(margin.isneginf(), 0), (margin - log_factor).sigmoid()
+
+
+def _check_factor(contrast: object, weighting: object) -> None:
+    """Raises a ValueError if the weighting multiplies the positive's term, for a loss that cannot do so."""
+    check_compared(contrast, weighting)
+    if isinstance(weighting, Weighting) and weighting.positive_factor != 1:
+        raise ValueError(
+            "weighting: expected a positive_factor of 1 (alpha=1 for HCL), since this loss does not multiply the "
+            f"positive's term in its denominator, got {weighting}"
+        )
 
 
 def _identity(margin: Tensor) -> tuple[Tensor, Tensor]:

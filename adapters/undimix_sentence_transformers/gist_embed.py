@@ -82,6 +82,7 @@ class GuidedLoss(RankingLoss):
             own_columns: Tensor | None,
             excluded_mask: ExcludedMask,
             behind: tuple[Tensor, Tensor] | None,
+            hard_negatives: Tensor | None,
         ) -> Contrast:
             excluded = own[:, None] if own_columns is None else None
             gathered = None
@@ -104,22 +105,28 @@ class GuidedLoss(RankingLoss):
                 last_layer=None if behind is None else LastLayerInputs(*behind, normalized=True),
                 excluded_mask=excluded_mask,
                 gathered=gathered,
+                hard_negative_columns=hard_negatives,
             )
 
+        # An anchor's own hard negatives are in the pool of documents alone. None if the batch has no columns of them.
+        hard, none = None, None
+        if len(all_docs) > 1:
+            hard = torch.stack([own + column * len(all_docs[0]) for column in range(1, len(all_docs))], dim=1)
+            none = hard[:, :0]
         pool, of_pool = torch.cat(all_docs), torch.cat(guide_docs)
         behind = None if inputs is None or behind_docs is None else (inputs[0], torch.cat(behind_docs))
         marks = mask(guide[0], of_pool, hard=True, everywhere=everywhere)
-        contrasts = [contrast(anchors, positives, pool, None, marks, behind)]
+        contrasts = [contrast(anchors, positives, pool, None, marks, behind, hard)]
         if self.contrast_anchors:
             # The host compares a device's anchors with those of that device alone.
             here = torch.arange(len(anchors), device=anchors.device)
             behind = None if inputs is None else (inputs[0], inputs[0])
             marks = mask(guide[0], guide[0], hard=False, everywhere=False)
-            contrasts.append(contrast(anchors, positives, anchors, here, marks, behind))
+            contrasts.append(contrast(anchors, positives, anchors, here, marks, behind, none))
         if self.contrast_positives:
             behind = None if inputs is None or behind_docs is None else (inputs[1], behind_docs[0])
             marks = mask(guide[1], guide_docs[0], hard=False, everywhere=everywhere)
-            contrasts.append(contrast(positives, anchors, all_docs[0], own, marks, behind))
+            contrasts.append(contrast(positives, anchors, all_docs[0], own, marks, behind, none))
         return contrasts
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -160,14 +161,15 @@ def _bare(model: nn.Module) -> nn.Module:
 def joint_loss(contrasts: Sequence[Contrast], weighting: Weighting) -> Tensor:
     """The mean over the anchors of one softmax over all contrasts, whose first holds the positive that counts.
 
-    A positive stands in it once for each pool that holds it, as in the host.
+    A positive stands in it once for each pool that holds it, as in the host, and is multiplied by the weighting's
+    `positive_factor`.
     """
     if len(contrasts) == 1 and contrasts[0].positives_in_pool:
         return info_nce(contrasts[0], weighting)
-    terms = [log_sums(contrast, weighting) for contrast in contrasts]
+    terms = [log_sums(contrast, weighting, applies_factor=True) for contrast in contrasts]
     positive = terms[0].positives
     parts = [negatives for _, negatives in terms]
-    parts += [positive for contrast in contrasts if contrast.positives_in_pool]
+    parts += [positive + math.log(weighting.positive_factor) for contrast in contrasts if contrast.positives_in_pool]
     return (torch.stack(parts).logsumexp(dim=0) - positive).mean()
 
 
@@ -338,6 +340,7 @@ class MultipleNegativesRankingLoss(RankingLoss, host.MultipleNegativesRankingLos
         all_docs = torch.cat(docs)
         # A query's own documents, a column each of the concatenated ones: its positive, then its hard negatives.
         own_docs = torch.stack([own + column * len(queries) for column in range(len(docs))], dim=1)
+        no_columns = own_docs[:, :0]  # of a pool without the anchors' hard negatives
         behind: dict[str, tuple[Tensor, Tensor]] = {}
         if inputs is not None:
             of_all = [gather_constants(part) if everywhere else part for part in inputs]
@@ -377,6 +380,9 @@ class MultipleNegativesRankingLoss(RankingLoss, host.MultipleNegativesRankingLos
                     last_layer=last_layer,
                     excluded_mask=of_batch.mask(len(pool), hard=of_pool == "doc", everywhere=everywhere),
                     gathered=gathered,
+                    hard_negative_columns=(
+                        (own_docs[:, 1:] if direction == "query_to_doc" else no_columns) if len(docs) > 1 else None
+                    ),
                 )
             )
         return contrasts

@@ -254,11 +254,15 @@ class SimCSELoss(WeightedLoss):
         if inputs is not None:
             behind = [inputs[0][place::count] for place in range(count)]
             further["last_layer"] = LastLayerInputs(behind[0], torch.cat(behind[1:]), normalized=True)
+        n, own = len(sentences), torch.arange(len(sentences), device=embeddings.device)
+        if count > 2:  # the columns of an example's own hard negatives
+            hard = torch.stack([own + column * n for column in range(1, count - 1)], dim=1)
+            further["hard_negative_columns"] = hard
         contrast = Contrast.of(
             sentences,
             others[0],
             torch.cat(others),
-            torch.arange(len(sentences), device=embeddings.device)[:, None],
+            own[:, None],
             self.temperature,
             positives_in_pool=True,
             **further,

@@ -1,6 +1,7 @@
 """The weightings, one class for each method, and what you need to write your own."""
 
 from undimix_plugins.masked import mean_one
+from undimix_plugins.weightings.adnce import ADNCE
 from undimix_plugins.weightings.bcl import BCL
 from undimix_plugins.weightings.compose import compose
 from undimix_plugins.weightings.debiased import Debiased
@@ -11,6 +12,7 @@ from undimix_plugins.weightings.false_negatives import (
 )
 from undimix_plugins.weightings.hcl import HCL
 from undimix_plugins.weightings.mochi import MoCHi
+from undimix_plugins.weightings.positive_aware import PositiveAware
 from undimix_plugins.weightings.progcl import ProGCL
 from undimix_plugins.weightings.ring import Ring
 from undimix_plugins.weightings.similarity_penalty import SimilarityPenalty
@@ -18,6 +20,7 @@ from undimix_plugins.weightings.undimix import UnDiMix
 from undimix_plugins.weightings.weighting import EqualWeights, Terms, Uniform, Weighting
 
 __all__ = [
+    "ADNCE",
     "BCL",
     "HCL",
     "Debiased",
@@ -25,6 +28,7 @@ __all__ = [
     "FalseNegativeAttraction",
     "FalseNegativeElimination",
     "MoCHi",
+    "PositiveAware",
     "ProGCL",
     "Ring",
     "SimilarityPenalty",

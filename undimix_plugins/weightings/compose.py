@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,11 +19,12 @@ def compose(*weightings: Weighting) -> Weighting:
 
     The methods are applied in this order:
 
-    1. `Ring`, `FalseNegativeElimination` and `FalseNegativeAttraction` choose the negatives, in the order given. Each
-       method chooses from the negatives that the one before it kept.
-    2. `UnDiMix`, `HCL`, `BCL`, `ProGCL` and `SimilarityPenalty` weight the negatives that are left. The weights of
-       several methods are multiplied.
-    3. `Debiased`, `HCL` and `MoCHi` change the sum of the negatives, in the order given.
+    1. `Ring`, `PositiveAware`, `FalseNegativeElimination` and `FalseNegativeAttraction` choose the negatives, in the
+       order given. Each method chooses from the negatives that the one before it kept.
+    2. `UnDiMix`, `HCL`, `ADNCE`, `BCL`, `ProGCL` and `SimilarityPenalty` weight the negatives that are left. The
+       weights of several methods are multiplied.
+    3. `Debiased`, `HCL` and `MoCHi` change the sum of the negatives, in the order given. `HCL(alpha=...)` also
+       multiplies the positive's term.
 
     Args:
         weightings: One or more weightings.
@@ -140,6 +142,11 @@ class Composed(Weighting):
     def needs_last_layer(self) -> bool:
         """Whether a part needs the inputs of the last layer."""
         return any(part.needs_last_layer for part in self.parts)
+
+    @property
+    def positive_factor(self) -> float:
+        """The product of the parts' factors."""
+        return math.prod(part.positive_factor for part in self.parts)
 
     def _weighing(self) -> list[Weighting]:
         return [part for part in self.parts if _weighs(part)] or [Uniform()]

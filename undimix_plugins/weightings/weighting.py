@@ -77,10 +77,17 @@ class Weighting:
         """Whether `log_weights` needs the inputs of the last layer, `contrast.last_layer`. False by default."""
         return False
 
+    @property
+    def positive_factor(self) -> float:
+        """The factor on the positive's term in the loss's denominator, above 0. 1 by default, as in InfoNCE.
+
+        `info_nce` multiplies the term by it. Losses that cannot do so raise a ValueError for a factor other than 1.
+        """
+        return 1.0
+
     def __repr__(self) -> str:
         """Returns the class and its settings, as model cards and printed losses show them."""
-        settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
-        return f"{type(self).__name__}({settings})"
+        return described(self)
 
     def choose(self, contrast: Contrast) -> Contrast:
         """Chooses which candidates are negatives, and which are further positives. It is called before weighting.
@@ -250,6 +257,11 @@ class Softened(Weighting):
         """Whether the full weighting needs the inputs of the last layer."""
         return self.weighting.needs_last_layer
 
+    @property
+    def positive_factor(self) -> float:
+        """The factor of the full weighting, to the power `share`."""
+        return float(self.weighting.positive_factor**self.share)
+
     def choose(self, contrast: Contrast) -> Contrast:
         """Returns what the full weighting chooses."""
         return self.weighting.choose(contrast)
@@ -314,6 +326,21 @@ class Uniform(EqualWeights):
         """Returns the weighting itself: the plain loss has no warm-up."""
         check_share(share)
         return self
+
+
+def described(weighting: Weighting, **hidden: object) -> str:
+    """Returns the class of a weighting and its settings.
+
+    Args:
+        weighting: The weighting.
+        hidden: Settings that are not shown while they have these values.
+
+    Examples:
+        >>> described(HCL(), alpha=1.0, tau_plus=0.1)
+        'HCL(beta=1.0)'
+    """
+    shown = {name: value for name, value in vars(weighting).items() if name not in hidden or value != hidden[name]}
+    return f"{type(weighting).__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
 
 def check_share(share: float) -> float:

@@ -1,5 +1,7 @@
-"""The protocol: which trials answer which question, in four stages.
+"""The protocol: which trials answer which question, in six stages.
 
+host         each contender at the host's own temperature, untuned, on validation data, over twelve seeds
+host_test    the same on test data, over twelve other seeds
 tuning       twelve settings of each method on validation data, with one seed
 test         the best setting of each method on test data, over twelve seeds
 exploratory  other weightings and settings on validation data, and what false negatives cost
@@ -29,12 +31,22 @@ GRIDS = {
 # The default at the first evaluation on test data. Its results are kept and reported; its trials are not run again.
 TESTED_FIRST = "UnDiMix(0.5, 0.5, 0.5, detached=True)"
 CURVES = ("Uniform()", *HCLS, "UnDiMix()")
-OVER_TEMPERATURES = (*CURVES, TESTED_FIRST)
+OVER_TEMPERATURES = ("Uniform()", *HCLS, "ADNCE()", "UnDiMix()")
+# What is compared at the host's own temperature: each method at its paper's setting.
+SCHEDULE = "temperature schedule"
+CONTENDERS: dict[str, dict[str, Any]] = {
+    "plain": {"weighting": "Uniform()"},
+    HCLS[0]: {"weighting": HCLS[0]},
+    "ADNCE()": {"weighting": "ADNCE()"},
+    SCHEDULE: {"weighting": "Uniform()", "temperature": 0.1, "highest": 1.0},
+    UNDIMIX: {"weighting": "UnDiMix()"},
+}
+HOST_SEEDS = range(100, 112)
 SEEDS = range(12)
 TUNING_SEED = 100
 FLATNESS_SEEDS = (100, 101)
 EXPLORATORY_SEEDS = (100, 101, 102)
-STAGES = ("tuning", "test", "exploratory", "flatness")
+STAGES = ("host", "host_test", "tuning", "test", "exploratory", "flatness")
 
 EXPLORED = (
     "UnDiMix()",
@@ -85,10 +97,11 @@ class Benchmark:
     Attributes:
         base: The trial that all others are variants of.
         metric: The metric that chooses settings.
+        host_temperature: The temperature that a user gets without a choice: the toolkit's or the authors'.
         further: Other metrics that are reported.
         batch_sizes: The batch sizes of the stage "flatness"; empty for a recipe without batches.
         explored_weightings: The weightings of the stage "exploratory".
-        explores: Whether that stage runs, and whether flatness has a second seed and `TESTED_FIRST`.
+        explores: Whether that stage runs, and whether flatness has a second seed.
         tuned_on: The data sets that choose settings; empty for this one's own validation data.
         has_classes: Whether the training data have classes, so that false negatives are known.
         temperature_divisor: Divides the temperatures of `GRIDS`.
@@ -96,6 +109,7 @@ class Benchmark:
 
     base: Trial
     metric: str
+    host_temperature: float
     further: tuple[str, ...] = ()
     batch_sizes: tuple[int, ...] = ()
     explored_weightings: tuple[str, ...] = EXPLORED
@@ -125,6 +139,20 @@ class Benchmark:
             for weighting, t in settings
         ]
 
+    def at_host(self, split: str) -> dict[str, list[list[Trial]]]:
+        """For the untrained encoder and each contender its trials at the host's own temperature.
+
+        There is a list for each seed. It has one trial; on validation data, one for each data set that tunes.
+        """
+        validates = split == "validation"
+        data_sets = self.tuned_on if self.tuned_on and validates else (self.base.data,)
+        found: dict[str, list[list[Trial]]] = {}
+        for name, setting in {UNTRAINED: {"weighting": UNTRAINED, "temperature": 0.0}, **CONTENDERS}.items():
+            one = self.at(**{"temperature": self.host_temperature, "seed": 0, "split": split, "brief": True, **setting})
+            seeds = HOST_SEEDS if validates else SEEDS
+            found[name] = [[replace(one, seed=seed, data=data) for data in data_sets] for seed in seeds]
+        return found
+
     def missing(self, method: str, results: Metrics) -> list[Trial]:
         """The trials of the method's grid without a result."""
         return [trial for setting in self.grid(method) for trial in setting if trial not in results]
@@ -149,6 +177,14 @@ class Benchmark:
     def settings(self, results: Metrics) -> dict[str, tuple[str, float]]:
         """What is compared: the untrained encoder, and each method at its best setting."""
         return {UNTRAINED: (UNTRAINED, 0.0)} | {method: self.chosen(method, results) for method in GRIDS}
+
+    def host(self, results: Metrics) -> list[Trial]:
+        """The contenders at the host's own temperature on validation data."""
+        return [trial for of_one in self.at_host("validation").values() for of_seed in of_one for trial in of_seed]
+
+    def host_test(self, results: Metrics) -> list[Trial]:
+        """The contenders at the host's own temperature on test data."""
+        return [trial for of_one in self.at_host("test").values() for of_seed in of_one for trial in of_seed]
 
     def tuning(self, results: Metrics) -> list[Trial]:
         """The grid of each method on validation data, with one seed."""
@@ -217,8 +253,7 @@ class Benchmark:
         """Each method over temperatures and over batch sizes."""
         if self.tuned_on:
             return []
-        weightings = OVER_TEMPERATURES if self.explores else CURVES
-        wanted = [self.over_temperatures(weighting) for weighting in weightings]
+        wanted = [self.over_temperatures(weighting) for weighting in OVER_TEMPERATURES]
         wanted += [self.over_batch_sizes(weighting, results) for weighting in CURVES]
         trials = chain(*chain(*(by_place.values() for by_place in wanted)))
         return sorted(trials, key=lambda trial: trial.seed)

@@ -1,11 +1,14 @@
 """Results on disk: one JSON-lines file for each recipe and data set, one line for each trial.
 
+    python -m benchmarks.embeddings.results    # sets aside the results of other defaults than today's
+
 A line is appended under a lock, so several processes can share a file. A process that is killed while it appends leaves
 an incomplete last line. Readers skip that line, and the next append removes it, so the trial is simply run again.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from pathlib import Path
@@ -13,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from benchmarks.embeddings.files import atomic_path
+from benchmarks.embeddings.files import atomic_path, write_atomically
 from benchmarks.embeddings.trials import Trial
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -129,3 +132,52 @@ def repair(path: Path) -> None:
 def metrics_of(results: dict[Trial, Result]) -> dict[Trial, dict[str, float]]:
     """The metrics of each trial."""
     return {trial: result["metrics"] for trial, result in results.items()}
+
+
+def aside_of(folder: Path = RESULTS) -> Path:
+    """Where the folder's results of earlier defaults are."""
+    return folder.with_name(f"earlier_{folder.name}")
+
+
+def is_outdated(trial: Trial, result: Result) -> bool:
+    """Whether the result was made with another default, or another rule, than the trial has today."""
+    return result.get("weighting", trial.settings()) != trial.settings()
+
+
+def set_aside(folder: Path = RESULTS) -> int:
+    """Moves the outdated results of a folder to `aside_of(folder)`. Their trials can then be run again.
+
+    Returns:
+        The number of results that were moved.
+
+    Raises:
+        ValueError: If there already is an earlier result of one of these trials, or as of `read`.
+    """
+    moved = 0
+    for path in sorted(folder.rglob("*.jsonl")):
+        with FileLock(f"{path}.lock"):
+            found = read(path)
+            outdated = {trial: is_outdated(trial, result) for trial, result in found.items()}
+            if not any(outdated.values()):
+                continue
+            aside = aside_of(folder) / path.relative_to(folder)
+            if twice := outdated.keys() & {trial for trial in read(aside) if outdated.get(trial)}:
+                raise ValueError(f"{aside}: expected no results of {len(twice)} trials that {path} has; move the file")
+            lines = list(zip(complete_lines(path), outdated.values(), strict=True))
+            old = [*complete_lines(aside), *(line for line, is_old in lines if is_old)]
+            today = [line for line, is_old in lines if not is_old]
+            write_atomically(aside, "".join(f"{line.decode()}\n" for line in old))
+            write_atomically(path, "".join(f"{line.decode()}\n" for line in today))
+            moved += sum(outdated.values())
+    return moved
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Sets aside the results of other defaults than today's.")
+    parser.add_argument("folder", nargs="?", type=Path, default=RESULTS, help="default: benchmarks/results")
+    folder = parser.parse_args().folder
+    print(f"{set_aside(folder)} results moved to {aside_of(folder)}")
+
+
+if __name__ == "__main__":
+    main()

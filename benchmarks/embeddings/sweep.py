@@ -15,9 +15,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.embeddings.results import RESULTS, Result, append, checked, file_of, read, rounded
+from benchmarks.embeddings.results import RESULTS, Result, append, checked, file_of, is_outdated, read, rounded
 from benchmarks.embeddings.trials import Train, Trial
 
+# glibc gives memory of large tensors back to the system, and takes it again in the next step, page by page. Static
+# embeddings, whose gradient is as large as the table, spend much of their time on that.
+MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
+    "MALLOC_TOP_PAD_": str(2**26),
+}
 PACKAGES = ("torch", "lightly", "sentence-transformers", "transformers", "torch-geometric", "scikit-learn")
 
 
@@ -42,9 +49,21 @@ def result_of(train: Train, trial: Trial, data_dir: Path | None, folder: Path = 
 
 
 def missing(trials: Iterable[Trial], folder: Path = RESULTS) -> list[Trial]:
-    """The trials without a result in the folder, each once; a ValueError for a file with a line that is no result."""
+    """The trials without a result in the folder, each once.
+
+    Raises:
+        ValueError: If a file has a line that is no result, or if a result was made with other defaults than today's.
+    """
     trials = list(dict.fromkeys(trials))
     there = {path: read(path) for path in dict.fromkeys(file_of(trial, folder) for trial in trials)}
+    for trial in trials:
+        path = file_of(trial, folder)
+        if trial in there[path] and is_outdated(trial, there[path][trial]):
+            raise ValueError(
+                f"{path}: expected a result of today's {trial.settings()}, got one of "
+                f"{there[path][trial]['weighting']}; set such results aside: "
+                f"python -m benchmarks.embeddings.results {folder}"
+            )
     return [trial for trial in trials if trial not in there[file_of(trial, folder)]]
 
 
@@ -65,6 +84,8 @@ def sweep(
     # For the processes: each gets its share of the cores, and a waiting thread must not occupy another's core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    for name, value in MALLOC.items():
+        os.environ.setdefault(name, value)
     failed = []
     with (
         ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool,

@@ -1,14 +1,15 @@
 """Writes the tables and plots of all results: `python -m benchmarks.embeddings.tables` (or `make tables`).
 
 A table replaces what is between `<!-- results: name -->` and `<!-- /results -->` in docs/results.md, for each name of
-`TABLES`. Plots go to docs/pictures.
+`TABLES`. With `<!-- results: name before -->` it is the table of the default before, whose results were set aside.
+Plots go to docs/pictures.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from statsmodels.stats.multitest import multipletests
 from benchmarks.embeddings import graphs, text, vision
 from benchmarks.embeddings.files import atomic_path, write_atomically
 from benchmarks.embeddings.protocol import (
+    CONTENDERS,
     CURVES,
     FLATNESS_TEMPERATURES,
     GRIDS,
@@ -31,12 +33,13 @@ from benchmarks.embeddings.protocol import (
     METHODS,
     OVER_TEMPERATURES,
     PLAIN,
+    SCHEDULE,
     SEEDS,
     TESTED_FIRST,
     UNDIMIX,
     Benchmark,
 )
-from benchmarks.embeddings.results import RESULTS, Result, load, metrics_of
+from benchmarks.embeddings.results import RESULTS, Result, aside_of, load, metrics_of
 from benchmarks.embeddings.trials import UNTRAINED, Trial
 
 ROOT = Path(__file__).parent.parent.parent
@@ -44,6 +47,8 @@ PAGE = ROOT / "docs" / "results.md"
 PICTURES = ROOT / "docs" / "pictures"
 BENCHMARKS = [*vision.BENCHMARKS, *text.BENCHMARKS, *graphs.BENCHMARKS]
 BASELINES = (PLAIN, HCL)
+MODALITIES = ("vision", "text", "graph")
+AT_HOST, *OPPONENTS = CONTENDERS  # the plain loss, and what is compared with it
 SCORED = ["data, recipe", "score, %", UNTRAINED, *GRIDS, *(f"{UNDIMIX} - {name}" for name in BASELINES)]
 # A metric counts if training with the plain loss raises it by more than three standard deviations.
 DEVIATIONS = 3
@@ -57,6 +62,7 @@ METRICS = {
     "svm": "SVM accuracy",
     "nearest": "5-NN accuracy",
 }
+GEOMETRY = ("alignment", "uniformity")  # no percentages
 STATISTICS = {
     "effective_number": "effective negatives, share",
     "false_negatives": "false negatives, share",
@@ -70,13 +76,19 @@ COLOURS = dict(zip(CURVES, ("#777777", "#e69f00", "#d55e00", "#0072b2"), strict=
 
 @dataclass(frozen=True)
 class Results:
-    """All results, by trial."""
+    """All results, by trial; and those of the default before, which were set aside."""
 
     found: dict[Trial, Result]
+    earlier: dict[Trial, Result] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path = RESULTS) -> Results:
-        return cls(load(folder))
+        return cls(load(folder), load(aside_of(folder)))
+
+    @cached_property
+    def before(self) -> Results:
+        """All results as they were with the default before."""
+        return Results({**self.found, **self.earlier})
 
     @cached_property
     def metrics(self) -> dict[Trial, dict[str, float]]:
@@ -104,8 +116,7 @@ class Measured:
 
     @property
     def counts(self) -> bool:
-        trained, untrained = self.scores[PLAIN], self.scores[UNTRAINED]
-        return bool((trained - untrained).mean() > DEVIATIONS * max(trained.std(ddof=1), untrained.std(ddof=1)))
+        return moves(self.scores[PLAIN], self.scores[UNTRAINED])
 
     def over(self, baseline: str, method: str = UNDIMIX) -> np.ndarray:
         return self.scores[method] - self.scores[baseline]
@@ -134,6 +145,58 @@ def measured(results: Results, benchmarks: Sequence[Benchmark] = BENCHMARKS) -> 
             if {UNTRAINED, *GRIDS} <= scores.keys():
                 found.append(Measured(benchmark, metric, settings, scores))
     return found
+
+
+@dataclass(frozen=True)
+class AtHost:
+    """A metric of a benchmark at the host's own temperature, for each seed: of the untrained encoder and contenders.
+
+    Contenders that lack a result are left out.
+    """
+
+    benchmark: Benchmark
+    data: str
+    metric: str
+    scores: dict[str, np.ndarray]
+
+    @property
+    def counts(self) -> bool:
+        return moves(self.scores[AT_HOST], self.scores[UNTRAINED])
+
+    @property
+    def name(self) -> str:
+        return f"{self.data}, {self.benchmark.base.recipe}"
+
+
+def at_host(results: Results, split: str, benchmarks: Sequence[Benchmark] = BENCHMARKS) -> list[AtHost]:
+    """The scores at the host's own temperature of the benchmarks with results of the plain and the untrained encoder.
+
+    On validation data, benchmarks that are tuned on the same data sets share their scores. These are means over the
+    data sets.
+    """
+    found: dict[tuple[str, str], AtHost] = {}
+    for benchmark in benchmarks:
+        contenders = benchmark.at_host(split)
+        (first, *_), *_ = contenders.values()
+        data = " and ".join(trial.data for trial in first)
+        for metric in (benchmark.metric, *benchmark.further, *GEOMETRY):
+            by_name = {
+                name: [results.scores(of_seed, metric) for of_seed in of_one] for name, of_one in contenders.items()
+            }
+            scores = {
+                name: np.array([values.mean() for values in by_seed])
+                for name, by_seed in by_name.items()
+                if not any(values is None for values in by_seed)
+            }
+            one = AtHost(benchmark, data, metric, scores)
+            if {UNTRAINED, AT_HOST} <= scores.keys():
+                found.setdefault((one.name, metric), one)
+    return list(found.values())
+
+
+def moves(trained: np.ndarray, untrained: np.ndarray) -> bool:
+    """Whether training raises a score by more than three standard deviations."""
+    return bool((trained - untrained).mean() > DEVIATIONS * max(trained.std(ddof=1), untrained.std(ddof=1)))
 
 
 def spread(values: np.ndarray) -> str:
@@ -196,6 +259,53 @@ def chosen(one: Measured) -> str:
     return "; ".join(cells)
 
 
+def contender(name: str) -> str:
+    """A contender as the head of a column."""
+    return f"`{name}`" if name.endswith(")") else name
+
+
+def host_scores(results: Results, split: str) -> str:
+    """Scores at the host's own temperature, and each contender's mean difference from the plain loss."""
+    rows = []
+    for one in at_host(results, split):
+        if one.metric in GEOMETRY:
+            continue
+        plain = one.scores[AT_HOST]
+        cells = [
+            f"{spread(scores)}, {(scores - plain).mean():+.2f} (p {of_p(ttest_rel(scores, plain).pvalue)})"
+            if (scores := one.scores.get(name)) is not None
+            else ""
+            for name in OPPONENTS
+        ]
+        score = METRICS[one.metric] + ("" if one.counts else " (does not count)")
+        told = [one.name, f"{one.benchmark.host_temperature:g}", score]
+        rows.append([*told, spread(one.scores[UNTRAINED]), spread(plain), *cells])
+    return markdown(["data, recipe", "t", "score, %", UNTRAINED, *map(contender, CONTENDERS)], rows)
+
+
+def host_validation(results: Results) -> str:
+    return host_scores(results, "validation")
+
+
+def host_test(results: Results) -> str:
+    return host_scores(results, "test")
+
+
+def host_geometry(results: Results) -> str:
+    """Alignment and uniformity on test data at the host's own temperature, as means over seeds."""
+    names = (UNTRAINED, *CONTENDERS)
+    rows: dict[str, list[list[str]]] = {}
+    for one in at_host(results, "test"):
+        if one.metric in GEOMETRY:
+            means = [f"{one.scores[name].mean() / 100:.3f}" if name in one.scores else "" for name in names]
+            rows.setdefault(one.name, []).append(means)
+    cells = (
+        [name, *(" / ".join(both) if all(both) else "" for both in zip(*parts, strict=True))]
+        for name, parts in rows.items()
+    )
+    return markdown(["data, recipe", UNTRAINED, *map(contender, CONTENDERS)], cells)
+
+
 def verdict(results: Results) -> str:
     """Scores on test data, of the metrics that count."""
     return markdown(SCORED, (scored(one) for one in measured(results) if one.counts))
@@ -240,32 +350,72 @@ def models(results: Results) -> pd.DataFrame:
     The model is difference ~ 1 + benchmark, with benchmark effects that sum to 0. The intercept is tested. The
     difference is of the metric that chooses settings, in the benchmarks where it counts.
     """
+    counting = [one for one in measured(results) if one.metric == one.benchmark.metric and one.counts]
+    return modelled(
+        {
+            (modality, baseline): {
+                name_of(one.benchmark.base): one.over(baseline)
+                for one in counting
+                if one.benchmark.base.modality == modality
+            }
+            for modality in MODALITIES
+            for baseline in BASELINES
+        }
+    )
+
+
+def host_models(results: Results, split: str) -> pd.DataFrame:
+    """The same at the host's own temperature: `UnDiMix()` against each other contender."""
+    counting = [one for one in at_host(results, split) if one.metric == one.benchmark.metric and one.counts]
+    return modelled(
+        {
+            (modality, baseline): {
+                f"{one.name}, {one.metric}": one.scores[UNDIMIX] - one.scores[baseline]
+                for one in counting
+                if one.benchmark.base.modality == modality and {baseline, UNDIMIX} <= one.scores.keys()
+            }
+            for modality in MODALITIES
+            for baseline in CONTENDERS
+            if baseline != UNDIMIX
+        }
+    )
+
+
+def modelled(differences: dict[tuple[str, str], dict[str, np.ndarray]]) -> pd.DataFrame:
+    """The model of each modality and baseline, from its benchmarks' differences by seed; see `models`."""
     rows = []
-    for modality in ("vision", "text", "graph"):
-        for baseline in BASELINES:
-            parts = [
-                pd.DataFrame({"difference": one.over(baseline), "benchmark": name_of(one.benchmark.base)})
-                for one in measured(results)
-                if one.benchmark.base.modality == modality and one.metric == one.benchmark.metric and one.counts
-            ]
-            if not parts:
-                continue
-            table = pd.concat(parts)
-            fit = ols("difference ~ 1" + (" + C(benchmark, Sum)" if len(parts) > 1 else ""), data=table).fit()
-            low, high = fit.conf_int().loc["Intercept"]
-            size = fit.params["Intercept"] / np.sqrt(fit.scale)
-            rows.append(
-                [modality, baseline, len(parts), fit.params["Intercept"], low, high, size, fit.pvalues["Intercept"]]
-            )
+    for (modality, baseline), by_benchmark in differences.items():
+        if not by_benchmark:
+            continue
+        parts = [pd.DataFrame({"difference": over, "benchmark": name}) for name, over in by_benchmark.items()]
+        table = pd.concat(parts)
+        fit = ols("difference ~ 1" + (" + C(benchmark, Sum)" if len(parts) > 1 else ""), data=table).fit()
+        low, high = fit.conf_int().loc["Intercept"]
+        size = fit.params["Intercept"] / np.sqrt(fit.scale)
+        rows.append(
+            [modality, baseline, len(parts), fit.params["Intercept"], low, high, size, fit.pvalues["Intercept"]]
+        )
     columns = ["modality", "baseline", "benchmarks", "difference", "low", "high", "effect", "p"]
     table = pd.DataFrame(rows, columns=columns)
-    # Holm's correction is over six comparisons. One without results has p = 1.
-    p = [*table["p"], *[1.0] * (3 * len(BASELINES) - len(table))]
+    # Holm's correction is over all comparisons. One without results has p = 1.
+    p = [*table["p"], *[1.0] * (len(differences) - len(table))]
     table["holm"] = multipletests(p, method="holm")[1][: len(table)]
     return table
 
 
 def claims(results: Results) -> str:
+    return claimed(models(results), "six")
+
+
+def host_claims(results: Results) -> str:
+    return claimed(host_models(results, "test"), "twelve")
+
+
+def host_claims_validation(results: Results) -> str:
+    return claimed(host_models(results, "validation"), "twelve")
+
+
+def claimed(table: pd.DataFrame, comparisons: str) -> str:
     rows = [
         [
             f"{row.modality} ({row.benchmarks})",
@@ -275,7 +425,7 @@ def claims(results: Results) -> str:
             of_p(row.p),
             of_p(row.holm),
         ]
-        for _, row in models(results).iterrows()
+        for _, row in table.iterrows()
     ]
     head = [
         "modality (benchmarks)",
@@ -283,7 +433,7 @@ def claims(results: Results) -> str:
         "difference, points [95 %]",
         "effect size",
         "p",
-        "p, Holm of six",
+        f"p, Holm of {comparisons}",
     ]
     return markdown(head, rows)
 
@@ -368,17 +518,31 @@ def untrained(results: Results, benchmark: Benchmark) -> str:
 
 
 def flatness(results: Results) -> str:
-    """The mean score over temperatures, with the lowest and the highest in brackets."""
-    rows = []
+    """The mean score over temperatures, with the lowest and the highest in brackets.
+
+    A temperature schedule has one score: it goes over the temperatures itself.
+    """
+    rows, columns = [], (*OVER_TEMPERATURES, TESTED_FIRST, SCHEDULE)
     for benchmark in BENCHMARKS:
-        scores = [by_seed(results, benchmark, benchmark.over_temperatures(each)) for each in OVER_TEMPERATURES]
+        scores = [by_seed(results, benchmark, benchmark.over_temperatures(each)) for each in columns[:-1]]
         curves = [np.mean(of_one, axis=0) if of_one else np.array([]) for of_one in scores]
         cells = [f"{of.mean():.2f} ({of.min():.2f} to {of.max():.2f})" if of.size else "" for of in curves]
         if any(cells):
             seeds = "/".join(map(str, sorted({len(of_one) for of_one in scores if of_one})))
+            cells.append(scheduled(results, benchmark))
             rows.append([name_of(benchmark.base), seeds, untrained(results, benchmark), *cells])
-    head = ["data, recipe", "seeds", UNTRAINED, *(f"`{weighting}`" for weighting in OVER_TEMPERATURES)]
-    return markdown(head, rows)
+    shown = [place for place, name in enumerate(columns, 3) if name in CURVES or any(row[place] for row in rows)]
+    head = ["data, recipe", "seeds", UNTRAINED, *map(contender, columns)]
+    kept = [0, 1, 2, *shown]
+    return markdown([head[place] for place in kept], ([row[place] for place in kept] for row in rows))
+
+
+def scheduled(results: Results, benchmark: Benchmark) -> str:
+    """The score of the temperature schedule, with the seeds of the curves over temperatures."""
+    seeds = {trial.seed for trial in benchmark.over_seeds("Uniform()", 0.5)}
+    trials = [of_seed[0] for of_seed in benchmark.at_host("validation")[SCHEDULE] if of_seed[0].seed in seeds]
+    scores = results.scores(trials, benchmark.metric)
+    return "" if scores is None else f"{scores.mean():.2f}"
 
 
 def batch_sizes(results: Results) -> str:
@@ -453,6 +617,11 @@ def differences(results: Results) -> str:
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
+    "host_test": host_test,
+    "host_claims": host_claims,
+    "host_geometry": host_geometry,
+    "host_validation": host_validation,
+    "host_claims_validation": host_claims_validation,
     "verdict": verdict,
     "confirmatory": confirmatory,
     "tested_first": tested_first,
@@ -473,9 +642,10 @@ def filled(page: str, results: Results) -> str:
     """The page with its tables made from the results."""
 
     def table(mark: re.Match[str]) -> str:
-        return f"<!-- results: {mark[1]} -->\n{TABLES[mark[1]](results)}\n<!-- /results -->"
+        shown = results.before if mark[2] else results
+        return f"<!-- results: {mark[1]}{mark[2]} -->\n{TABLES[mark[1]](shown)}\n<!-- /results -->"
 
-    return re.sub(r"<!-- results: (\w+) -->\n.*?<!-- /results -->", table, page, flags=re.DOTALL)
+    return re.sub(r"<!-- results: (\w+)( before|) -->\n.*?<!-- /results -->", table, page, flags=re.DOTALL)
 
 
 def plot_flatness(results: Results) -> plt.Figure | None:

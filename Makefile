@@ -1,7 +1,7 @@
 # `make help` lists the targets. Each makes .venv first if it is missing or older than pyproject.toml.
 
-# Python 3.11 and 3.12 run everything. On 3.13 the demo and the tests leave out MUTAG: it comes with grakel, which has no
-# release for it.
+# Python 3.11 and 3.12 run everything. On 3.13 the tests leave out MUTAG: it comes with grakel, which has no release for
+# 3.13.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3 python; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$python && break; done)
 

@@ -2,8 +2,12 @@
 
     python examples/demo.py
 
-Each modality is trained by an example script of this folder, plain and weighted, with the same seeds. The table has the
-scores, whichever loss is ahead. The picture shows the negatives of most and of least weight.
+Each modality is trained by an example script of this folder, plain and weighted, with the same seeds. Both losses have
+the temperature that the plain loss has by default. The table has the scores, whichever loss is ahead. The picture shows
+the negatives of most and of least weight.
+
+We chose the data and the scores with the plain loss alone: training moves each score by more than three standard
+deviations.
 """
 
 from __future__ import annotations
@@ -12,8 +16,6 @@ import argparse
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -32,11 +34,11 @@ from torch.nn.functional import normalize
 from torch_geometric.data import Batch
 from tqdm import tqdm
 
-from _shared.graphs import mutag
+from _shared.graphs import DigitGraphs
 from _shared.images import digit_views, images
-from _shared.negatives import draw_image, draw_molecule, draw_negatives, draw_text
+from _shared.negatives import draw_graph, draw_image, draw_negatives, draw_text
 from _shared.saving import save_whole
-from _shared.texts import halves, lee_articles
+from _shared.texts import halves, lee_split
 from undimix_plugins import Contrast, UnDiMix, effective_number, importance_weights, in_batch_negatives, two_views
 
 HEAD = ("modality", "score, %", "untrained", "plain", "UnDiMix", "p", "negatives", "seconds")
@@ -49,24 +51,24 @@ def contrast_of_digits(model: lightly_simclr.SimCLR) -> tuple[Contrast, list[Any
     torch.manual_seed(0)
     views = zip(*(digit_views()(digit) for digit in digits), strict=True)
     first, second = (normalize(model.eval()(torch.stack(view)), dim=1) for view in views)
-    return two_views(first, second, temperature=0.2), digits * 2
+    return two_views(first, second, temperature=0.5), digits * 2
 
 
 def contrast_of_articles(model: Any) -> tuple[Contrast, list[Any]]:
-    anchors, positives = (list(texts) for texts in zip(*map(halves, lee_articles()[:64]), strict=True))
+    anchors, positives = (list(texts) for texts in zip(*map(halves, lee_split()[1][:32]), strict=True))
     queries, docs = (
         model.encode(texts, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False).cpu()
         for texts in (anchors, positives)
     )
-    return in_batch_negatives(queries, docs, temperature=1 / 10), anchors
+    return in_batch_negatives(queries, docs, temperature=1 / 20), anchors
 
 
 @torch.no_grad()
-def contrast_of_molecules(model: Any) -> tuple[Contrast, list[Any]]:
-    molecules = list(mutag())[::3]
+def contrast_of_graphs(model: Any) -> tuple[Contrast, list[Any]]:
+    graphs = list(DigitGraphs()[:128])
     torch.manual_seed(0)
-    first, second = (normalize(z, dim=1) for z in model.eval()(Batch.from_data_list(molecules)))
-    return in_batch_negatives(first, second, temperature=0.2), molecules
+    first, second = (normalize(z, dim=1) for z in model.eval()(Batch.from_data_list(graphs)))
+    return in_batch_negatives(first, second, temperature=0.2), graphs
 
 
 @dataclass
@@ -125,15 +127,8 @@ def picture(modalities: list[Modality], path: Path) -> None:
     save_whole(figure, path, format="png", dpi=110)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3, help="how many trainings of each")
-    parser.add_argument("--max-steps", type=int, default=-1, help="stop each training after so many steps")
-    parser.add_argument("--picture", type=Path, default=Path("demo.png"), help="where to save the picture, a PNG")
-    options = parser.parse_args()
-    if options.picture.is_dir() or not options.picture.parent.is_dir():  # refused now, not after all trainings
-        parser.error(f"--picture: expected a file in a folder that is there, got {options.picture}")
-    modalities = [
+def three_modalities() -> list[Modality]:
+    return [
         Modality(
             "vision: lightly SimCLR, MNIST",
             "k-NN accuracy",
@@ -144,24 +139,32 @@ def main() -> None:
         ),
         Modality(
             "text: sentence-transformers, Lee news",
-            "correlation with people",
-            partial(sentence_transformers_mnrl.train, scale=10.0),
+            "retrieval MRR",
+            sentence_transformers_mnrl.train,
             contrast_of_articles,
             draw_text,
             2,
         ),
         Modality(
-            "graphs: PyG GraphCL, MUTAG",
-            "SVM accuracy",
+            "graphs: PyG GraphCL, digits of 8x8",
+            "linear probe accuracy",
             pyg_graphcl.train,
-            contrast_of_molecules,
-            draw_molecule,
-            3,
+            contrast_of_graphs,
+            draw_graph,
+            5,
         ),
     ]
-    if find_spec("grakel") is None:
-        print("Graphs are left out: MUTAG comes with grakel, which has no release for Python 3.13.")
-        modalities.pop()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3, help="how many trainings of each")
+    parser.add_argument("--max-steps", type=int, default=-1, help="stop each training after so many steps")
+    parser.add_argument("--picture", type=Path, default=Path("demo.png"), help="where to save the picture, a PNG")
+    options = parser.parse_args()
+    if options.picture.is_dir() or not options.picture.parent.is_dir():  # refused now, not after all trainings
+        parser.error(f"--picture: expected a file in a folder that is there, got {options.picture}")
+    modalities = three_modalities()
     runs = [(m, seed, way) for m in modalities for seed in range(options.seeds) for way in m.scores]
     with tqdm(runs) as bar:
         for modality, seed, way in bar:
@@ -170,6 +173,7 @@ def main() -> None:
     print(table([list(HEAD), *(modality.row() for modality in modalities)]))
     print(
         f"\nMean ± standard deviation over {options.seeds} seeds; p of a paired t-test of UnDiMix against plain.\n"
+        "Plain is the toolkit's loss with its own default temperature (.5, .05, .2); UnDiMix is undimix(plain).\n"
         "Negatives: their effective number under UnDiMix, of those in a batch, which plain counts all alike.\n"
         "Seconds: of a training, plain / UnDiMix."
     )

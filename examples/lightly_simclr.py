@@ -25,7 +25,7 @@ class SimCLR(lightly_training.SimCLR):
 
     def __init__(self, weighted: bool, data: str = "MNIST") -> None:
         super().__init__(data)
-        self.criterion = NTXentLoss(temperature=0.2)
+        self.criterion = NTXentLoss()  # its temperature is .5
         if weighted:
             self.criterion = undimix(self.criterion)  # the one line
 

@@ -1,7 +1,8 @@
-"""GraphCL with PyG, with and without UnDiMix: one argument apart.
+"""GraphCL with PyG, with and without UnDiMix: one line apart.
 
-The encoder (GIN), the data and the training loop are PyG's. The default data are MUTAG, 188 molecules that need no
-download. The score is the literature's: the ten-fold accuracy of a support vector machine on the graphs' embeddings.
+The encoder (GIN) and the training loop are PyG's. The default data are scikit-learn's handwritten digits as graphs: the
+nodes are the pixels with ink. They need no download. The score is the accuracy of a linear probe: a logistic regression
+on the graphs' embeddings, by ten-fold cross-validation.
 
     python examples/pyg_graphcl.py
     python examples/pyg_graphcl.py --data PROTEINS --epochs 20
@@ -18,19 +19,19 @@ from torch_geometric.nn import GIN
 from tqdm import tqdm
 
 from _shared.compare import compare
-from _shared.graphs import GRAPHS, graphs, svm_accuracy
-from undimix_plugins import UnDiMix, Uniform
+from _shared.graphs import GRAPHS, cross_validated_accuracy, graphs
+from undimix_plugins import Uniform, undimix
 from undimix_pyg import GraphCL, GraphCLLoss
 
-HIDDEN = 32
+HIDDEN = 64
 
 
 def train(
     weighted: bool,
     *,
     seed: int = 0,
-    data: str = "MUTAG",
-    epochs: int = 20,
+    data: str = "digits",
+    epochs: int = 5,
     max_steps: int = -1,
     progress: bool = True,
 ) -> tuple[GraphCL, float, float]:
@@ -39,11 +40,11 @@ def train(
     seed_everything(seed)
     encoder = GIN(dataset.num_features, HIDDEN, num_layers=3, norm="batch_norm")
     model = GraphCL(encoder, HIDDEN)
-    criterion = GraphCLLoss(temperature=0.2, weighting=Uniform())
+    criterion = GraphCLLoss(weighting=Uniform())  # the plain loss; its temperature is .2
     if weighted:
-        criterion = GraphCLLoss(temperature=0.2, weighting=UnDiMix())  # the one argument; it is the default, too
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    loader = DataLoader(dataset, batch_size=64, shuffle=True)
+        criterion = undimix(criterion)  # the one line
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
+    loader = DataLoader(dataset, batch_size=128, shuffle=True)
 
     start = time.perf_counter()
     steps = 0
@@ -58,12 +59,12 @@ def train(
             optimizer.step()
             steps += 1
     seconds = time.perf_counter() - start
-    return model, svm_accuracy(model, dataset), seconds
+    return model, cross_validated_accuracy(model, dataset), seconds
 
 
 def main() -> None:
-    plain, method = "GraphCLLoss with Uniform()", "GraphCLLoss with UnDiMix()"
-    compare(str(__doc__), train, score="SVM accuracy", plain=plain, method=method, data=GRAPHS)
+    plain, method = "GraphCLLoss(weighting=Uniform())", "undimix(GraphCLLoss(weighting=Uniform()))"
+    compare(str(__doc__), train, score="linear probe accuracy", plain=plain, method=method, data=GRAPHS)
 
 
 if __name__ == "__main__":

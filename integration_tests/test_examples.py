@@ -7,13 +7,18 @@ import os
 import runpy
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+from examples._shared.graphs import INK, DigitGraphs
+from examples._shared.texts import halves, lee_articles, lee_retrieval, lee_split
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
@@ -108,9 +113,8 @@ def test_script_runs(script: str, results: dict[str, Any]) -> None:
 def test_demo_runs(root: Path, results: dict[str, Any]) -> None:
     result = results["run demo.py"]
     assert not result["failure"]
-    for modality in ("vision", "text"):
+    for modality in ("vision", "text", "graphs"):
         assert f"| {modality}" in result["printed"]
-    assert ("| graphs" in result["printed"]) == (find_spec("grakel") is not None)
     assert (root / "run demo.py" / "demo.partial").read_bytes().startswith(b"\x89PNG")
     assert result["left"] == ["demo.partial"]
 
@@ -143,3 +147,47 @@ def test_demo_refuses_a_picture_that_it_could_not_save(results: dict[str, Any]) 
     """Before it trains for minutes."""
     assert results["demo.py without a folder"]["failure"] == "2"
     assert results["demo.py without a folder"]["left"] == []
+
+
+def test_retrieval_ranks_the_other_half_among_held_out_articles() -> None:
+    trained, held_out = lee_split()
+    assert len(trained) == 200
+    assert len(held_out) == 100
+    assert sorted(trained + held_out) == sorted(lee_articles())
+
+    generator = torch.Generator().manual_seed(0)
+    vectors = {half: torch.randn(4, generator=generator) for article in held_out for half in halves(article)}
+    expected = 0.0
+    for article in held_out:
+        first, _ = halves(article)
+        cosines = {
+            other: torch.cosine_similarity(vectors[first], vectors[halves(other)[1]], dim=0).item()
+            for other in held_out
+        }
+        rank = sorted(cosines, key=lambda other: -cosines[other]).index(article) + 1
+        expected += 1 / rank / len(held_out)
+
+    def embed(texts: list[str]) -> Tensor:
+        return torch.stack([vectors[text] for text in texts])
+
+    assert lee_retrieval(embed) == pytest.approx(expected, rel=1e-5)
+
+
+def test_digit_graphs_join_the_pixels_with_ink() -> None:
+    pixels, digits = load_digits(return_X_y=True)
+    dataset = DigitGraphs()
+    assert len(dataset) == len(digits) == 1797
+    assert dataset.y.tolist() == digits.tolist()
+    for index in (0, 1796):
+        graph, image = dataset[index], pixels[index].reshape(8, 8)
+        inked = [(row, column) for row in range(8) for column in range(8) if image[row, column] >= INK]
+        for node, (row, column) in zip(graph.x.tolist(), inked, strict=True):
+            assert node == pytest.approx([image[row, column] / 16, row / 7 - 0.5, column / 7 - 0.5], abs=1e-6)
+        edges = {
+            (i, j)
+            for i, (row, column) in enumerate(inked)
+            for j, (other_row, other_column) in enumerate(inked)
+            if i != j and abs(row - other_row) <= 1 and abs(column - other_column) <= 1
+        }
+        assert set(map(tuple, graph.edge_index.T.tolist())) == edges
+        assert graph.num_edges == len(edges)

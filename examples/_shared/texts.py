@@ -1,4 +1,4 @@
-"""What the text examples share, without a download: Lee's news, how people judge them, MiniLM, short trainings."""
+"""What the text examples share, without a download: Lee's news, two scores, MiniLM, short trainings."""
 
 from __future__ import annotations
 
@@ -57,7 +57,12 @@ def pairs(data: str) -> Dataset:
     """Returns columns anchor and positive. all-nli is downloaded, as in sentence-transformers' examples."""
     if data == "all-nli":
         return load_dataset("sentence-transformers/all-nli", "pair", split="train")
-    anchors, positives = zip(*map(halves, lee_articles()), strict=True)
+    return as_pairs(lee_articles())
+
+
+def as_pairs(articles: list[str]) -> Dataset:
+    """Returns the first and second halves of articles as columns anchor and positive."""
+    anchors, positives = zip(*map(halves, articles), strict=True)
     return Dataset.from_dict({"anchor": anchors, "positive": positives})
 
 
@@ -73,11 +78,34 @@ def lee_articles() -> list[str]:
     return Path(datapath("lee_background.cor")).read_text(encoding="latin-1").splitlines()
 
 
+def lee_split() -> tuple[list[str], list[str]]:
+    """Returns 200 of Lee's background articles for training, and every third one, 100 in all, for a test."""
+    articles = lee_articles()
+    return [article for index, article in enumerate(articles) if index % 3], articles[::3]
+
+
 def halves(article: str) -> tuple[str, str]:
     """Returns the first and the second half of an article's sentences."""
     sentences = re.split(r"(?<=[.!?]) +", article.strip())
     middle = len(sentences) // 2
     return " ".join(sentences[:middle]), " ".join(sentences[middle:])
+
+
+def lee_retrieval(embed: Callable[[list[str]], Tensor]) -> float:
+    """Returns how well an article's first half finds its second half among those of the 100 held-out articles.
+
+    Args:
+        embed: A function that embeds n texts as [n, d].
+
+    Returns:
+        The mean reciprocal rank (MRR), by cosine.
+    """
+    held_out = as_pairs(lee_split()[1])
+    with torch.no_grad():
+        firsts, seconds = (normalize(embed(list(held_out[half])), dim=1) for half in ("anchor", "positive"))
+        cosines = firsts @ seconds.T
+    ranks = 1 + (cosines > cosines.diagonal()[:, None]).sum(1)
+    return float((1 / ranks).mean())
 
 
 def lee_correlation(embed: Callable[[list[str]], Tensor]) -> float:

@@ -64,6 +64,7 @@ class Scale:
     validation: Range
     test: int
     epochs: int
+    tail_epochs: int  # of CIFAR-10-LT, which has fewer images
     bank: int  # MoCo's memory bank
     pool: Range
     known: Range
@@ -83,10 +84,10 @@ LONG_TAILED = {
 }
 TINY = {"pool": (0, 512), "known": (512, 768), "chosen_on": (768, 896), "reported_on": (896, 1024)}
 SCALES = {
-    "tiny": Scale(512, (512, 1024), 512, 1, 256, **TINY),
-    "small": Scale(10_000, (45_000, 50_000), 10_000, 6, 2048, **LONG_TAILED),
+    "tiny": Scale(512, (512, 1024), 512, 1, 1, 256, **TINY),
+    "small": Scale(10_000, (45_000, 50_000), 10_000, 6, 12, 2048, **LONG_TAILED),
     "full": Scale(
-        45_000, (45_000, 50_000), 10_000, 200, 4096, **LONG_TAILED, keeps_views=False, resnet=True, workers=8
+        45_000, (45_000, 50_000), 10_000, 200, 400, 4096, **LONG_TAILED, keeps_views=False, resnet=True, workers=8
     ),
 }
 # The most frequent class of CIFAR-10-LT has this many times the images of the least frequent one (Cui et al. 2019).
@@ -145,6 +146,11 @@ def trained_on(data: str, scale: Scale, data_dir: Path | None) -> list[tuple[Any
     return long_tailed(cifar10(True, *scale.pool, data_dir))
 
 
+def epochs_of(trial: Trial) -> int:
+    scale = SCALES[trial.scale]
+    return scale.epochs if trial.data == "CIFAR-10" else scale.tail_epochs
+
+
 def evaluated_on(trial: Trial) -> tuple[tuple[bool, int, int], tuple[bool, int, int]]:
     """The images that train the classifiers, and those that are classified: part and range, as for `cifar10`."""
     scale, validates = SCALES[trial.scale], trial.split == "validation"
@@ -166,13 +172,13 @@ class KeptViews(Dataset[Any]):
 
     def __init__(self, trial: Trial, data_dir: Path | None) -> None:
         scale = SCALES[trial.scale]
-        images = trained_on(trial.data, scale, data_dir)
+        images, epochs = trained_on(trial.data, scale, data_dir), epochs_of(trial)
         self.labels, self.epoch = [label for _, label in images], 0
         source = trial.data if data_dir is None else f"{trial.data}-local"
-        path = KEPT_VIEWS / f"{source}-{len(images)}-{scale.epochs}-{trial.seed}.npy"
+        path = KEPT_VIEWS / f"{source}-{len(images)}-{epochs}-{trial.seed}.npy"
         if not path.exists():
             pl.seed_everything(trial.seed, verbose=False)
-            views, view = np.empty((scale.epochs, len(images), 2, 3, 32, 32), dtype=np.uint8), transform()
+            views, view = np.empty((epochs, len(images), 2, 3, 32, 32), dtype=np.uint8), transform()
             for of_epoch in views:
                 for place, (image, _) in enumerate(images):
                     of_epoch[place] = (torch.stack(view(image)) * 255).round().byte().numpy()
@@ -374,7 +380,7 @@ def train(trial: Trial, data_dir: Path | None) -> dict[str, Any]:
             callbacks.append(HardnessWarmup(share=trial.warmup))
         if trial.highest:
             callbacks.append(TemperatureSchedule(trial.temperature, trial.highest))
-        quiet_trainer(scale.epochs, callbacks).fit(model, loader)
+        quiet_trainer(epochs_of(trial), callbacks).fit(model, loader)
     else:  # so that it has the data's batch statistics, as a trained encoder has
         images_alone = Images(trained_on(trial.data, scale, data_dir), ToTensor())
         update_bn(DataLoader(images_alone, batch_size=trial.batch_size), model.backbone)
@@ -387,7 +393,7 @@ LIGHTLY = 0.5  # NTXentLoss's temperature, also in lightly's scripts of SimCLR a
 BENCHMARKS = [
     Benchmark(SMALL[0], "knn", LIGHTLY, ("linear",), batch_sizes=(64, 128, 256, 512)),
     Benchmark(SMALL[1], "knn", LIGHTLY, ("linear",), explores=False),
-    Benchmark(replace(SMALL[0], data="CIFAR-10-LT"), "knn", LIGHTLY, ("linear",), explores=False),
+    Benchmark(replace(SMALL[0], data="CIFAR-10-LT", batch_size=128), "knn", LIGHTLY, ("linear",), explores=False),
 ]
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from undimix_plugins.contrast import Contrast, in_batch_negatives, two_views
 from undimix_plugins.loss import decoupled, info_nce
 from undimix_plugins.methods.active_sampling import ActiveSampling
 from undimix_plugins.methods.adco import AdCo
+from undimix_plugins.methods.isogclr import ISogCLR
 from undimix_plugins.methods.mixing import IMix, UnMix
 from undimix_plugins.methods.mmcl import MMCL
 from undimix_plugins.monitoring.explain import explain
@@ -54,6 +55,7 @@ __all__ = [
     "FalseNegativeAttraction",
     "FalseNegativeElimination",
     "IMix",
+    "ISogCLR",
     "MoCHi",
     "PositiveAware",
     "ProGCL",

@@ -96,7 +96,9 @@ def log_weights(case: Case, method: UnDiMix) -> Tensor:
             continue
         scores = [(strength, standardised([score[i, j].item() for j in negatives])) for strength, score in components]
         if method.mixing == "geometric":
-            mixed = [method.hardness * sum(l * s[k] for l, s in scores) for k in range(len(negatives))]  # noqa: E741
+            logits = [(case.anchors[i] @ case.pool[j]).item() / case.temperature for j in negatives]
+            hardness = method.hardness * share(statistics.pstdev(logits))
+            mixed = [hardness * sum(l * s[k] for l, s in scores) for k in range(len(negatives))]  # noqa: E741
             mean = sum(map(math.exp, mixed)) / len(mixed)
             logs = [score - math.log(mean) for score in mixed]
         else:
@@ -111,19 +113,26 @@ def log_weights(case: Case, method: UnDiMix) -> Tensor:
 
 
 def weights_of(case: Case, method: UnDiMix) -> dict[tuple[int, int], Tensor]:
-    """w_ij by anchor and negative, with a gradient of the similarity: its mean and deviation, at least t, held."""
+    """w_ij by anchor and negative, with a gradient of the similarity: its mean and deviation held."""
     constant, weights = log_weights(case._replace(anchors=case.anchors.detach(), pool=case.pool.detach()), method), {}
     for i in range(len(case.anchors)):
         negatives = case.negatives(i)
         scores = [case.anchors[i] @ case.pool[j] for j in negatives]
         there = [score.item() for score in scores]
-        deviation = statistics.pstdev(there) if there else 0.0
-        follows = method.carries_gradient and deviation > 1e-13
-        strength = method.hardness * method.similarity / max(deviation, case.temperature) if follows else 0.0
+        spread = statistics.pstdev(there) / case.temperature if there else 0.0
+        follows = method.carries_gradient and spread * case.temperature > 1e-13
+        fade = math.exp(1 - spread**2) if spread > 1 else 1.0
+        hardness = method.hardness * share(spread)
+        strength = hardness * method.similarity / (max(spread, 1) * case.temperature) * fade if follows else 0.0
         moved = [(constant[i, j] + strength * (s - s.item())).exp() for j, s in zip(negatives, scores, strict=True)]
         for j, weight in zip(negatives, moved, strict=True):
             weights[i, j] = weight * len(negatives) / sum(moved)
     return weights
+
+
+def share(spread: float) -> float:
+    """The share of the hardness for logits of that standard deviation."""
+    return (2 / spread) ** 2 if spread > 2 else 1.0
 
 
 def standardised(scores: list[float]) -> list[float]:

@@ -23,7 +23,7 @@ from undimix_plugins.fast.scores import (
     Similarity,
 )
 from undimix_plugins.fast.tasks import all_task_gradients, has_same_tasks
-from undimix_plugins.weightings.undimix import ROUNDING, Prepared, UnDiMix
+from undimix_plugins.weightings.undimix import ROUNDING, Prepared, UnDiMix, gradient_slope_at, hardness_share_at
 
 
 class Slope(NamedTuple):
@@ -89,29 +89,35 @@ class StandardisedMix:
             if mix.gradient == "weight" and contrast.last_layer is not None:
                 inputs = contrast.last_layer.anchor_inputs.detach(), contrast.last_layer.pool_inputs.detach()
             self.scores["influence"] = Influence(logits, bounds, tasks, inputs, out)
-        if mix.similarity:
+        if mix.similarity or mix.mixing == "geometric":  # there, each anchor's hardness needs it
             self.scores["similarity"] = Similarity(logits, bounds, lengths)
         if mix.diversity:
             of_distance = CosineDiversity if mix.distance == "cosine" else EuclideanDiversity
             self.scores["diversity"] = of_distance(logits, bounds, lengths, self.count)
         self.strengths: dict[str, float] = {name: getattr(mix, name) for name in self.scores}
-        root = self.count.sqrt()
-        self.eps = ROUNDING * torch.finfo(root.dtype).eps * root
+        self.root = self.count.sqrt()
+        self.eps = ROUNDING * torch.finfo(self.root.dtype).eps * self.root
         errors = [score.error(score.own_bounds.amax(dim=1)[:, None, None]) for score in self.scores.values()]
         self.bound = (torch.stack(errors) * self.eps).square()
         by_strength = mix.mixing == "geometric"
-        factors = [strength if by_strength else 1.0 for strength in self.strengths.values()]
-        self.factor = torch.stack([root * (LOG2E * mix.hardness * factor) for factor in factors])
+        factors = [LOG2E * mix.hardness * (strength if by_strength else 1.0) for strength in self.strengths.values()]
+        self.factor = torch.cat([lengths.new_full((1, 1, 1), factor) for factor in factors])
 
     def block(self, block: Block) -> Mixed:
         """Returns the scores of a block of anchors. It overwrites the excluded logits."""
         block.excluded.write(block.logits, 0)
-        values, scales = self._scales(block, [score.block(block) for score in self.scores.values()])
-        mixed = self._geometric if self.mix.mixing == "geometric" else self._linear
-        return mixed(block, values, scales)
+        values, inverse = self._inverse_deviations(block, [score.block(block) for score in self.scores.values()])
+        scales = inverse * self.factor
+        if self.mix.mixing == "linear":
+            return self._linear(block, values, scales)
+        of_similarity = inverse[list(self.scores).index("similarity")]
+        return self._geometric(block, values, scales, of_similarity * LOG2E)
 
-    def _geometric(self, block: Block, values: list[Tensor], scales: Tensor) -> Mixed:
+    def _geometric(self, block: Block, values: list[Tensor], scales: Tensor, inverse_spread: Tensor) -> Mixed:
+        """`inverse_spread` is one over the deviation of the logits, 0 where that is a rounding error [r, 1]."""
         out, scratch, count = block.out, block.scratch, self.count[block.rows]
+        share = hardness_share_at(inverse_spread).masked_fill_(inverse_spread == 0, 1)
+        scales = scales * share
         torch.mul(values[0], scales[0], out=out)
         for value, scale in zip(values[1:], scales[1:], strict=True):
             out.addcmul_(value, scale)
@@ -119,9 +125,8 @@ class StandardisedMix:
         total, _ = exponentials(out, block.excluded, weights)
         slope = None
         if self.mix.carries_gradient:
-            # As if similarities deviated by the temperature where they do by less.
-            most = abs(self.mix.hardness * self.mix.similarity)
-            slope = Slope(scales[list(self.scores).index("similarity")].clamp(-most, most), weights, total)
+            steepness = gradient_slope_at(inverse_spread) * share * (self.mix.hardness * self.mix.similarity)
+            slope = Slope(steepness, weights, total)
         log_mean = (total / count).masked_fill(total == 0, 1).log2()
         return Mixed(torch.add(out, block.logits, out=scratch[0]), log_mean, slope)
 
@@ -149,8 +154,11 @@ class StandardisedMix:
             log_weights.log2_()
         return Mixed(torch.add(log_weights, block.logits, out=scratch[0]), None, None)
 
-    def _scales(self, block: Block, scored: list[Scored]) -> tuple[list[Tensor], Tensor]:
-        """Returns the scores, 0 in the excluded columns, and the factors that standardise them [scores, r, 1]."""
+    def _inverse_deviations(self, block: Block, scored: list[Scored]) -> tuple[list[Tensor], Tensor]:
+        """Returns the scores, 0 in the excluded columns, and one over their deviations [scores, r, 1].
+
+        0 stands for a deviation that is a rounding error.
+        """
         rows, values = block.rows, [score.values for score in scored]
         totals = torch.stack([value.sum(dim=1, keepdim=True) for value in values])
         squares = torch.stack([row_lengths(value) for value in values]).square_()
@@ -158,7 +166,7 @@ class StandardisedMix:
             # About their mean: from sums alone while that cancels nothing, and no score is all rounding.
             about_mean = squares - totals.square().div_(self.count[rows])
             if bool((about_mean > torch.maximum(squares / 8, self.bound[:, rows])).all()):
-                return values, about_mean.rsqrt_().mul_(self.factor[:, rows])
+                return values, about_mean.rsqrt_().mul_(self.root[rows])
         means = totals / self.count[rows]
         values = [block.excluded.write(value - mean, 0) for value, mean in zip(values, means, strict=True)]
         lengths = torch.stack([row_lengths(value) for value in values])
@@ -168,7 +176,7 @@ class StandardisedMix:
                 anchors, error = score.far
                 rounding[place, anchors] = self.eps[rows][anchors] * error
         rounding = rounding.clamp(min=0)  # -inf for an anchor without negatives
-        return values, torch.where(lengths > rounding, self.factor[:, rows] / lengths, 0)
+        return values, torch.where(lengths > rounding, self.root[rows] / lengths, 0)
 
     @cached_property
     def rounding(self) -> Tensor:

@@ -148,7 +148,7 @@ def negative_statistics(
         "effective_number": (1 / shares.square().sum(dim=1), weighted),
         "weight_on_hardest": (_on_hardest(shares, similarity.masked_fill(~negative, -torch.inf), count), weighted),
     }
-    for (one, left), (other, right) in combinations(scores.items(), 2):
+    for (one, left), (other, right) in combinations(scores.standardised.items(), 2):
         both_vary = (left != 0).any(dim=1) & (right != 0).any(dim=1)
         values[f"{one}_{other}"] = ((left * right).sum(dim=1) / count, both_vary)
     values["gradient_norm"] = (gradients, every)

@@ -19,6 +19,8 @@ from undimix_plugins.weightings.weighting import Terms, Weighting, check_share
 
 # A deviation below this many eps of the terms of a score is a rounding error. Equal rows must get the same weight.
 ROUNDING = 32
+# The standard deviation of an anchor's logits from which its weights are softened, see `restraints`.
+MODERATE_SPREAD = 2.0
 
 
 class Prepared(NamedTuple):
@@ -26,6 +28,24 @@ class Prepared(NamedTuple):
 
     contrast: Contrast
     tasks: tuple[TaskGradients, TaskGradients] | None  # of the anchors and the pool; None if the influence is 0
+
+
+class Scores(NamedTuple):
+    """The scores of a block of r anchors, with a pool of m candidates.
+
+    Attributes:
+        standardised: The standardised scores by name, each [r, m], 0 in columns that are not negatives.
+        share: The share of the hardness that is in force for each anchor [r, 1], from 0 to 1. 1 with linear mixing.
+
+    Examples:
+        >>> weighting = UnDiMix()
+        >>> prepared = weighting.prepare(two_views(torch.randn(8, 4), torch.randn(8, 4), temperature=2.0))
+        >>> weighting.scores(prepared, slice(0, 1), prepared.contrast.is_negative(slice(0, 1))).share
+        tensor([[1.]])
+    """
+
+    standardised: dict[str, Tensor]
+    share: Tensor
 
 
 @constant
@@ -37,17 +57,24 @@ class UnDiMix(Weighting):
     the n_i negatives of an anchor (mean 0, population standard deviation 1) to A~, I~ and V~. If the deviation is only
     a rounding error, the standardised scores are 0. With strengths l and hardness h the weights are
 
-        geometric:  w_ij = exp(h * S_ij) / mean over k of exp(h * S_ik),  S = l_A A~ + l_I I~ + l_V V~
+        geometric:  w_ij = exp(h_i * S_ij) / mean over k of exp(h_i * S_ik),  S = l_A A~ + l_I I~ + l_V V~
         linear:     w_ij = n_i * (l_A softmax(h A~) + l_I softmax(h I~) + l_V softmax(h V~)),  the l's summing to 1
 
     The mean weight of an anchor's negatives is 1, so `hardness=0` is exactly the plain loss.
 
     Linear mixing is the interpolation of the paper. Its weights have no gradient. Geometric mixing is ours. It
-    multiplies where the paper adds, so that a negative needs high scores in all three. A gradient flows through A~, as
-    in HCL, but not through the mean and the deviation of A. In this gradient, the deviation is at least t. The log-sum
-    of an anchor's negatives, with softmax P_ij, then has the gradient
+    multiplies where the paper adds, so that a negative needs high scores in all three.
 
-        P_ij / t + h * l_A / max(deviation_i, t) * (P_ij - w_ij / n_i)
+    Geometric weights adapt to the temperature. Let d_i be the standard deviation of an anchor's logits s_ij / t over
+    its negatives. At a low temperature d_i is large: the softmax of the loss has already concentrated on a few
+    negatives. From 2 on, the weights are softened, anchor by anchor:
+
+        h_i = h * min(1, (2 / d_i)^2)
+
+    A gradient flows through A~, as in HCL, but not through the mean and the deviation of A. It fades when d_i is above
+    1. The log-sum of an anchor's negatives, with softmax P_ij, has the gradient
+
+        P_ij / t + g_i * h_i * l_A / t * (P_ij - w_ij / n_i),  g_i = exp(1 - d_i^2) / d_i, or 1 if d_i < 1
 
     with respect to the similarity s_ij. The second term sums to 0 over the negatives: it does not change the mean of
     the similarities, but reduces their spread.
@@ -57,7 +84,8 @@ class UnDiMix(Weighting):
         influence: Strength l_I of model uncertainty and influence, finite. At least 0 for linear mixing.
         diversity: Strength l_V of the distance to the other negatives ("representativeness" in UnReMix), finite. At
             least 0 for linear mixing.
-        hardness: The factor h of all standardised scores, at least 0. 0 gives the plain loss.
+        hardness: The factor h of all standardised scores, at least 0. 0 gives the plain loss. With geometric mixing it
+            is the largest that an anchor can have.
         mixing: "geometric" or "linear".
         gradient: The gradients of the influence: with respect to the "embedding", or to the "weight" of the last layer.
             "weight" needs a contrast with the inputs of the last layer.
@@ -186,7 +214,7 @@ class UnDiMix(Weighting):
         negative = prepared.contrast.is_negative(rows)
         return self.mixed(self.scores(prepared, rows, negative), negative)
 
-    def scores(self, prepared: Prepared, rows: slice, negative: Tensor) -> dict[str, Tensor]:
+    def scores(self, prepared: Prepared, rows: slice, negative: Tensor) -> Scores:
         """Computes the standardised scores of a block of anchors, for all components whose strength is not 0.
 
         Args:
@@ -195,32 +223,38 @@ class UnDiMix(Weighting):
             negative: Which columns of the pool are their negatives, bool [r, m].
 
         Returns:
-            A~, I~ and V~ by the names "similarity", "influence" and "diversity", each [r, m], in the embeddings' dtype;
-            0 in columns that are not negatives. A~ has a gradient if the weights have one.
+            A~, I~ and V~ by the names "similarity", "influence" and "diversity", in the embeddings' dtype, and the
+            share of the hardness. A~ has a gradient if the weights have one.
 
         Examples:
             >>> contrast, weighting = two_views(torch.randn(8, 4), torch.randn(8, 4), 0.5), UnDiMix(influence=0.0)
             >>> rows = slice(0, 2)
-            >>> list(weighting.scores(weighting.prepare(contrast), rows, contrast.is_negative(rows)))
+            >>> list(weighting.scores(weighting.prepare(contrast), rows, contrast.is_negative(rows)).standardised)
             ['similarity', 'diversity']
         """
         contrast, found = prepared.contrast, {}
+        geometric = self.mixing == "geometric"
         with full_precision(contrast.pool):
-            if self.similarity:
+            share = contrast.pool.new_ones(len(contrast.anchors[rows]), 1)
+            if self.similarity or geometric:
                 scores, error = self._similarity(contrast, rows, negative)
-                found["similarity"], deviation = standardise(scores.detach(), error, negative)
+                similarity, deviation = standardise(scores.detach(), error, negative)
+                of_spread = contrast.held_temperature / deviation.masked_fill(deviation == 0, 1)
+                if geometric:
+                    share = hardness_share_at(of_spread).masked_fill(deviation == 0, 1)
                 if self.carries_gradient and scores.requires_grad:
-                    # If all similarities are nearly the same, their deviation would make the gradient too large.
-                    at_least_t = deviation + (contrast.held_temperature - deviation).clamp(min=0)
-                    moved = (scores - scores.detach()) / at_least_t
-                    found["similarity"] = found["similarity"] + moved.masked_fill(~negative | (deviation == 0), 0)
+                    slope = gradient_slope_at(of_spread) / contrast.held_temperature
+                    moved = (scores - scores.detach()) * slope
+                    similarity = similarity + moved.masked_fill(~negative | (deviation == 0), 0)
+                if self.similarity:
+                    found["similarity"] = similarity
             if self.influence and prepared.tasks is not None:
                 found["influence"], _ = standardise(
                     *self._influence(contrast, *prepared.tasks, rows, negative), negative
                 )
             if self.diversity:
                 found["diversity"], _ = standardise(*self._diversity(contrast, rows, negative), negative)
-        return found
+        return Scores(found, share)
 
     def terms(self, prepared: Prepared, rows: slice) -> Terms:
         """Returns the contribution of each component to the weights of a block of anchors.
@@ -232,7 +266,7 @@ class UnDiMix(Weighting):
             rows: The block of r anchors.
 
         Returns:
-            The contributions by name, each [r, m]. For geometric mixing `h * l_A * A~` and so on, which add up to
+            The contributions by name, each [r, m]. For geometric mixing `h_i * l_A * A~` and so on, which add up to
             `log w` up to a constant for each anchor. For linear mixing `n_i * l_A * softmax(h * A~)` and so on, which
             add up to `w`.
 
@@ -251,29 +285,30 @@ class UnDiMix(Weighting):
             return Terms(terms, of_logarithm=True)
         return Terms({name: term.exp() for name, term in terms.items()}, of_logarithm=False)
 
-    def _terms(self, scores: dict[str, Tensor], negative: Tensor) -> dict[str, Tensor]:
+    def _terms(self, scores: Scores, negative: Tensor) -> dict[str, Tensor]:
         """Returns the contribution of each component whose strength is not 0.
 
         Args:
-            scores: Standardised scores, as `scores` returns them. Components with strength 0 are ignored.
+            scores: What `scores` returned. Components with strength 0 are ignored.
             negative: Which columns are negatives, bool [r, m].
 
         Returns:
-            The contributions by name, each [r, m]. For geometric mixing `h * l_A * A~` and so on, which add up to
+            The contributions by name, each [r, m]. For geometric mixing `h_i * l_A * A~` and so on, which add up to
             `log w` up to a constant for each anchor. For linear mixing the logarithms of the parts that add up to `w`.
         """
-        strengths = {name: float(getattr(self, name)) for name in scores if getattr(self, name)}
+        of_name, share = scores
+        strengths = {name: float(getattr(self, name)) for name in of_name if getattr(self, name)}
         if self.mixing == "geometric":
-            return {name: self.hardness * strength * scores[name] for name, strength in strengths.items()}
+            return {name: self.hardness * strength * share * of_name[name] for name, strength in strengths.items()}
         largest = max(strengths.values())
         log_total = math.log(sum(strength / largest for strength in strengths.values())) + math.log(largest)
         return {
-            name: mean_one(self.hardness * scores[name], negative) + math.log(strength) - log_total
+            name: mean_one(self.hardness * of_name[name], negative) + math.log(strength) - log_total
             for name, strength in strengths.items()
         }
 
-    def mixed(self, scores: dict[str, Tensor], negative: Tensor) -> Tensor:
-        """Returns `log w` [r, m] for standardised scores. The arguments are those of `_terms`."""
+    def mixed(self, scores: Scores, negative: Tensor) -> Tensor:
+        """Returns `log w` [r, m] for what `scores` returned. The arguments are those of `_terms`."""
         terms = torch.stack(list(self._terms(scores, negative).values()))
         return terms.logsumexp(dim=0) if self.mixing == "linear" else mean_one(terms.sum(dim=0), negative)
 
@@ -318,6 +353,44 @@ class UnDiMix(Weighting):
 def mix_of(weighting: Weighting) -> UnDiMix | None:
     """Returns the weighting if the fast path computes its scores itself, otherwise None."""
     return cast(UnDiMix, weighting) if weighting._has_scorer else None
+
+
+def hardness_share_at(inverse_spread: Tensor) -> Tensor:
+    """Returns the share of the hardness that is in force for each anchor: `min(1, (2 / spread)^2)`.
+
+    Args:
+        inverse_spread: One over the standard deviation of the anchor's logits, at least 0.
+
+    Returns:
+        Shares from 0 to 1, of the same shape.
+
+    Examples:
+        >>> hardness_share_at(1 / torch.tensor([0.5, 2.0, 4.0]))
+        tensor([1.0000, 1.0000, 0.2500])
+    """
+    return (MODERATE_SPREAD * inverse_spread).clamp(max=1).square()
+
+
+def gradient_slope_at(inverse_spread: Tensor) -> Tensor:
+    """Returns how much a standardised similarity grows with the logit, in the gradient of the weights.
+
+    This is `1 / spread`, at most 1, and for a spread above 1 also times `exp(1 - spread^2)`. If the logits of n
+    negatives are normally distributed, the effective number under their softmax is `n exp(-spread^2)`. So the gradient
+    fades as the softmax concentrates on few negatives.
+
+    Args:
+        inverse_spread: One over the standard deviation of the anchor's logits, at least 0.
+
+    Returns:
+        Slopes from 0 to 1, of the same shape.
+
+    Examples:
+        >>> gradient_slope_at(1 / torch.tensor([0.5, 1.0, 2.0]))
+        tensor([1.0000, 1.0000, 0.0249])
+    """
+    # If all similarities are nearly the same, their deviation would make the gradient too large.
+    at_most_one = inverse_spread.clamp(max=1)
+    return at_most_one * (1 - at_most_one.reciprocal().square()).exp()
 
 
 def standardise(scores: Tensor, error: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:

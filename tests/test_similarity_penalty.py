@@ -12,7 +12,16 @@ from torch import Tensor
 
 from tests.contrasts import Case, bank, in_batch, random_rows, rectangular
 from tests.test_fast import CASES, Outcome, assert_equals_dense, assert_same, blocks, leaves, outcome, to
-from undimix_plugins import SimilarityPenalty, Uniform, importance_weights, info_nce, two_views
+from undimix_plugins import (
+    Contrast,
+    SimilarityPenalty,
+    UnDiMix,
+    Uniform,
+    compose,
+    importance_weights,
+    info_nce,
+    two_views,
+)
 from undimix_plugins.toolkit import log_sums
 from undimix_plugins.weightings.weighting import Softened
 
@@ -152,6 +161,7 @@ def test_copies() -> None:
         assert other == weighting
         assert hash(other) == hash(weighting)
     assert repr(weighting) == "SimilarityPenalty(alpha=3.0)"
+    assert repr(SimilarityPenalty(5.0, "hard_negatives")) == "SimilarityPenalty(alpha=5.0, scope='hard_negatives')"
 
 
 @pytest.mark.parametrize(
@@ -174,3 +184,67 @@ def test_gradient_of_one_negative() -> None:
     expected: Tensor = share * (negative - positive) / 0.5
     torch.testing.assert_close(of_anchor, expected, **EXACT)
     torch.testing.assert_close(of_negative, share * anchor / 0.5, **EXACT)
+
+
+HARD = torch.tensor([[8, 7, -1], [3, -1, -1], [-1, -1, -1], [0, 5, 2]])
+
+
+def with_hard_negatives(columns: Tensor | None = HARD) -> tuple[Case, Contrast]:
+    case = bank(4, 9, temperature=0.3)
+    rows = case.anchors, case.positives, case.pool
+    excluded = torch.tensor([[7], [-1], [-1], [-1]])  # what is no negative is no hard one either
+    return case, Contrast.of(*rows, excluded, 0.3, hard_negative_columns=columns)
+
+
+@pytest.mark.parametrize("scope", ["all_negatives", "in_batch_negatives", "hard_negatives"])
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "by-block"])
+def test_scopes(scope: str, kept: bool) -> None:
+    """A term at a time: the penalty is in the logits of the scope alone."""
+    case, _ = with_hard_negatives()
+    made, inputs = leaves(case)
+    losses = []
+    for i, (anchor, positive) in enumerate(zip(made.anchors, made.positives, strict=True)):
+        total = (anchor @ positive / 0.3).exp()
+        for j in range(9):
+            if (i, j) == (0, 7):
+                continue
+            hard = j in HARD[i].tolist()
+            inside = scope == "all_negatives" or (scope == "hard_negatives") == hard
+            s = anchor @ made.pool[j]
+            total = total + (s / 0.3 + (5.0 * s.detach() if inside else 0)).exp()
+        losses.append(total.log() - anchor @ positive / 0.3)
+    want = torch.stack(losses).mean()
+    gradients = torch.autograd.grad(want, inputs)
+    excluded = torch.tensor([[7], [-1], [-1], [-1]])
+    contrast = Contrast.of(made.anchors, made.positives, made.pool, excluded, 0.3, hard_negative_columns=HARD)
+    with blocks(kept=kept, rows=2):
+        got = info_nce(contrast, SimilarityPenalty(5.0, scope))
+        found = torch.autograd.grad(got, inputs)
+    torch.testing.assert_close(got, want, **EXACT)
+    for one, other in zip(found, gradients, strict=True):
+        torch.testing.assert_close(one, other, **EXACT)
+
+
+def test_a_scope_without_hard_negatives() -> None:
+    _, contrast = with_hard_negatives(None)
+    hard = SimilarityPenalty(5.0, "hard_negatives")
+    same = info_nce(contrast, SimilarityPenalty(5.0, "in_batch_negatives"))
+    assert torch.equal(same, info_nce(contrast, SimilarityPenalty(5.0)))
+    for weighting in (hard, hard.softened(0.5), compose(UnDiMix(), hard)):
+        for loss in (info_nce, log_sums, importance_weights):
+            with pytest.raises(
+                ValueError, match=r"^scope: expected a loss with explicit hard negatives .*use scope='all_"
+            ):
+                loss(contrast, weighting)  # type: ignore[operator]
+    _, empty = with_hard_negatives(torch.empty(4, 0, dtype=torch.long))
+    torch.testing.assert_close(info_nce(empty, hard), info_nce(empty, Uniform()))
+
+
+def test_an_unknown_scope_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^scope: expected one of 'all_negatives', 'in_batch_negatives', 'hard_n"):
+        SimilarityPenalty(scope="queries")
+
+
+def test_softened_keeps_the_scope() -> None:
+    hard = SimilarityPenalty(8.0, "hard_negatives")
+    assert hard.softened(0.25) == SimilarityPenalty(2.0, "hard_negatives")

@@ -22,7 +22,8 @@ ELSEWHERE = {
     "scale": "it belongs to the loss, as in MultipleNegativesRankingLoss(model, scale=5)",
     "beta": "it belongs to HCL, as in undimix(loss, HCL(beta=0.5, tau_plus=0))",
     "tau_plus": "it belongs to HCL or Debiased, as in undimix(loss, HCL(beta=0.5, tau_plus=0))",
-    "alpha": "it belongs to SimilarityPenalty, as in undimix(loss, SimilarityPenalty(alpha=9.0))",
+    "alpha": "it belongs to SimilarityPenalty or HCL, as in undimix(loss, SimilarityPenalty(alpha=9.0))",
+    "margin": "it belongs to PositiveAware, as in undimix(loss, PositiveAware(margin=0.05)), or to GISTEmbedLoss",
     "labels": "labels go into the loss's call, where it takes them: criterion(z0, z1, labels)",
 }
 

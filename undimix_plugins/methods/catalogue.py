@@ -63,8 +63,14 @@ METHODS = (
     Method(
         "HCL",
         "2010.04592",
-        "weights by an exponential of similarity, debiased",
-        "w_j = mean-one e^(beta s_j/t)",
+        "weights by an exponential of similarity, debiased; with alpha it is HN-NCE (2301.02280)",
+        "w_j = mean-one e^(beta s_j/t); alpha e^(s+/t) in the denominator",
+    ),
+    Method(
+        "ADNCE",
+        "2310.11048",
+        "weights by a Gaussian of similarity, without gradient",
+        "w_j = mean-one e^(-(s_j - mu)^2 / (2 sigma^2))",
     ),
     Method(
         "Ring",
@@ -87,8 +93,14 @@ METHODS = (
     Method(
         "SimilarityPenalty",
         "2503.04812",
-        "adds a multiple of the detached similarity to the logit",
+        "adds a multiple of the detached similarity to the logit, of all negatives or a scope of them",
         "w_j = e^(alpha s_j)",
+    ),
+    Method(
+        "PositiveAware",
+        "2506.05176",
+        "leaves out negatives too similar to the anchor, compared with its positive",
+        "w_j = 0 if s_j > s+ - margin, or s_j > s+ - margin |s+|",
     ),
     Method(
         "FalseNegativeElimination",

@@ -17,7 +17,7 @@ class Method(NamedTuple):
     """A method of the catalogue.
 
     Attributes:
-        name: The name of the class, in `undimix_plugins`, or in the package of a toolkit if only that toolkit has it.
+        name: The name of the class, in `undimix_plugins`, or in the packages of the toolkits that have it.
         source: The arXiv number of the paper.
         does: What the method does to negatives.
         equation: The main equation. s is a similarity, t the temperature, + the positive, j and k are negatives, N is
@@ -141,6 +141,26 @@ METHODS = (
         sentence_transformers="no, its losses are called with texts",
         pyg="a loss of a model's two views",
         transformers="a compute_loss_func of two views' rows",
+    ),
+    Method(
+        "ISogCLR",
+        "2305.11965",
+        "learns a temperature for each sample, and weights by the softmax at that temperature",
+        "tau_i log(mean_j e^((s_j - s+)/tau_i)) + rho tau_i",
+        lightly="a loss, with each image's index (lightly_isogclr.py)",
+        sentence_transformers="a loss of your own around it, with the index as label; not in checkpoints",
+        pyg="a loss of a model's two views, with an index in the data",
+        transformers="a compute_loss_func of two views' rows, with the index as label",
+    ),
+    Method(
+        "TemperatureSchedule",
+        "2303.13664",
+        "weights none: moves the temperature up and down along a cosine",
+        "t = (high - low) (1 + cos(2 pi time / period)) / 2 + low",
+        lightly="a callback (lightly_temperature.py)",
+        sentence_transformers="a callback",
+        pyg="a function for your loop, cosine_temperature",
+        transformers="a callback; not for ImageTextLoss, whose model learns the temperature",
     ),
     Method(
         "ActiveSampling",

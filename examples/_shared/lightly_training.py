@@ -98,6 +98,7 @@ def fit(
     epochs: int,
     max_steps: int = -1,
     progress: bool = True,
+    indexed: bool = False,
 ) -> tuple[Model, float, float]:
     """Trains a model on two views of each image, and scores its backbone.
 
@@ -108,6 +109,7 @@ def fit(
         epochs: Passes over the images; 0 leaves the model untrained.
         max_steps: Steps after which training stops; -1 for no limit.
         progress: Whether to show Lightning's progress bar.
+        indexed: Whether each image has its index in the place of its label.
 
     Returns:
         The model, its k-NN accuracy and the seconds of training.
@@ -119,7 +121,10 @@ def fit(
     transform = digit_views()
     if data == "CIFAR10":
         transform = model.photo_transform(input_size=32, cj_strength=0.5, gaussian_blur=0.0, normalize=None)
-    dataset = LightlyDataset.from_torch_dataset(images(data, train=True), transform=transform)
+    labelled = images(data, train=True)
+    if indexed:
+        labelled.targets = list(range(len(labelled)))
+    dataset = LightlyDataset.from_torch_dataset(labelled, transform=transform)
     collate_fn = MultiViewCollate()
     dataloader = DataLoader(dataset, batch_size=128, collate_fn=collate_fn, shuffle=True, drop_last=True)
 

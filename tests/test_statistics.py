@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from statistics import pstdev
 
 import pytest
 import torch
@@ -40,6 +41,7 @@ CASES = {
     "bank-3x7": bank(3, 7, temperature=0.2),
     "bank-5x4-raw": bank(5, 4, unit=False),
     "rectangular-4x9": rectangular(4, 9, offset=3, temperature=0.2),
+    "spread-4x9": rectangular(4, 9, offset=2, temperature=0.05),
     "one-has-none": bank(3, 4)._replace(excluded=[[], [3, 0, 2, 1], [2]]),
 }
 WEIGHTINGS = {
@@ -89,6 +91,9 @@ def expected(case: Case, weighting: Weighting, anchors: int, labels: list[int] |
             continue
         weights = weights_of(case, weighting, i)
         found.setdefault("count", []).append(len(negatives))
+        if isinstance(weighting, UnDiMix) and weighting.mixing == "geometric":
+            spread = pstdev([similarity[i, j].item() / case.temperature for j in negatives])
+            found.setdefault("hardness_in_force", []).append(weighting.hardness * references.share(spread))
         found.setdefault("effective_number", []).append(sum(weights) ** 2 / sum(w * w for w in weights))
         nearest = sorted(range(len(negatives)), key=lambda k: -similarity[i, negatives[k]].item())
         hardest = nearest[: math.ceil(len(negatives) / 100)]
@@ -245,7 +250,8 @@ def test_what_has_no_value_is_left_out() -> None:
     alike = normalize(torch.ones(8, 4, dtype=torch.double), dim=1)
     got = negative_statistics(two_views(alike, alike, 0.5), UnDiMix())
     assert got == pytest.approx(
-        {"hardness": 1, "count": 14, "effective_number": 14, "weight_on_hardest": 1 / 14, "gradient_norm": 0.0},
+        {"hardness": 1, "hardness_in_force": 1, "count": 14, "effective_number": 14}
+        | {"weight_on_hardest": 1 / 14, "gradient_norm": 0.0},
         abs=1e-12,
     )
 

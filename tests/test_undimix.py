@@ -26,7 +26,7 @@ CASES = {
     "bank-5x4-raw": bank(5, 4, unit=False),
     "rectangular-4x9": rectangular(4, 9, offset=3, temperature=0.2),
     "in-batch-12-spread": in_batch(6, 3, temperature=0.15),
-    "rectangular-4x9-wide-spread": rectangular(4, 9, offset=3, temperature=0.04),
+    "rectangular-4x9-wide-spread": rectangular(4, 9, offset=3, temperature=0.1),
     "rectangular-5x7-raw": rectangular(5, 7, offset=1, unit=False),
 }
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)

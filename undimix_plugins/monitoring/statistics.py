@@ -93,6 +93,8 @@ def negative_statistics(
         - `hardness`: the number that the weighting multiplies its scores by, at the current step of a warm-up:
           `hardness` of UnDiMix, `beta` of HCL and BCL, `alpha` of SimilarityPenalty, the attribute named by
           `Weighting.strength` for your own weighting. For other weightings the share of the warm-up, during one.
+        - `hardness_in_force`: only for `UnDiMix` with geometric mixing: the hardness of an anchor, h_i. It is less than
+          the hardness if the temperature is low.
         - `count`: the number of negatives of an anchor, n_i.
         - `effective_number`: the effective number of negatives, `(sum_j w_j)^2 / sum_j w_j^2`, from 1 to n_i.
         - `weight_on_hardest`: the share of the weight on the most similar hundredth of the negatives (rounded up), from
@@ -148,6 +150,8 @@ def negative_statistics(
         "effective_number": (1 / shares.square().sum(dim=1), weighted),
         "weight_on_hardest": (_on_hardest(shares, similarity.masked_fill(~negative, -torch.inf), count), weighted),
     }
+    if mix is not None and mix.mixing == "geometric":
+        values["hardness_in_force"] = (mix.hardness * scores.share[:, 0], weighted)
     for (one, left), (other, right) in combinations(scores.standardised.items(), 2):
         both_vary = (left != 0).any(dim=1) & (right != 0).any(dim=1)
         values[f"{one}_{other}"] = ((left * right).sum(dim=1) / count, both_vary)

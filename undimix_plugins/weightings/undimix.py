@@ -19,7 +19,7 @@ from undimix_plugins.weightings.weighting import Terms, Weighting, check_share
 
 # A deviation below this many eps of the terms of a score is a rounding error. Equal rows must get the same weight.
 ROUNDING = 32
-# The standard deviation of an anchor's logits from which its weights are softened, see `restraints`.
+# The standard deviation of an anchor's logits from which its weights soften.
 MODERATE_SPREAD = 2.0
 
 
@@ -67,14 +67,14 @@ class UnDiMix(Weighting):
 
     Geometric weights adapt to the temperature. Let d_i be the standard deviation of an anchor's logits s_ij / t over
     its negatives. At a low temperature d_i is large: the softmax of the loss has already concentrated on a few
-    negatives. From 2 on, the weights are softened, anchor by anchor:
+    negatives, about n exp(-d_i^2) of n if the logits are normally distributed. With d_i above 2, the weights soften:
 
-        h_i = h * min(1, (2 / d_i)^2)
+        h_i = h * fade(d_i / 2),  fade(x) = exp(1 - x^2), at most 1
 
-    A gradient flows through A~, as in HCL, but not through the mean and the deviation of A. It fades when d_i is above
-    1. The log-sum of an anchor's negatives, with softmax P_ij, has the gradient
+    A gradient flows through A~, as in HCL, but not through the mean and the deviation of A. It fades with d_i above 1.
+    The log-sum of an anchor's negatives, with softmax P_ij, has the gradient
 
-        P_ij / t + g_i * h_i * l_A / t * (P_ij - w_ij / n_i),  g_i = exp(1 - d_i^2) / d_i, or 1 if d_i < 1
+        P_ij / t + g_i * h_i * l_A / t * (P_ij - w_ij / n_i),  g_i = min(1, 1 / d_i) * fade(d_i)
 
     with respect to the similarity s_ij. The second term sums to 0 over the negatives: it does not change the mean of
     the similarities, but reduces their spread.
@@ -356,7 +356,7 @@ def mix_of(weighting: Weighting) -> UnDiMix | None:
 
 
 def hardness_share_at(inverse_spread: Tensor) -> Tensor:
-    """Returns the share of the hardness that is in force for each anchor: `min(1, (2 / spread)^2)`.
+    """Returns the share of the hardness that is in force for each anchor: `fade(spread / 2)`.
 
     Args:
         inverse_spread: One over the standard deviation of the anchor's logits, at least 0.
@@ -366,17 +366,15 @@ def hardness_share_at(inverse_spread: Tensor) -> Tensor:
 
     Examples:
         >>> hardness_share_at(1 / torch.tensor([0.5, 2.0, 4.0]))
-        tensor([1.0000, 1.0000, 0.2500])
+        tensor([1.0000, 1.0000, 0.0498])
     """
-    return (MODERATE_SPREAD * inverse_spread).clamp(max=1).square()
+    return _fade_at(MODERATE_SPREAD * inverse_spread)
 
 
 def gradient_slope_at(inverse_spread: Tensor) -> Tensor:
-    """Returns how much a standardised similarity grows with the logit, in the gradient of the weights.
+    """Returns how much a standardised similarity grows with the logit, for the gradient of the weights.
 
-    This is `1 / spread`, at most 1, and for a spread above 1 also times `exp(1 - spread^2)`. If the logits of n
-    negatives are normally distributed, the effective number under their softmax is `n exp(-spread^2)`. So the gradient
-    fades as the softmax concentrates on few negatives.
+    It is `min(1, 1 / spread) * fade(spread)`.
 
     Args:
         inverse_spread: One over the standard deviation of the anchor's logits, at least 0.
@@ -389,8 +387,12 @@ def gradient_slope_at(inverse_spread: Tensor) -> Tensor:
         tensor([1.0000, 1.0000, 0.0249])
     """
     # If all similarities are nearly the same, their deviation would make the gradient too large.
-    at_most_one = inverse_spread.clamp(max=1)
-    return at_most_one * (1 - at_most_one.reciprocal().square()).exp()
+    return inverse_spread.clamp(max=1) * _fade_at(inverse_spread)
+
+
+def _fade_at(inverse: Tensor) -> Tensor:
+    """Returns `fade(x) = exp(1 - x^2)`, at most 1, for 1 / x."""
+    return (1 - inverse.clamp(max=1).reciprocal().square()).exp()
 
 
 def standardise(scores: Tensor, error: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 The data are news articles: the two halves of an article are a pair. The model is an embedding for each token, trained
 from scratch. Only its tokenizer is MiniLM's. Nothing is downloaded. The score is the mean reciprocal rank (MRR) of an
-article's second half, among those of 100 held-out articles, when its first half is the query.
+article's second half, among those of 98 held-out articles, when its first half is the query.
 
     python examples/sentence_transformers_mnrl.py
     python examples/sentence_transformers_mnrl.py --data all-nli --max-steps 1000

@@ -50,6 +50,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DATASETS = Path("datasets")
 PERIODS = 5  # of a temperature schedule
 PAIRED = 4  # batches of graphs whose two views are compared
+FOLDS = 10  # of the SVM's cross-validation; each class needs a graph in each
 LARGEST_FOR_SVM = 2000  # graphs; with more of them, the SVM takes longer than the training
 # The SVM's accuracy on embeddings that GraphCL's authors trained (arXiv 2010.13902, unsupervised learning).
 PUBLISHED = {"PROTEINS": "74.39 ± 0.45", "IMDB-BINARY": "71.14 ± 0.44"}
@@ -216,7 +217,7 @@ def train_graphs(trial: Trial, data_dir: Path | None) -> dict[str, Any]:
     rows, labels = rows.numpy(), labels.numpy()
     nearest = make_pipeline(StandardScaler(), KNeighborsClassifier(5))
     metrics["nearest"] = float(cross_val_score(nearest, rows, labels, cv=LeaveOneOut()).mean())
-    if len(rows) <= LARGEST_FOR_SVM:
+    if len(rows) <= LARGEST_FOR_SVM and np.unique(labels, return_counts=True)[1].min() >= FOLDS:
         metrics["svm"] = evaluate_embedding(rows, labels, seed=trial.seed).accuracy
     return {"metrics": metrics, "statistics": statistics}
 

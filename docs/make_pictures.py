@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from undimix_plugins import (
+    ADNCE,
     BCL,
     HCL,
     Contrast,
@@ -26,6 +28,7 @@ from undimix_plugins import (
     FalseNegativeAttraction,
     FalseNegativeElimination,
     MoCHi,
+    PositiveAware,
     ProGCL,
     Ring,
     SimilarityPenalty,
@@ -127,7 +130,7 @@ def scores_and_weights() -> None:
     """Six circles: the example, the standardised scores, the weights of either mixing."""
     contrast, weighting = on_the_circle(), UnDiMix()
     rows, prepared = slice(0, 1), weighting.prepare(contrast)
-    scores = weighting.scores(prepared, rows, contrast.is_negative(rows))
+    scores = weighting.scores(prepared, rows, contrast.is_negative(rows)).standardised
     figure, axes = plt.subplots(3, 2, figsize=(WIDTH, 7.2), layout="constrained")
     points(axes[0, 0], contrast, None, Normalize(), "")
     name_points(axes[0, 0], contrast)
@@ -219,17 +222,24 @@ def real_batch(pairs: int = 128) -> Contrast:
 def methods() -> None:
     """One anchor's weights against similarity, by every method that has weights."""
     contrast, rows = real_batch(), slice(0, 1)
+    most_similar = contrast.logits(rows).masked_fill(~contrast.is_negative(rows), -1)
+    hardest = most_similar.topk(10).indices.expand(len(contrast.anchors), -1)
+    contrast = replace(contrast, hard_negative_columns=hardest)
     progcl = ProGCL(start=1)
     progcl.fit(contrast)
     weightings: list[Weighting] = [
         UnDiMix(),
         UnDiMix(mixing="linear"),
         HCL(tau_plus=0.0),
+        HCL(tau_plus=0.0, alpha=0.5),
+        ADNCE(mu=0.4, sigma=0.2),
         Debiased(),
         Ring(lower=50, upper=90),
         BCL(alpha=0.8, beta=0.9),
         progcl,
         SimilarityPenalty(),
+        SimilarityPenalty(alpha=5.0, scope="hard_negatives"),
+        PositiveAware(margin=0.1),
         FalseNegativeElimination(k=8, threshold=0.3),
         FalseNegativeAttraction(k=8, threshold=0.3),
         MoCHi(N=16, s=16, s_prime=16),
@@ -237,7 +247,7 @@ def methods() -> None:
     ]
     negative = contrast.is_negative(rows)[0]
     similarity = (contrast.anchors[0] @ contrast.pool.T)[negative]
-    figure, axes = plt.subplots(4, 3, figsize=(WIDTH + 1.2, 8.6), layout="constrained")
+    figure, axes = plt.subplots(4, 4, figsize=(WIDTH + 2.6, 8.6), layout="constrained")
     for axis, weighting in zip(axes.flat, weightings, strict=True):
         weights = importance_weights(contrast, weighting)[0, negative]
         counts = weights > 0
@@ -252,10 +262,8 @@ def methods() -> None:
             linewidths=0.8,
         )
         draw_what_else(axis, weighting, contrast, similarity)
-        name = type(weighting).__name__ + (
-            ", linear" if "linear" in repr(weighting) else ""
-        )
-        axis.set_title(name.replace("FalseNegative", "False negative\n"))
+        name = type(weighting).__name__.replace("FalseNegative", "False negative\n")
+        axis.set_title(name + beside_the_name(weighting))
         most = float(weights.max())
         axis.set_ylim(-0.06 * max(most, 1.5), 1.1 * max(most, 1.5))
         axis.spines[["top", "right"]].set_visible(False)
@@ -263,6 +271,15 @@ def methods() -> None:
     figure.supxlabel("cosine of negative and anchor", fontsize=9)
     figure.supylabel("weight", fontsize=9)
     save(figure, "methods")
+
+
+def beside_the_name(weighting: Weighting) -> str:
+    """What tells two pictures of one method apart."""
+    if isinstance(weighting, SimilarityPenalty) and weighting.scope == "hard_negatives":
+        return "\nof hard negatives"
+    if isinstance(weighting, HCL) and weighting.alpha != 1:
+        return ", alpha (HN-NCE)"
+    return ", linear" if "linear" in repr(weighting) else ""
 
 
 def draw_what_else(
@@ -277,7 +294,9 @@ def draw_what_else(
         )
         sums = weighting.combine(contrast, contrast.positive_logits(), plain, count)
         text = f"their sum becomes\n{float((sums - plain)[0].exp()):.2f} of itself"
-    if isinstance(weighting, FalseNegativeElimination):
+    if isinstance(weighting, HCL) and weighting.alpha != 1:
+        text = f"positive's term\ntimes {weighting.alpha:g}"
+    if isinstance(weighting, (FalseNegativeElimination, PositiveAware)):
         text = "left out"
     if isinstance(weighting, FalseNegativeAttraction):
         text = "now positives"
@@ -294,7 +313,7 @@ def draw_what_else(
             axis.scatter(
                 cosines, torch.full_like(cosines, height), s=9, color=colour, marker="^"
             )
-        text = "mixed: of pairs (green),\nwith the anchor (orange)"
+        text = "mixed: of pairs\n(green), with the\nanchor (orange)"
     axis.text(
         0.04,
         0.2,

@@ -11,6 +11,7 @@ import torch
 
 from tests.contrasts import random_rows
 from undimix_plugins import (
+    ADNCE,
     BCL,
     HCL,
     ActiveSampling,
@@ -19,6 +20,7 @@ from undimix_plugins import (
     FalseNegativeElimination,
     IMix,
     MoCHi,
+    PositiveAware,
     ProGCL,
     Ring,
     SimilarityPenalty,
@@ -32,10 +34,14 @@ from undimix_plugins import (
 SETTINGS = [
     UnDiMix(hardness=2.0),
     HCL(beta=0.5),
+    HCL(alpha=0.5),
+    ADNCE(),
+    PositiveAware(),
     Debiased(),
     Ring(),
     BCL(),
     SimilarityPenalty(),
+    SimilarityPenalty(5.0, "hard_negatives"),
     FalseNegativeElimination(k=3),
     FalseNegativeAttraction(k=3),
     MoCHi(N=4),

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from tests.contrasts import bank, in_batch, random_rows
 from undimix_plugins import (
+    ADNCE,
     BCL,
     HCL,
     Contrast,
     Debiased,
     FalseNegativeElimination,
     MoCHi,
+    PositiveAware,
     ProGCL,
     Ring,
     SimilarityPenalty,
@@ -50,15 +52,20 @@ class FartherOnAverage(Farther):
 
 
 WEIGHTINGS = [
+    ADNCE(),
+    ADNCE(0.2, 0.1),
     BCL(),
     Debiased(),
     FalseNegativeElimination(k=2),
     HCL(),
     HCL(beta=0.0),
+    HCL(alpha=0.5),
     MoCHi(4, 3, 2),
+    PositiveAware(),
     ProGCL(start=1),
     Ring(20, 80),
     SimilarityPenalty(),
+    SimilarityPenalty(5.0, "in_batch_negatives"),
     UnDiMix(),
     UnDiMix(mixing="linear"),
     Uniform(),
@@ -88,6 +95,12 @@ def test_who_has_mean_one() -> None:
 def test_who_debiases() -> None:
     assert [weighting.debiases for weighting in (Debiased(), HCL(), BCL(), compose(Debiased(), Ring()))] == [True] * 4
     assert [weighting.debiases for weighting in (Debiased(0), HCL(tau_plus=0), UnDiMix(), Uniform())] == [False] * 4
+
+
+def test_who_scales_the_positives_term() -> None:
+    assert {weighting.positive_factor for weighting in WEIGHTINGS if weighting != HCL(alpha=0.5)} == {1.0}
+    alpha = HCL(tau_plus=0.0, alpha=0.5)
+    assert [weighting.positive_factor for weighting in (alpha, compose(UnDiMix(), alpha))] == [0.5, 0.5]
 
 
 def test_who_needs_the_last_layer() -> None:

@@ -30,7 +30,7 @@ def warn_of_no_negatives(contrast: Contrast, perhaps: Tensor) -> None:
         warnings.warn(
             "labels: no anchor of this batch has a negative, since all samples have one label or are marked as no "
             "negatives of each other: nothing is learnt from it. Are these the labels? A folder of images without "
-            "classes gives one target to all",
+            "classes gives one target to all. PositiveAware can leave out all, too: if so, use a smaller margin",
             stacklevel=2,
         )
 

@@ -12,12 +12,14 @@ from integration_tests.matrix import lightly_cells, pyg_cells, sentence_transfor
 from integration_tests.matrix.cells import TEMPERATURE, Run, apart, vector_of
 from integration_tests.matrix.trainer_cells import MIDDLE, Toolkit, run_of, train
 from undimix_plugins import (
+    ADNCE,
     BCL,
     HCL,
     Debiased,
     FalseNegativeAttraction,
     FalseNegativeElimination,
     MoCHi,
+    PositiveAware,
     ProGCL,
     Ring,
     SimilarityPenalty,
@@ -36,10 +38,13 @@ FALSE = {"k": 2, "threshold": 0.0}
 METHODS: dict[str, Callable[[], Weighting]] = {
     "Debiased": Debiased,
     "HCL": HCL,
+    "HN-NCE": lambda: HCL(beta=0.5, tau_plus=0.0, alpha=0.5),
+    "ADNCE": lambda: ADNCE(mu=0.7, sigma=0.5),
     "Ring": Ring,
     "BCL": BCL,
     "ProGCL": lambda: ProGCL(start=1),
     "SimilarityPenalty": SimilarityPenalty,
+    "PositiveAware": lambda: PositiveAware(margin=0.05, margin_strategy="relative"),
     "FalseNegativeElimination": lambda: FalseNegativeElimination(**FALSE),
     "FalseNegativeAttraction": lambda: FalseNegativeAttraction(**FALSE),
     "MoCHi": lambda: MoCHi(**MIXED),
@@ -99,6 +104,8 @@ HOSTS: dict[str, Callable[[Weighting, Path], Run]] = {
 
 # Their loss of an anchor has a single positive.
 NO_ATTRACTION = ("lightly - DCLWLoss", "lightly - MACLLoss", "sentence_transformers - GISTEmbedLoss")
+# The positive has no term in their denominator, or one that they also weight anchors by.
+NO_FACTOR = ("lightly - DCLLoss", "lightly - DCLWLoss", "lightly - MACLLoss", "pyg - GraphCLLoss")
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +119,10 @@ def uniform(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
 def test_trains(host: str, method: str, uniform: Callable[[str], Run], tmp_path: Path) -> None:
     if method == "FalseNegativeAttraction" and host in NO_ATTRACTION:
         with pytest.raises(ValueError, match="expected one that makes no positives, for which this loss has no place"):
+            HOSTS[host](METHODS[method](), tmp_path)
+        return
+    if method == "HN-NCE" and host in NO_FACTOR:
+        with pytest.raises(ValueError, match=r"expected a positive_factor of 1 \(alpha=1 for HCL\)"):
             HOSTS[host](METHODS[method](), tmp_path)
         return
     plain, weighted = uniform(host), HOSTS[host](METHODS[method](), tmp_path)

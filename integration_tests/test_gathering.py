@@ -23,7 +23,7 @@ from sentence_transformers.sentence_transformer.modules import BoW
 from torch import Tensor, nn
 
 from integration_tests.text.tiny_models import encoder
-from undimix_plugins import HCL, UnDiMix, Uniform, Weighting, undimix
+from undimix_plugins import HCL, PositiveAware, SimilarityPenalty, UnDiMix, Uniform, Weighting, undimix
 
 BATCH, WIDTH, REGIONS = 5, 8, 3
 BAD = ("short", "empty", "not finite")
@@ -121,6 +121,13 @@ def with_layer(
     return [result.detach(), *torch.autograd.grad(result, list(layer.parameters()))]
 
 
+# Of an anchor's own hard negatives, whose columns in the gathered pool a rank has to know.
+HARD = {
+    "hard": SimilarityPenalty(5.0, "hard_negatives"),
+    "in batch": SimilarityPenalty(5.0, "in_batch_negatives"),
+    "spared": PositiveAware(0.1, scope="in_batch_negatives"),
+}
+WITH_HARD = [name for name, (_, columns) in LOSSES.items() if columns == 3]
 AT_WEIGHT = UnDiMix(gradient="weight")
 WITH_LAYER = ("NTXentLoss", "DetConSLoss", "MultipleNegativesRankingLoss")
 
@@ -187,6 +194,8 @@ def on_a_rank(rank: int, ranks: int, root: str) -> None:
             "refusals": {bad: refusal(undimix(make(True)), name, rank, ranks, bad) for bad in BAD},
             **{kind: outcome(undimix(make(True), method), *batch) for kind, method in WEIGHTINGS.items()},
         }
+        if LOSSES[name][1] == 3:
+            results[name] |= {kind: outcome(undimix(make(True), method), *batch) for kind, method in HARD.items()}
         if name in WITH_LAYER:
             results[name]["weight"] = with_layer(make, AT_WEIGHT, *batch)
     torch.save(results, f"{root}/{rank}.pt")
@@ -227,6 +236,14 @@ def test_the_ranks_together_are_one_process(name: str, kind: str, ranks: list[di
     loss = undimix(LOSSES[name][0](False), WEIGHTINGS[kind])
     assert_same(mean(ranks, name, kind), outcome(loss, *joined(name, len(ranks))))
     assert (mean(ranks, name, kind)[0] - mean(ranks, name, "alone")[0]).abs() > 1e-3  # the control
+
+
+@pytest.mark.parametrize("kind", HARD)
+@pytest.mark.parametrize("name", WITH_HARD)
+def test_hard_negatives_are_those_of_one_process(name: str, kind: str, ranks: list[dict[str, Any]]) -> None:
+    loss = undimix(LOSSES[name][0](False), HARD[kind])
+    assert_same(mean(ranks, name, kind), outcome(loss, *joined(name, len(ranks))))
+    assert (mean(ranks, name, kind)[0] - mean(ranks, name, "uniform")[0]).abs() > 1e-3  # the control
 
 
 @pytest.mark.parametrize("name", WITH_LAYER)

@@ -17,6 +17,7 @@ from torch.nn.functional import normalize
 
 from tests.contrasts import in_batch, make_every_look_cost, random_rows
 from undimix_plugins import (
+    ADNCE,
     BCL,
     HCL,
     MMCL,
@@ -27,6 +28,7 @@ from undimix_plugins import (
     FalseNegativeElimination,
     IMix,
     MoCHi,
+    PositiveAware,
     ProGCL,
     Ring,
     SimilarityPenalty,
@@ -52,6 +54,14 @@ WEIGHTINGS: dict[str, Callable[[], Weighting]] = {
     "euclidean": lambda: UnDiMix(distance="euclidean"),
     "HCL": HCL,
     "HCL-huge": lambda: HCL(1e30, 0.0),
+    "HCL-alpha": lambda: HCL(0.5, 0.0, 0.3),
+    "HCL-tiny-alpha": lambda: HCL(1.0, 0.1, 1e-30),
+    "ADNCE": ADNCE,
+    "ADNCE-narrow": lambda: ADNCE(0.3, 1e-6),
+    "ADNCE-far": lambda: ADNCE(-1e15, 1e-6),
+    "PositiveAware": PositiveAware,
+    "PositiveAware-relative": lambda: PositiveAware(0.05, "relative"),
+    "PositiveAware-huge": lambda: PositiveAware(-1e30, "relative"),
     "Debiased": Debiased,
     "BCL": lambda: BCL(0.1, 0.7, 0.9),
     "Ring": lambda: Ring(50, 90),
@@ -83,12 +93,15 @@ def formula(case: Contrast, weighting: Weighting) -> float:
             log_weights = weighting.alpha * logits * t
         if isinstance(weighting, HCL):
             log_weights = weighting.beta * logits - np.logaddexp.reduce(weighting.beta * logits) + math.log(count)
+        if isinstance(weighting, ADNCE):
+            log_weights = -((logits * t - weighting.mu) ** 2) / (2 * weighting.sigma**2)
+            log_weights += math.log(count) - np.logaddexp.reduce(log_weights)
         total = np.logaddexp.reduce(log_weights + logits)
         if isinstance(weighting, (HCL, Debiased)) and weighting.tau_plus:
             taken = math.log(weighting.tau_plus * count) + positive
             rest = total + np.log1p(-np.exp(taken - total)) if taken < total else -np.inf
             total = max(rest - math.log1p(-weighting.tau_plus), math.log(count) - 1 / t)
-        losses.append(float(np.logaddexp(total - positive, 0)))
+        losses.append(float(np.logaddexp(total - positive, math.log(weighting.positive_factor))))
     return float(np.mean(losses))
 
 
@@ -161,7 +174,7 @@ def test_a_number_or_an_error(
     if unit:
         if dtype == torch.float16 and kind == "with zero":
             assert gradient[0, 0].count_nonzero() == 0
-        if name in ("Uniform", "HCL", "Debiased", "SimilarityPenalty"):
+        if name in ("Uniform", "HCL", "HCL-alpha", "Debiased", "SimilarityPenalty", "ADNCE"):
             rounding = 1e-12 if dtype == torch.float64 else 1e-5
             assert loss.item() == pytest.approx(formula(contrast, weighting), abs=rounding / temperature)
 
@@ -428,6 +441,9 @@ def copied(weighting: Weighting, dtype: torch.dtype, seed: int) -> tuple[Tensor,
         Ring(90, 97.5),
         FalseNegativeElimination(1, -1),
         FalseNegativeElimination(3, 0.1),
+        PositiveAware(0.2),
+        PositiveAware(0.5, "relative"),
+        ADNCE(0.3, 0.1),
         UnDiMix(),
         HCL(),
         compose(Ring(40, 80), BCL()),

@@ -232,7 +232,7 @@ class ISogCLR(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves the state like any other buffer, but keeps it out of half precision, which would lose small steps."""
         before = dict(self._buffers)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in self._buffers.items():
             kept = before[name]
             if buffer is not None and kept is not None and buffer.dtype in (torch.float16, torch.bfloat16):
@@ -254,6 +254,6 @@ def _of_all(rows: Tensor) -> Tensor:
     """Returns the rows of all processes [processes * n, d]. This process's own rows have their gradient."""
     if processes() == 1:
         return rows
-    parts = list(gather_constants(rows).split(len(rows)))
+    parts = list(gather_constants(rows).chunk(processes()))
     parts[dist.get_rank()] = rows
     return torch.cat(parts)

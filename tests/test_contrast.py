@@ -174,3 +174,27 @@ def test_frozen() -> None:
     contrast = Contrast.of(**good())  # type: ignore[arg-type]
     with pytest.raises(dataclasses.FrozenInstanceError):
         contrast.temperature = 1.0  # type: ignore[misc]
+
+
+def test_explicit_hard_negatives() -> None:
+    """Listed for each anchor, also after some negatives have been left out; what is excluded stays excluded."""
+    rows = random_rows(3, 4, 0), random_rows(3, 4, 1), random_rows(5, 4, 2)
+    hard = torch.tensor([[4, 3], [-1, 2], [-1, -1]], dtype=torch.int32)
+    contrast = Contrast.of(*rows, torch.tensor([[3], [0], [1]]), 0.5, hard_negative_columns=hard)
+    assert contrast.hard_negative_columns is not None
+    assert contrast.hard_negative_columns.dtype == torch.long
+    for made in (contrast, contrast.without(torch.tensor([[0], [1], [2]])), contrast.with_positives(hard[:, :1])):
+        marks = made.is_hard_negative(slice(0, 3)).tolist()
+        assert marks == [[j in row for j in range(5)] for row in hard.tolist()]
+        assert made.is_hard_negative(slice(1, 2)).tolist() == marks[1:2]
+        assert not made.is_negative(slice(0, 1))[0, 3]
+    none = Contrast.of(*rows, None, 0.5)
+    assert none.hard_negative_columns is None
+    assert not none.is_hard_negative(slice(0, 3)).any()
+    for bad, message in (
+        (torch.tensor([[5], [0], [0]]), r"expected columns from -1 \(none\) to 4, got 0 to 5"),
+        (torch.tensor([0, 0, 0]), r"expected shape \[3, k\], got \[3\]"),
+        (torch.ones(3, 1), r"expected integer columns of the pool, got torch\.float32"),
+    ):
+        with pytest.raises(ValueError, match=rf"^hard_negative_columns: {message}"):
+            Contrast.of(*rows, None, 0.5, hard_negative_columns=bad)

@@ -284,6 +284,8 @@ def test_every_setting_of_a_trial_matters_and_a_seed_is_one_training(
     seen = module.train(one, data_dir)["statistics"]
     assert module.train(one, data_dir)["statistics"] == seen
     changes = {"temperature": 0.1, "weighting": "UnDiMix(hardness=2.0)", "warmup": 0.9, "seed": 1, "highest": 1.0}
+    if recipe == "SimCSE":  # two steps: the first has learning rate 0, and in the second a schedule is at its lowest
+        del changes["highest"]
     for name, value in changes.items():
         assert module.train(replace(one, **{name: value}), data_dir)["statistics"] != seen, name
     assert module.train(replace(one, brief=True), data_dir)["statistics"] == {}

@@ -83,7 +83,7 @@ def on_the_circle() -> Contrast:
     first, second = (
         torch.stack([angles.cos(), angles.sin()], dim=1).double() for angles in views
     )
-    return two_views(first, second, temperature=0.2)
+    return two_views(first, second, temperature=0.5)
 
 
 def points(
@@ -325,9 +325,9 @@ def draw_what_else(
 
 
 def explanation() -> None:
-    """What the block of `watching.md` with `explain` draws."""
+    """What the first block of `watching.md` with `explain` draws."""
     blocks = re.findall(r"```python\n(.*?)```", WATCHING.read_text(), flags=re.DOTALL)
-    (block,) = [each for each in blocks if "explain(" in each]
+    block = next(each for each in blocks if "explain(" in each)
     names: dict[str, Any] = {}
     exec(block, names)
     save(names["axes"].figure, "explanation")

@@ -6,6 +6,7 @@ import math
 import sys
 from functools import partial
 from pathlib import Path
+from statistics import pstdev
 from textwrap import dedent
 
 import matplotlib as mpl
@@ -62,13 +63,14 @@ def parts(case: Case, method: UnDiMix, i: int) -> dict[int, dict[str, float]]:
         "diversity": references.diversity(case, method.distance),
     }
     strengths = {name: getattr(method, name) for name in components if getattr(method, name)}
+    spread = pstdev([components["similarity"][i, j].item() / case.temperature for j in negatives])
     found: dict[int, dict[str, float]] = {j: {} for j in negatives}
     for name, strength in strengths.items():
         scores = references.standardised([components[name][i, j].item() for j in negatives])
         exponentials = [math.exp(method.hardness * score) for score in scores]
         for j, score, exponential in zip(negatives, scores, exponentials, strict=True):
             if method.mixing == "geometric":
-                found[j][name] = method.hardness * strength * score
+                found[j][name] = method.hardness * references.share(spread) * strength * score
             else:
                 share = strength / sum(strengths.values())
                 found[j][name] = len(negatives) * share * exponential / sum(exponentials)

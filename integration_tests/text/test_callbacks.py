@@ -215,7 +215,8 @@ def test_statistics_in_sentence_transformers(pairs: Dataset, tmp_path: Path) -> 
         assert entry["negatives/count"] == 7
         assert 1 < entry["negatives/effective_number"] < 7
         assert 0 < entry["negatives/false_negatives"] < 1
-        assert len([name for name in entry if name.startswith("negatives/")]) == 10
+        assert 0 < entry["negatives/hardness_in_force"] < entry["negatives/hardness"] == 2
+        assert len([name for name in entry if name.startswith("negatives/")]) == 11
 
 
 # transformers

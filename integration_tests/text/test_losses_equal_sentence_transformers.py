@@ -335,7 +335,7 @@ def test_splade(cached: bool) -> None:
     settings = {"document_regularizer_weight": 1e-3, "query_regularizer_weight": 1e-3}
 
     def make(plug: Callable[[nn.Module], nn.Module]) -> nn.Module:
-        return wrap(model, plug(sparse_losses.SparseMultipleNegativesRankingLoss(model, scale=0.05)), **settings)
+        return wrap(model, plug(sparse_losses.SparseMultipleNegativesRankingLoss(model, scale=0.001)), **settings)
 
     want = outcome(model, make(lambda loss: loss), 3)
     for loss in (make(lambda inner: undimix(inner, Uniform())), undimix(make(lambda inner: inner), Uniform())):

@@ -436,7 +436,7 @@ def test_gradients_at_the_last_layers_weight() -> None:
     torch.manual_seed(0)
     head = torch.nn.Linear(6, 8).double()
     method = UnDiMix(similarity=0, diversity=0, influence=1.0, gradient="weight")
-    loss = undimix(SimCSELoss(temperature=0.2, pooling="pooler"), method, last_layer=head)
+    loss = undimix(SimCSELoss(temperature=0.5, pooling="pooler"), method, last_layer=head)
     inputs = torch.randn(10, 6, dtype=torch.float64)
     out = head(inputs)
     got = loss(BaseModelOutputWithPooling(pooler_output=out))
@@ -444,11 +444,11 @@ def test_gradients_at_the_last_layers_weight() -> None:
     gradients: list[list[Tensor]] = [[], []]
     for row in range(10):
         candidates = z[1 - row % 2 :: 2]
-        logits = candidates @ torch.nn.functional.normalize(head(inputs[row]), dim=0) / 0.2
+        logits = candidates @ torch.nn.functional.normalize(head(inputs[row]), dim=0) / 0.5
         task = cross_entropy(logits[None], logits.argmax()[None])
         gradients[row % 2].append(torch.autograd.grad(task, head.weight)[0].flatten())
     scores = torch.stack(gradients[0]) @ torch.stack(gradients[1]).T
-    similar = (z[0::2] @ z[1::2].T / 0.2).exp()
+    similar = (z[0::2] @ z[1::2].T / 0.5).exp()
     rows = []
     for i in range(5):
         others = [j for j in range(5) if j != i]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -146,7 +145,10 @@ class Composed(Weighting):
     @property
     def positive_factor(self) -> float:
         """The product of the parts' factors."""
-        return math.prod(part.positive_factor for part in self.parts)
+        factor = 1.0
+        for part in self.parts:  # torch.compile cannot trace math.prod
+            factor *= part.positive_factor
+        return factor
 
     def _weighing(self) -> list[Weighting]:
         return [part for part in self.parts if _weighs(part)] or [Uniform()]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from tests.contrasts import Case, bank, in_batch, random_rows, rectangular
+from tests.contrasts import SHAPES, Case, bank, in_batch, random_rows, rectangular
 from tests.test_fast import CASES, Outcome, assert_equals_dense, assert_same, blocks, leaves, outcome, to
 from undimix_plugins import (
     ADNCE,
@@ -35,15 +35,6 @@ from undimix_plugins.weightings.weighting import Softened
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 SETTINGS = [(0.7, 1.0), (0.7, 0.5), (2.0, 1.0), (0.2, 0.1), (-0.5, 0.3)]
-SHAPES = {
-    "in-batch-2": in_batch(1),
-    "in-batch-10": in_batch(5, temperature=0.2),
-    "in-batch-6-raw": in_batch(3, unit=False),
-    "bank-4x9": bank(4, 9, temperature=0.1),
-    "bank-1x1": bank(1, 1),
-    "rectangular-5x9": rectangular(5, 9, offset=2),
-    "rectangular-6x7-raw": rectangular(6, 7, offset=1, unit=False),
-}
 each_shape = pytest.mark.parametrize("case", SHAPES.values(), ids=SHAPES)
 each_setting = pytest.mark.parametrize("setting", SETTINGS, ids=str)
 

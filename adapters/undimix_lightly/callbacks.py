@@ -47,7 +47,26 @@ class _OfLightning(Callback):
         )
 
 
-class HardnessWarmup(_OfLightning):
+class _OfWholeTraining(_OfLightning):
+    """A callback that knows the number of steps of the training as it was when it began, also in a resumed run."""
+
+    _total: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of steps of the training."""
+        return {"total": self._total}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues with that training."""
+        self._total = state_dict["total"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes the number of steps, unless the training is a resumed one."""
+        if trainer.global_step == 0 or self._total is None:
+            self._total = trainer.estimated_stepping_batches
+
+
+class HardnessWarmup(_OfWholeTraining):
     """Warms up all weighted losses of the LightningModule, from the plain loss to the full weighting.
 
     The share of the hardness at a step (see `Weighting.softened`) is
@@ -79,7 +98,6 @@ class HardnessWarmup(_OfLightning):
     def __init__(self, *, steps: float | None = None, share: float | None = None, shape: str = "linear") -> None:
         check_warmup(steps, share, shape)
         self.steps, self.share, self.shape = steps, share, shape
-        self._total: float | None = None  # steps of the training that is being warmed up
         self._losses: list[WeightedLoss] = []
 
     @property
@@ -87,18 +105,9 @@ class HardnessWarmup(_OfLightning):
         """The key of the state in checkpoints: one for each combination of settings."""
         return self._generate_state_key(steps=self.steps, share=self.share, shape=self.shape)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The number of steps of the training."""
-        return {"total": self._total}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues the warm-up of that training."""
-        self._total = state_dict["total"]
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds the losses."""
-        if trainer.global_step == 0 or self._total is None:
-            self._total = trainer.estimated_stepping_batches
+        super().on_train_start(trainer, pl_module)
         self._losses = weighted_losses(pl_module)
         if not self._losses:
             raise ValueError(
@@ -126,7 +135,7 @@ class HardnessWarmup(_OfLightning):
             set_hardness(loss, share)
 
 
-class TemperatureSchedule(_OfLightning):
+class TemperatureSchedule(_OfWholeTraining):
     """Moves the temperature of the contrastive losses between two values, along a cosine.
 
         t = (high - low) * (1 + cos(2 pi * time / period)) / 2 + low
@@ -187,7 +196,6 @@ class TemperatureSchedule(_OfLightning):
         if of is not None and not isinstance(of, nn.Module):
             raise TypeError(f"of: expected a loss, or a module that contains it, got {of!r}")
         self.cycle, self.of = TemperatureCycle(low, high, epochs, steps, share), of
-        self._total: float | None = None  # steps of the training that has the schedule
         self._losses: list[nn.Module] = []
 
     @property
@@ -195,18 +203,9 @@ class TemperatureSchedule(_OfLightning):
         """The key of the state in checkpoints: one for each combination of settings."""
         return self._generate_state_key(**asdict(self.cycle))
 
-    def state_dict(self) -> dict[str, Any]:
-        """The number of steps of the training."""
-        return {"total": self._total}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues the schedule of that training."""
-        self._total = state_dict["total"]
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds the losses."""
-        if trainer.global_step == 0 or self._total is None:
-            self._total = trainer.estimated_stepping_batches
+        super().on_train_start(trainer, pl_module)
         where = pl_module if self.of is None else self.of
         self._losses = losses_with_temperature(where, tuple(CLASSES), given=self.of is not None)
         if not self._losses:

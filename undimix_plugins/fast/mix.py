@@ -116,7 +116,7 @@ class StandardisedMix:
     def _geometric(self, block: Block, values: list[Tensor], scales: Tensor, inverse_spread: Tensor) -> Mixed:
         """`inverse_spread` is one over the deviation of the logits, 0 where that is a rounding error [r, 1]."""
         out, scratch, count = block.out, block.scratch, self.count[block.rows]
-        share = hardness_share_at(inverse_spread).masked_fill_(inverse_spread == 0, 1)
+        share = hardness_share_at(inverse_spread)
         scales = scales * share
         torch.mul(values[0], scales[0], out=out)
         for value, scale in zip(values[1:], scales[1:], strict=True):

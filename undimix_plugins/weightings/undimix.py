@@ -239,13 +239,13 @@ class UnDiMix(Weighting):
             if self.similarity or geometric:
                 scores, error = self._similarity(contrast, rows, negative)
                 similarity, deviation = standardise(scores.detach(), error, negative)
-                of_spread = contrast.held_temperature / deviation.masked_fill(deviation == 0, 1)
+                inverse_spread = torch.where(deviation > 0, contrast.held_temperature / deviation, 0)
                 if geometric:
-                    share = hardness_share_at(of_spread).masked_fill(deviation == 0, 1)
+                    share = hardness_share_at(inverse_spread)
                 if self.carries_gradient and scores.requires_grad:
-                    slope = gradient_slope_at(of_spread) / contrast.held_temperature
+                    slope = gradient_slope_at(inverse_spread) / contrast.held_temperature
                     moved = (scores - scores.detach()) * slope
-                    similarity = similarity + moved.masked_fill(~negative | (deviation == 0), 0)
+                    similarity = similarity + moved.masked_fill(~negative, 0)
                 if self.similarity:
                     found["similarity"] = similarity
             if self.influence and prepared.tasks is not None:
@@ -359,7 +359,8 @@ def hardness_share_at(inverse_spread: Tensor) -> Tensor:
     """Returns the share of the hardness that is in force for each anchor: `fade(spread / 2)`.
 
     Args:
-        inverse_spread: One over the standard deviation of the anchor's logits, at least 0.
+        inverse_spread: One over the standard deviation of the anchor's logits. 0 stands for logits that are all the
+            same: there is nothing to soften.
 
     Returns:
         Shares from 0 to 1, of the same shape.
@@ -368,7 +369,7 @@ def hardness_share_at(inverse_spread: Tensor) -> Tensor:
         >>> hardness_share_at(1 / torch.tensor([0.5, 2.0, 4.0]))
         tensor([1.0000, 1.0000, 0.0498])
     """
-    return _fade_at(MODERATE_SPREAD * inverse_spread)
+    return _fade_at(MODERATE_SPREAD * inverse_spread).masked_fill(inverse_spread == 0, 1)
 
 
 def gradient_slope_at(inverse_spread: Tensor) -> Tensor:
@@ -377,7 +378,8 @@ def gradient_slope_at(inverse_spread: Tensor) -> Tensor:
     It is `min(1, 1 / spread) * fade(spread)`.
 
     Args:
-        inverse_spread: One over the standard deviation of the anchor's logits, at least 0.
+        inverse_spread: One over the standard deviation of the anchor's logits. 0 stands for logits that are all the
+            same: such weights have no gradient.
 
     Returns:
         Slopes from 0 to 1, of the same shape.

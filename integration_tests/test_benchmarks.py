@@ -650,12 +650,12 @@ def test_a_new_rule_of_the_default_has_a_name() -> None:
     places = torch.arange(48.0, dtype=torch.float64).reshape(2, 6, 4)
     first, second = torch.sin(places**2 + 1).requires_grad_().unbind()
     found = []
-    for temperature in (0.05, 0.5):
+    for temperature in (0.05, 0.25, 0.5):
         loss = info_nce(two_views(*unit_rows(first=first, second=second), temperature), UnDiMix())
         (gradient,) = torch.autograd.grad(loss, first, retain_graph=True)
         found += [float(loss.detach()), float(gradient.norm())]
-    assert RULES["mixing='geometric'"] == "fades with the spread of the logits"
-    assert found == pytest.approx([17.8405494, 5.6385516, 3.4583922, 0.5081979], rel=1e-6)
+    assert RULES["mixing='geometric'"] == "fades where the logits spread by more than 1.5"
+    assert found == pytest.approx([17.8405453, 5.6385516, 4.5360042, 1.0507662, 3.4583922, 0.5081979], rel=1e-6)
 
 
 def test_effects_are_differences_over_their_deviation(tmp_path: Path) -> None:

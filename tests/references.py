@@ -132,7 +132,7 @@ def weights_of(case: Case, method: UnDiMix) -> dict[tuple[int, int], Tensor]:
 
 def share(spread: float) -> float:
     """The share of the hardness for logits of that standard deviation."""
-    return math.exp(1 - (spread / 2) ** 2) if spread > 2 else 1.0
+    return math.exp(1 - (spread / 1.5) ** 2) if spread > 1.5 else 1.0
 
 
 def standardised(scores: list[float]) -> list[float]:

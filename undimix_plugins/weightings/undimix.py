@@ -20,7 +20,7 @@ from undimix_plugins.weightings.weighting import Terms, Weighting, check_share
 # A deviation below this many eps of the terms of a score is a rounding error. Equal rows must get the same weight.
 ROUNDING = 32
 # The standard deviation of an anchor's logits from which its weights soften.
-MODERATE_SPREAD = 2.0
+MODERATE_SPREAD = 1.5
 
 
 class Prepared(NamedTuple):
@@ -67,9 +67,10 @@ class UnDiMix(Weighting):
 
     Geometric weights adapt to the temperature. Let d_i be the standard deviation of an anchor's logits s_ij / t over
     its negatives. At a low temperature d_i is large: the softmax of the loss has already concentrated on a few
-    negatives, about n exp(-d_i^2) of n if the logits are normally distributed. With d_i above 2, the weights soften:
+    negatives, about n exp(-d_i^2) of n if the logits are normally distributed. With d_i above 1.5, the weights
+    soften:
 
-        h_i = h * fade(d_i / 2),  fade(x) = exp(1 - x^2), at most 1
+        h_i = h * fade(d_i / 1.5),  fade(x) = exp(1 - x^2), at most 1
 
     A gradient flows through A~, as in HCL, but not through the mean and the deviation of A. It fades with d_i above 1.
     The log-sum of an anchor's negatives, with softmax P_ij, has the gradient
@@ -356,7 +357,7 @@ def mix_of(weighting: Weighting) -> UnDiMix | None:
 
 
 def hardness_share_at(inverse_spread: Tensor) -> Tensor:
-    """Returns the share of the hardness that is in force for each anchor: `fade(spread / 2)`.
+    """Returns the share of the hardness that is in force for each anchor: `fade(spread / 1.5)`.
 
     Args:
         inverse_spread: One over the standard deviation of the anchor's logits. 0 stands for logits that are all the
@@ -367,7 +368,7 @@ def hardness_share_at(inverse_spread: Tensor) -> Tensor:
 
     Examples:
         >>> hardness_share_at(1 / torch.tensor([0.5, 2.0, 4.0]))
-        tensor([1.0000, 1.0000, 0.0498])
+        tensor([1.0000, 0.4594, 0.0022])
     """
     return _fade_at(MODERATE_SPREAD * inverse_spread).masked_fill(inverse_spread == 0, 1)
 

@@ -121,9 +121,9 @@ def weights_of(case: Case, method: UnDiMix) -> dict[tuple[int, int], Tensor]:
         there = [score.item() for score in scores]
         spread = statistics.pstdev(there) / case.temperature if there else 0.0
         follows = method.carries_gradient and spread * case.temperature > 1e-13
-        fade = math.exp(1 - spread**2) if spread > 1 else 1.0
         hardness = method.hardness * share(spread)
-        strength = hardness * method.similarity / (max(spread, 1) * case.temperature) * fade if follows else 0.0
+        slope = share(spread) / (max(spread, 1) * case.temperature)
+        strength = hardness * method.similarity * slope if follows else 0.0
         moved = [(constant[i, j] + strength * (s - s.item())).exp() for j, s in zip(negatives, scores, strict=True)]
         for j, weight in zip(negatives, moved, strict=True):
             weights[i, j] = weight * len(negatives) / sum(moved)
@@ -132,7 +132,7 @@ def weights_of(case: Case, method: UnDiMix) -> dict[tuple[int, int], Tensor]:
 
 def share(spread: float) -> float:
     """The share of the hardness for logits of that standard deviation."""
-    return math.exp(1 - (spread / 1.5) ** 2) if spread > 1.5 else 1.0
+    return min(1.0, math.exp(1 - spread**2 / math.log(2)))
 
 
 def standardised(scores: list[float]) -> list[float]:

@@ -1,8 +1,8 @@
 """Writes the tables and plots of all results: `python -m benchmarks.embeddings.tables` (or `make tables`).
 
-A table replaces what is between `<!-- results: name -->` and `<!-- /results -->` in docs/results.md, for each name of
-`TABLES`. With `<!-- results: name before -->` it is the table of the default before, whose results were set aside.
-Plots go to docs/pictures.
+A table replaces what is between `<!-- results: name -->` and `<!-- /results -->` in docs/results.md and README.md, for
+each name of `TABLES`. With `<!-- results: name before -->` it is the table of the default before, whose results were
+set aside. Plots go to docs/pictures.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from benchmarks.embeddings.results import RESULTS, Result, aside_of, load, metri
 from benchmarks.embeddings.trials import UNTRAINED, Trial
 
 ROOT = Path(__file__).parent.parent.parent
-PAGE = ROOT / "docs" / "results.md"
+PAGE, README = ROOT / "docs" / "results.md", ROOT / "README.md"
 PICTURES = ROOT / "docs" / "pictures"
 BENCHMARKS = [*vision.BENCHMARKS, *text.BENCHMARKS, *graphs.BENCHMARKS]
 BASELINES = (PLAIN, HCL)
@@ -289,6 +289,18 @@ def host_validation(results: Results) -> str:
 
 def host_test(results: Results) -> str:
     return host_scores(results, "test")
+
+
+def in_short(results: Results) -> str:
+    """For each benchmark that counts: the plain loss and `UnDiMix()` on test data at the host's own temperature."""
+    rows = []
+    for one in at_host(results, "test"):
+        if one.metric == one.benchmark.metric and one.counts and UNDIMIX in one.scores:
+            plain, weighted = one.scores[AT_HOST], one.scores[UNDIMIX]
+            over = f"{(weighted - plain).mean():+.2f} (p {of_p(ttest_rel(weighted, plain).pvalue)})"
+            scores = [f"{plain.mean():.2f}", f"{weighted.mean():.2f}", over]
+            rows.append([one.name, f"{one.benchmark.host_temperature:g}", METRICS[one.metric], *scores])
+    return markdown(["data, recipe", "temperature", "score, %", AT_HOST, contender(UNDIMIX), "difference"], rows)
 
 
 def host_geometry(results: Results) -> str:
@@ -617,6 +629,7 @@ def differences(results: Results) -> str:
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
+    "in_short": in_short,
     "host_test": host_test,
     "host_claims": host_claims,
     "host_geometry": host_geometry,
@@ -699,7 +712,8 @@ def save(figure: plt.Figure | None, name: str) -> None:
 
 def main() -> None:
     results = Results.read()
-    write_atomically(PAGE, filled(PAGE.read_text(encoding="utf-8"), results))
+    for page in (PAGE, README):
+        write_atomically(page, filled(page.read_text(encoding="utf-8"), results))
     mpl.use("agg")
     with mpl.rc_context({"font.size": 9, "axes.titlesize": 9, "svg.hashsalt": "undimix", "svg.fonttype": "path"}):
         save(plot_flatness(results), "flatness")

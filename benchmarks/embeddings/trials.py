@@ -15,7 +15,7 @@ UNTRAINED = "untrained"
 SCALES = ("tiny", "small", "full")
 # Rules that settings do not tell: a part of a weighting's settings, and the name of its rule. When you change a rule,
 # name it here and run `python -m benchmarks.embeddings.results`, which sets the results of the old rule aside.
-RULES = {"mixing='geometric'": "fades where the logits spread by more than 1.5"}
+RULES = {"mixing='geometric'": "fades where less than half of the negatives are effective"}
 
 
 @dataclass(frozen=True)

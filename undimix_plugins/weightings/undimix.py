@@ -19,8 +19,9 @@ from undimix_plugins.weightings.weighting import Terms, Weighting, check_share
 
 # A deviation below this many eps of the terms of a score is a rounding error. Equal rows must get the same weight.
 ROUNDING = 32
-# The standard deviation of an anchor's logits from which its weights soften.
-MODERATE_SPREAD = 1.5
+# The standard deviation of an anchor's logits from which its weights soften. If the logits are normally distributed, the
+# softmax is then as concentrated as if half of the negatives counted equally: exp(-spread^2) = 1/2.
+MODERATE_SPREAD = math.sqrt(math.log(2))
 
 
 class Prepared(NamedTuple):
@@ -67,13 +68,13 @@ class UnDiMix(Weighting):
 
     Geometric weights adapt to the temperature. Let d_i be the standard deviation of an anchor's logits s_ij / t over
     its negatives. At a low temperature d_i is large: the softmax of the loss has already concentrated on a few
-    negatives, about n exp(-d_i^2) of n if the logits are normally distributed. With d_i above 1.5, the weights
-    soften:
+    negatives, about n exp(-d_i^2) of n if the logits are normally distributed. Once these are
+    less than half, at d_i = sqrt(log 2) = 0.83, the weights soften:
 
-        h_i = h * fade(d_i / 1.5),  fade(x) = exp(1 - x^2), at most 1
+        h_i = h * fade(d_i),  fade(d) = exp(1 - d^2 / log 2), at most 1
 
-    A gradient flows through A~, as in HCL, but not through the mean and the deviation of A. It fades with d_i above 1.
-    The log-sum of an anchor's negatives, with softmax P_ij, has the gradient
+    A gradient flows through A~, as in HCL, but not through the mean and the deviation of A. It fades as well. The
+    log-sum of an anchor's negatives, with softmax P_ij, has the gradient
 
         P_ij / t + g_i * h_i * l_A / t * (P_ij - w_ij / n_i),  g_i = min(1, 1 / d_i) * fade(d_i)
 
@@ -357,7 +358,7 @@ def mix_of(weighting: Weighting) -> UnDiMix | None:
 
 
 def hardness_share_at(inverse_spread: Tensor) -> Tensor:
-    """Returns the share of the hardness that is in force for each anchor: `fade(spread / 1.5)`.
+    """Returns the share of the hardness that is in force for each anchor: `fade(spread)`.
 
     Args:
         inverse_spread: One over the standard deviation of the anchor's logits. 0 stands for logits that are all the
@@ -367,10 +368,10 @@ def hardness_share_at(inverse_spread: Tensor) -> Tensor:
         Shares from 0 to 1, of the same shape.
 
     Examples:
-        >>> hardness_share_at(1 / torch.tensor([0.5, 2.0, 4.0]))
-        tensor([1.0000, 0.4594, 0.0022])
+        >>> hardness_share_at(1 / torch.tensor([0.5, 1.0, 1.5]))
+        tensor([1.0000, 0.6423, 0.1058])
     """
-    return _fade_at(MODERATE_SPREAD * inverse_spread).masked_fill(inverse_spread == 0, 1)
+    return _fade_at(inverse_spread).masked_fill(inverse_spread == 0, 1)
 
 
 def gradient_slope_at(inverse_spread: Tensor) -> Tensor:
@@ -386,16 +387,16 @@ def gradient_slope_at(inverse_spread: Tensor) -> Tensor:
         Slopes from 0 to 1, of the same shape.
 
     Examples:
-        >>> gradient_slope_at(1 / torch.tensor([0.5, 1.0, 2.0]))
-        tensor([1.0000, 1.0000, 0.0249])
+        >>> gradient_slope_at(1 / torch.tensor([0.5, 1.0, 1.5]))
+        tensor([1.0000, 0.6423, 0.0705])
     """
     # If all similarities are nearly the same, their deviation would make the gradient too large.
     return inverse_spread.clamp(max=1) * _fade_at(inverse_spread)
 
 
-def _fade_at(inverse: Tensor) -> Tensor:
-    """Returns `fade(x) = exp(1 - x^2)`, at most 1, for 1 / x."""
-    return (1 - inverse.clamp(max=1).reciprocal().square()).exp()
+def _fade_at(inverse_spread: Tensor) -> Tensor:
+    """Returns `fade(spread) = exp(1 - spread^2 / log 2)`, at most 1, for `1 / spread`."""
+    return (1 - (MODERATE_SPREAD * inverse_spread).clamp(max=1).reciprocal().square()).exp()
 
 
 def standardise(scores: Tensor, error: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:

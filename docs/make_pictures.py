@@ -83,7 +83,7 @@ def on_the_circle() -> Contrast:
     first, second = (
         torch.stack([angles.cos(), angles.sin()], dim=1).double() for angles in views
     )
-    return two_views(first, second, temperature=0.5)
+    return two_views(first, second, temperature=1.0)
 
 
 def points(
@@ -165,7 +165,7 @@ def a_batch(samples: int = 64, width: int = 16) -> Contrast:
         normalize(rows + 0.08 * torch.randn(samples, width), dim=1).double()
         for _ in range(2)
     ]
-    return two_views(*views, temperature=0.2)
+    return two_views(*views, temperature=0.5)
 
 
 def weight_against_similarity() -> None:
@@ -216,7 +216,7 @@ def real_batch(pairs: int = 128) -> Contrast:
         torch.from_numpy(model.encode(list(texts), normalize_embeddings=True)).double()
         for texts in columns
     )
-    return in_batch_negatives(first, second, temperature=0.1)
+    return in_batch_negatives(first, second, temperature=0.2)
 
 
 def methods() -> None:

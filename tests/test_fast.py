@@ -296,8 +296,8 @@ def each(*names: str) -> pytest.MarkDecorator:
 once = pytest.mark.parametrize("small", [SMALL["kept"]], ids=["kept"], indirect=True)
 
 CASES = {
-    "pairs-4": pairs(2, temperature=0.1),
-    "pairs-14": pairs(7, 3, temperature=0.2),
+    "pairs-4": pairs(2, temperature=0.4),
+    "pairs-14": pairs(7, 3, temperature=0.8),
     "pairs-18-raw": pairs(9, unit=False),
     "pairs-16-of-all-lengths": of_pool(
         pairs(8), random_rows(16, 5, seed=0) * torch.logspace(-1, 1, 16, dtype=torch.float64)[:, None]
@@ -305,10 +305,10 @@ CASES = {
     "pairs-2": pairs(1),
     "pairs-10-width-1": pairs(5, 1, unit=False),
     "pairs-6-wide": pairs(3, 40),
-    "padded-14": in_batch(7, 3, temperature=0.2),
+    "padded-14": in_batch(7, 3, temperature=0.8),
     "apart-8": Apart(*in_batch(4)),
     "apart-8-without-some": Apart(*in_batch(4))._replace(own_columns=[0, -1, 2, 3, -1, 5, 6, 7]),
-    "bank-3x8": bank(3, 8, temperature=0.1),
+    "bank-3x8": bank(3, 8, temperature=0.4),
     "bank-9x4-raw": bank(9, 4, unit=False),
     "bank-1x1": bank(1, 1),
     "bank-bare-5x9": Bare(*bank(5, 9)),
@@ -349,9 +349,9 @@ def test_what_fits(small: dict[str, Any]) -> None:
 SIZES = (1, 2, 6, 7, 8, 13, 14, 15, 23)
 SHAPES = {
     "ring": ring,
-    "pairs": lambda n: pairs(n, 4, temperature=0.1),
+    "pairs": lambda n: pairs(n, 4, temperature=0.5),
     "bank": lambda n: bank(n, 11),
-    "wide-bank": lambda n: bank(5, n, temperature=0.1),
+    "wide-bank": lambda n: bank(5, n, temperature=0.5),
     "rectangular": lambda n: rectangular(n, n + 6, offset=2),
     "ranking": ranking,
 }
@@ -372,9 +372,9 @@ def test_sizes_around_a_block_of_7(n: int, shape: Callable[[int], Case], weighti
 def test_blocks_as_they_come(weighting: Weighting) -> None:
     """More than a tile of them, and of an odd number of pairs, so that a block's positives are of two blocks."""
     with sizes(**SIZES_AS_THEY_ARE):
-        assert_equals_dense(pairs(551, 8, temperature=0.1), weighting, info_nce)
+        assert_equals_dense(pairs(551, 8, temperature=0.5), weighting, info_nce)
     with sizes(**SIZES_AS_THEY_ARE | {"KEPT_BYTES": 0, "LONE_BLOCK_BYTES": 2**20}):
-        assert_equals_dense(pairs(551, 8, temperature=0.1), weighting, info_nce)
+        assert_equals_dense(pairs(551, 8, temperature=0.5), weighting, info_nce)
 
 
 @each(*OURS)

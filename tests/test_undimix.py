@@ -21,12 +21,12 @@ EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
 CASES = {
     "in-batch-6": in_batch(3),
-    "in-batch-10-raw": in_batch(5, 3, temperature=0.2, unit=False),
-    "bank-3x7": bank(3, 7, temperature=0.2),
+    "in-batch-10-raw": in_batch(5, 3, temperature=0.8, unit=False),
+    "bank-3x7": bank(3, 7, temperature=0.8),
     "bank-5x4-raw": bank(5, 4, unit=False),
-    "rectangular-4x9": rectangular(4, 9, offset=3, temperature=0.2),
-    "in-batch-12-spread": in_batch(6, 3, temperature=0.15),
-    "rectangular-4x9-wide-spread": rectangular(4, 9, offset=3, temperature=0.1),
+    "rectangular-4x9": rectangular(4, 9, offset=3, temperature=0.8),
+    "in-batch-12-spread": in_batch(6, 3, temperature=0.5),
+    "rectangular-4x9-wide-spread": rectangular(4, 9, offset=3, temperature=0.4),
     "rectangular-5x7-raw": rectangular(5, 7, offset=1, unit=False),
 }
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -19,7 +19,7 @@ from undimix_plugins.weightings.weighting import Terms, Weighting, check_share
 
 # A deviation below this many eps of the terms of a score is a rounding error. Equal rows must get the same weight.
 ROUNDING = 32
-# The standard deviation of an anchor's logits from which its weights soften. If the logits are normally distributed, the
+# The standard deviation of an anchor's logits from which its weights soften. If logits are normally distributed, the
 # softmax is then as concentrated as if half of the negatives counted equally: exp(-spread^2) = 1/2.
 MODERATE_SPREAD = math.sqrt(math.log(2))
 
@@ -42,7 +42,7 @@ class Scores(NamedTuple):
         >>> weighting = UnDiMix()
         >>> prepared = weighting.prepare(two_views(torch.randn(8, 4), torch.randn(8, 4), temperature=2.0))
         >>> weighting.scores(prepared, slice(0, 1), prepared.contrast.is_negative(slice(0, 1))).share
-        tensor([[1.]])
+        tensor([[0.8929]])
     """
 
     standardised: dict[str, Tensor]

@@ -454,7 +454,8 @@ def test_every_benchmark_asks_for_what_it_reports() -> None:
         assert {trial.split for trial in benchmark.test(tuned)} == {"test"}
         for stage, split in ((benchmark.host, "validation"), (benchmark.host_test, "test")):
             assert {trial.split for trial in stage({})} == {split}
-            assert len(stage({})) == len(set(stage({}))) == 6 * 12 * (len(benchmark.tuned_on) or 1) ** (split != "test")
+            trials = (6 + 2 * benchmark.takes_advice) * 12 * (len(benchmark.tuned_on) or 1) ** (split != "test")
+            assert len(stage({})) == len(set(stage({}))) == trials
             assert all(trial.brief for trial in stage({}))
         assert {trial.seed for trial in benchmark.host({})}.isdisjoint(SEEDS)
         assert len(set(benchmark.test(tuned))) == 4 * len(SEEDS)
@@ -600,12 +601,12 @@ def test_what_a_user_gets_without_a_sweep(tmp_path: Path) -> None:
     head, _, row = tables.host_test(results).splitlines()
     assert head == (
         "| data, recipe | t | score, % | untrained | plain | `HCL(beta=1.0, tau_plus=0.1)` | `ADNCE()` | "
-        "temperature schedule | `UnDiMix()` |"
+        "temperature schedule | `UnDiMix()` | plain at 0.2 | `UnDiMix()` at 0.2 |"
     )
     told = row.strip("| ").split(" | ")
     assert told[:5] == ["Cora, GRACE", "0.4", "linear probe", spread(scores[UNTRAINED]), spread(scores["plain"])]
     over = 100 * (scores[UNDIMIX] - scores["plain"])
-    assert told[-1] == f"{spread(scores[UNDIMIX])}, {over.mean():+.2f} (p < .001)"
+    assert told[8] == f"{spread(scores[UNDIMIX])}, {over.mean():+.2f} (p < .001)"
     assert told[6:8] == ["", ""]
     table = tables.host_models(results, "test").set_index("baseline")
     assert list(table.index) == ["plain", HCLS[0]]
@@ -615,7 +616,15 @@ def test_what_a_user_gets_without_a_sweep(tmp_path: Path) -> None:
     cells = [f"{100 * scores[name].mean():.2f}" for name in ("plain", UNDIMIX)]
     assert row == f"| Cora, GRACE | 0.4 | linear probe | {' | '.join(cells)} | {over.mean():+.2f} (p < .001) |"
     *_, row = tables.host_geometry(results).splitlines()
-    assert row == f"| Cora, GRACE |{3 * ' 0.500 / -2.500 |'}  |  | 0.500 / -2.500 |"
+    assert row == f"| Cora, GRACE |{3 * ' 0.500 / -2.500 |'}  |  | 0.500 / -2.500 |  |  |"
+    # At the advised temperature, beside the plain loss at the host's own.
+    static = benchmark_of(text, "SUBJ", "Static")
+    lifts = {**HOST_LIFTS, "UnDiMix() at 0.2": 0.6}
+    scores = at_host(tmp_path, static, "test", lifts)
+    rows = tables.in_short(tables.Results.read(tmp_path)).splitlines()
+    cells = [f"{100 * scores[name].mean():.2f}" for name in ("plain", "UnDiMix() at 0.2")]
+    (row,) = (row for row in rows if row.startswith("| SUBJ, Static | 0.05, 0.2 | "))
+    assert f" | MRR | {' | '.join(cells)} | " in row
     # On validation data, whole graphs have the mean of the data sets that tune.
     scores = at_host(tmp_path, enzymes, "validation", HOST_LIFTS)
     *_, row = tables.host_validation(tables.Results.read(tmp_path)).splitlines()

@@ -25,6 +25,8 @@ from statsmodels.stats.multitest import multipletests
 from benchmarks.embeddings import graphs, text, vision
 from benchmarks.embeddings.files import atomic_path, write_atomically
 from benchmarks.embeddings.protocol import (
+    ADVISED,
+    AT_ADVISED,
     CONTENDERS,
     CURVES,
     FLATNESS_TEMPERATURES,
@@ -48,7 +50,8 @@ PICTURES = ROOT / "docs" / "pictures"
 BENCHMARKS = [*vision.BENCHMARKS, *text.BENCHMARKS, *graphs.BENCHMARKS]
 BASELINES = (PLAIN, HCL)
 MODALITIES = ("vision", "text", "graph")
-AT_HOST, *OPPONENTS = CONTENDERS  # the plain loss, and what is compared with it
+AT_HOST, *OPPONENTS = (*CONTENDERS, *AT_ADVISED)  # the plain loss, and what is compared with it
+*_, ADVISED_UNDIMIX = AT_ADVISED
 SCORED = ["data, recipe", "score, %", UNTRAINED, *GRIDS, *(f"{UNDIMIX} - {name}" for name in BASELINES)]
 # A metric counts if training with the plain loss raises it by more than three standard deviations.
 DEVIATIONS = 3
@@ -261,7 +264,7 @@ def chosen(one: Measured) -> str:
 
 def contender(name: str) -> str:
     """A contender as the head of a column."""
-    return f"`{name}`" if name.endswith(")") else name
+    return re.sub(r"^(.*\))", r"`\1`", name)
 
 
 def host_scores(results: Results, split: str) -> str:
@@ -280,7 +283,7 @@ def host_scores(results: Results, split: str) -> str:
         score = METRICS[one.metric] + ("" if one.counts else " (does not count)")
         told = [one.name, f"{one.benchmark.host_temperature:g}", score]
         rows.append([*told, spread(one.scores[UNTRAINED]), spread(plain), *cells])
-    return markdown(["data, recipe", "t", "score, %", UNTRAINED, *map(contender, CONTENDERS)], rows)
+    return markdown(["data, recipe", "t", "score, %", UNTRAINED, AT_HOST, *map(contender, OPPONENTS)], rows)
 
 
 def host_validation(results: Results) -> str:
@@ -292,20 +295,26 @@ def host_test(results: Results) -> str:
 
 
 def in_short(results: Results) -> str:
-    """For each benchmark that counts: the plain loss and `UnDiMix()` on test data at the host's own temperature."""
+    """For each benchmark that counts: the plain loss at the host's own temperature, and `UnDiMix()`, on test data.
+
+    `UnDiMix()` has the same temperature, or the advised one.
+    """
     rows = []
     for one in at_host(results, "test"):
-        if one.metric == one.benchmark.metric and one.counts and UNDIMIX in one.scores:
-            plain, weighted = one.scores[AT_HOST], one.scores[UNDIMIX]
-            over = f"{(weighted - plain).mean():+.2f} (p {of_p(ttest_rel(weighted, plain).pvalue)})"
-            scores = [f"{plain.mean():.2f}", f"{weighted.mean():.2f}", over]
-            rows.append([one.name, f"{one.benchmark.host_temperature:g}", METRICS[one.metric], *scores])
+        if one.metric != one.benchmark.metric or not one.counts:
+            continue
+        plain, told = one.scores[AT_HOST], f"{one.benchmark.host_temperature:g}"
+        for name, place in ((UNDIMIX, told), (ADVISED_UNDIMIX, f"{told}, {ADVISED:g}")):
+            if (weighted := one.scores.get(name)) is not None:
+                over = f"{(weighted - plain).mean():+.2f} (p {of_p(ttest_rel(weighted, plain).pvalue)})"
+                scores = [f"{plain.mean():.2f}", f"{weighted.mean():.2f}", over]
+                rows.append([one.name, place, METRICS[one.metric], *scores])
     return markdown(["data, recipe", "temperature", "score, %", AT_HOST, contender(UNDIMIX), "difference"], rows)
 
 
 def host_geometry(results: Results) -> str:
     """Alignment and uniformity on test data at the host's own temperature, as means over seeds."""
-    names = (UNTRAINED, *CONTENDERS)
+    names = (UNTRAINED, AT_HOST, *OPPONENTS)
     rows: dict[str, list[list[str]]] = {}
     for one in at_host(results, "test"):
         if one.metric in GEOMETRY:
@@ -315,7 +324,7 @@ def host_geometry(results: Results) -> str:
         [name, *(" / ".join(both) if all(both) else "" for both in zip(*parts, strict=True))]
         for name, parts in rows.items()
     )
-    return markdown(["data, recipe", UNTRAINED, *map(contender, CONTENDERS)], cells)
+    return markdown(["data, recipe", *map(contender, names)], cells)
 
 
 def verdict(results: Results) -> str:

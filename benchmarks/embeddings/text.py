@@ -393,12 +393,24 @@ RANKING = 0.05  # the ranking losses' scale of 20, and SimCSE's temperature
 OF_INTENTS, OF_SIMILARITY = ("mrr", RANKING, ("accuracy",)), ("spearman", RANKING, ("STS12-16",))
 BATCH_SIZES = (32, 64, 128, 256)
 BENCHMARKS = [
-    Benchmark(STATIC, *OF_INTENTS, batch_sizes=BATCH_SIZES),
-    Benchmark(replace(STATIC, data="all-nli"), *OF_SIMILARITY, batch_sizes=BATCH_SIZES, has_classes=False),
-    Benchmark(MINILM_TRIAL, *OF_INTENTS, explores=False),
-    Benchmark(replace(MINILM_TRIAL, data="all-nli"), *OF_SIMILARITY, explores=False),
-    Benchmark(replace(STATIC, data="TREC"), "accuracy", RANKING, ("mrr",), explores=False, only_tested=True),
-    Benchmark(replace(STATIC, data="SUBJ"), "mrr", RANKING, has_classes=False, explores=False, only_tested=True),
+    Benchmark(STATIC, *OF_INTENTS, batch_sizes=BATCH_SIZES, takes_advice=True),
+    Benchmark(
+        replace(STATIC, data="all-nli"), *OF_SIMILARITY, batch_sizes=BATCH_SIZES, has_classes=False, takes_advice=True
+    ),
+    Benchmark(MINILM_TRIAL, *OF_INTENTS, explores=False, takes_advice=True),
+    Benchmark(replace(MINILM_TRIAL, data="all-nli"), *OF_SIMILARITY, explores=False, takes_advice=True),
+    Benchmark(
+        replace(STATIC, data="TREC"), "accuracy", RANKING, ("mrr",), explores=False, takes_advice=True, only_tested=True
+    ),
+    Benchmark(
+        replace(STATIC, data="SUBJ"),
+        "mrr",
+        RANKING,
+        has_classes=False,
+        explores=False,
+        takes_advice=True,
+        only_tested=True,
+    ),
     # With the temperatures of the others, the lowest was the best one for nearly all losses.
     Benchmark(
         replace(MINILM_TRIAL, data="wiki", recipe="SimCSE"), *OF_SIMILARITY, explores=False, temperature_divisor=5

@@ -37,7 +37,7 @@ def lightly(name: str, **settings: Any) -> Callable[[bool], nn.Module]:
 
 def with_bank(gather: bool) -> nn.Module:
     torch.manual_seed(0)  # all processes begin with one bank, of a size that no number of them divides
-    return lightly_losses.NTXentLoss(0.2, memory_bank_size=(41, WIDTH), gather_distributed=gather).double()
+    return lightly_losses.NTXentLoss(0.5, memory_bank_size=(41, WIDTH), gather_distributed=gather).double()
 
 
 def model() -> SentenceTransformer:

@@ -129,14 +129,14 @@ def test_the_order_of_the_two_steps_does_not_matter() -> None:
 @pytest.mark.parametrize("weighting", [UnDiMix(), HCL(beta=1.0, tau_plus=0.0)], ids=["undimix", "hcl"])
 def test_weightings_weigh_keys_and_pool(weighting: Weighting) -> None:
     """With what they say of each negative, the encoder's loss is the plain formula; the pool's step stays plain."""
-    module, plain = adversary(9, weighting=weighting), adversary(9)
+    module, plain = adversary(9, weighting=weighting, temperature=0.5), adversary(9, temperature=0.5)
     query, key = batch(4)
     q, k, n = (normalize(rows.detach(), dim=1) for rows in (query, key, module.pool))
     pool = torch.cat([k, n])
-    contrast = Contrast.of(q, k, pool, torch.arange(4)[:, None], 0.2, positives_in_pool=True)
+    contrast = Contrast.of(q, k, pool, torch.arange(4)[:, None], 0.5, positives_in_pool=True)
     weights = importance_weights(contrast, weighting)
-    terms = weights * (q @ pool.T / 0.2).exp()
-    positives = ((q * k).sum(dim=1) / 0.2).exp()
+    terms = weights * (q @ pool.T / 0.5).exp()
+    positives = ((q * k).sum(dim=1) / 0.5).exp()
     expected = -(positives / (positives + terms.sum(dim=1))).log().mean()
     torch.testing.assert_close(module(query, key).detach(), expected, **EXACT)
     assert (module(query, key) - plain(query, key)).abs() > 1e-3

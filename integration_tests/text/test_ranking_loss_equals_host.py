@@ -74,7 +74,7 @@ def test_similarity_functions(name: str) -> None:
 def test_weighting_changes_the_loss(
     model: SentenceTransformer, directions: tuple[str, ...], partition_mode: str, weighting: UnDiMix | HCL
 ) -> None:
-    host = losses.MultipleNegativesRankingLoss(model, directions=directions, partition_mode=partition_mode)
+    host = losses.MultipleNegativesRankingLoss(model, 2.0, directions=directions, partition_mode=partition_mode)
     embeddings = columns(3, 7, torch.float64)
     plain, weighted = value_and_gradients(host, embeddings), value_and_gradients(undimix(host, weighting), embeddings)
     assert (plain[0] - weighted[0]).abs() > 1e-4

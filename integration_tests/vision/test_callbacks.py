@@ -77,7 +77,7 @@ def digits() -> Digits:
 
 def make(plug: Any = undimix, bank: int | tuple[int, int] = 0, **settings: Any) -> Model:
     pl.seed_everything(1, verbose=False)
-    return Model(plug(NTXentLoss(temperature=0.2, memory_bank_size=bank)), momentum=bool(bank), **settings)
+    return Model(plug(NTXentLoss(temperature=0.5, memory_bank_size=bank)), momentum=bool(bank), **settings)
 
 
 def fit(
@@ -208,7 +208,7 @@ def test_statistics_are_logged(digits: Digits, tmp_path: Path) -> None:
     for row in logged:
         batch = int(row["step"])
         first, second = (normalize(view, dim=1) for view in watched.views[batch])
-        expected = negative_statistics(two_views(first, second, 0.2), FULL, labels=classes[batch])
+        expected = negative_statistics(two_views(first, second, 0.5), FULL, labels=classes[batch])
         assert len(expected) >= 9
         assert {name: row[f"negatives/{name}"] for name in expected} == pytest.approx(expected, rel=1e-5)
         assert len(row) == len(expected) + 2
@@ -237,7 +237,7 @@ def test_statistics_of_a_step_are_of_all_its_batches(digits: Digits, tmp_path: P
     each = []
     for views in model.views:
         first, second = (normalize(view, dim=1) for view in views)
-        each.append(negative_statistics(two_views(first, second, 0.2), FULL)["effective_number"])
+        each.append(negative_statistics(two_views(first, second, 0.5), FULL)["effective_number"])
     expected = [(each[0] + each[1]) / 2, (each[2] + each[3]) / 2, each[4]]
     assert [row["negatives/effective_number"] for row in logged] == pytest.approx(expected, rel=1e-5)
 

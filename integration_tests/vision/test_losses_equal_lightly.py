@@ -307,7 +307,7 @@ def gradient_at_weight(layer: nn.Linear, row: Tensor, candidates: Tensor, t: flo
 @pytest.mark.parametrize("name", ["NTXentLoss", "DCLLoss", "MACLLoss", "DetConSLoss"])
 def test_gradients_at_the_weight_are_exact(name: str) -> None:
     torch.manual_seed(0)
-    batch, t = 6, 0.2
+    batch, t = 6, 1.0
     layer = nn.Linear(5, WIDTH).double()
     inputs = random_rows(2 * batch, 5, seed=3, unit=False)
     method = UnDiMix(similarity=0, diversity=0, influence=1.0, gradient="weight")

@@ -115,9 +115,9 @@ def rectangular(
 # Contrasts of each form, of odd sizes, for a weighting's equation against a loop.
 SHAPES = {
     "in-batch-2": in_batch(1),
-    "in-batch-10": in_batch(5, temperature=0.8),
+    "in-batch-10": in_batch(5, temperature=0.2),
     "in-batch-6-raw": in_batch(3, unit=False),
-    "bank-4x9": bank(4, 9, temperature=0.4),
+    "bank-4x9": bank(4, 9, temperature=0.1),
     "bank-1x1": bank(1, 1),
     "rectangular-5x9": rectangular(5, 9, offset=2),
     "rectangular-6x7-raw": rectangular(6, 7, offset=1, unit=False),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tests.contrasts import Case, bank, in_batch, make_every_look_cost, random_rows, rectangular
+from tests.contrasts import SHAPES, Case, bank, in_batch, make_every_look_cost, random_rows, rectangular
 from tests.test_fast import (
     CASES,
     Apart,
@@ -52,17 +52,8 @@ from undimix_plugins.weightings.weighting import Softened
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 METHODS = [MoCHi(4, 3, 2), MoCHi(4, 3, 0), MoCHi(4, 0, 2), MoCHi(1, 2, 1), MoCHi(99, 5, 4)]
 each_method = pytest.mark.parametrize("method", METHODS, ids=repr)
-SHAPES = {
-    "in-batch-4": in_batch(2),
-    "in-batch-10": in_batch(5, temperature=0.2),
-    "in-batch-6-raw": in_batch(3, unit=False),
-    "bank-4x9": bank(4, 9, temperature=0.1),
-    "bank-1x1": bank(1, 1),
-    "rectangular-5x9": rectangular(5, 9, offset=2),
-    "rectangular-6x7-raw": rectangular(6, 7, offset=1, unit=False),
-    "all-excluded": all_excluded(bank(5, 9)),
-}
-each_shape = pytest.mark.parametrize("case", SHAPES.values(), ids=SHAPES)
+CASES_OF_FORMS = {**SHAPES, "in-batch-4": in_batch(2), "all-excluded": all_excluded(bank(5, 9))}
+each_shape = pytest.mark.parametrize("case", CASES_OF_FORMS.values(), ids=CASES_OF_FORMS)
 
 
 def seeded(loss: Loss) -> Loss:

@@ -90,7 +90,7 @@ def main(description: str, train: Train, benchmarks: list[Benchmark]) -> None:
     else:
         for stage in options.stages or STAGES:
             results = metrics_of(load(folder))
-            trials = [trial for benchmark in wanted for trial in getattr(benchmark, stage)(results)]
+            trials = [trial for benchmark in wanted for trial in benchmark.trials(stage, results)]
             there = sum(trial in results for trial in trials)
             print(f"{stage}: {len(trials)} trials, {there} of them with a result", flush=True)
             failed += sweep(train, trials, options.data_dir, folder=folder, jobs=options.jobs)

@@ -10,6 +10,7 @@ flatness     each method over temperatures and batch sizes on validation data
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import chain
 from statistics import mean
@@ -97,7 +98,7 @@ class Benchmark:
         has_classes: Whether the training data have classes, so that false negatives are known.
         temperature_divisor: Divides the temperatures of `GRIDS`.
         takes_advice: Whether `AT_ADVISED` is compared, too.
-        only_tested: Whether only the stage "host_test" runs: the data choose nothing.
+        stages: The stages that it has; "host_test" alone where the data choose nothing.
     """
 
     base: Trial
@@ -111,7 +112,7 @@ class Benchmark:
     has_classes: bool = True
     temperature_divisor: float = 1.0
     takes_advice: bool = False
-    only_tested: bool = False
+    stages: tuple[str, ...] = STAGES
 
     def at(self, weighting: str, temperature: float, seed: int, split: str = "validation", **changes: Any) -> Trial:
         return replace(self.base, weighting=weighting, temperature=temperature, seed=seed, split=split, **changes)
@@ -142,8 +143,9 @@ class Benchmark:
         validates = split == "validation"
         data_sets = self.tuned_on if self.tuned_on and validates else (self.base.data,)
         found: dict[str, list[list[Trial]]] = {}
-        settings = {UNTRAINED: {"weighting": UNTRAINED, "temperature": 0.0}, **CONTENDERS}
-        for name, setting in {**settings, **(AT_ADVISED if self.takes_advice else {})}.items():
+        advised = AT_ADVISED if self.takes_advice else {}
+        settings = {UNTRAINED: {"weighting": UNTRAINED, "temperature": 0.0}, **CONTENDERS, **advised}
+        for name, setting in settings.items():
             one = self.at(**{"temperature": self.host_temperature, "seed": 0, "split": split, "brief": True, **setting})
             seeds = HOST_SEEDS if validates else SEEDS
             found[name] = [[replace(one, seed=seed, data=data) for data in data_sets] for seed in seeds]
@@ -174,10 +176,13 @@ class Benchmark:
         """What is compared: the untrained encoder, and each method at its best setting."""
         return {UNTRAINED: (UNTRAINED, 0.0)} | {method: self.chosen(method, results) for method in GRIDS}
 
+    def trials(self, stage: str, results: Metrics) -> list[Trial]:
+        """The trials of a stage; none if the benchmark does not have it."""
+        of_stage: Callable[[Metrics], list[Trial]] = getattr(self, stage)
+        return of_stage(results) if stage in self.stages else []
+
     def host(self, results: Metrics) -> list[Trial]:
         """The contenders at the host's own temperature on validation data."""
-        if self.only_tested:
-            return []
         return [trial for of_one in self.at_host("validation").values() for of_seed in of_one for trial in of_seed]
 
     def host_test(self, results: Metrics) -> list[Trial]:
@@ -186,15 +191,11 @@ class Benchmark:
 
     def tuning(self, results: Metrics) -> list[Trial]:
         """The grid of each method on validation data, with one seed."""
-        if self.only_tested:
-            return []
         trials = [trial for method in GRIDS for setting in self.grid(method) for trial in setting]
         return trials if self.tuned_on else [self.untrained, *trials]
 
     def test(self, results: Metrics) -> list[Trial]:
         """The best settings on test data."""
-        if self.only_tested:
-            return []
         # Ordered by setting, not by seed: trials with one seed at once would all make the same views of the images.
         return [self.at(*setting, seed, "test") for setting in self.settings(results).values() for seed in SEEDS]
 
@@ -253,7 +254,7 @@ class Benchmark:
 
     def flatness(self, results: Metrics) -> list[Trial]:
         """Each method over temperatures and over batch sizes."""
-        if self.tuned_on or self.only_tested:
+        if self.tuned_on:
             return []
         wanted = [self.over_temperatures(weighting) for weighting in OVER_TEMPERATURES]
         wanted += [self.over_batch_sizes(weighting, results) for weighting in CURVES]

@@ -214,6 +214,11 @@ def of_p(p: float) -> str:
     return "< .001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
 
 
+def difference(scores: np.ndarray, baseline: np.ndarray) -> str:
+    """The mean difference from a baseline, with the p value of a paired t-test."""
+    return f"{(scores - baseline).mean():+.2f} (p {of_p(ttest_rel(scores, baseline).pvalue)})"
+
+
 def interval(values: np.ndarray, statistic: Callable[..., Any]) -> tuple[float, float]:
     """The 95 % interval over seeds, bootstrapped (BCa)."""
     limits = bootstrap((values,), statistic, n_resamples=9999, rng=np.random.default_rng(0)).confidence_interval
@@ -235,7 +240,7 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def compared(one: Measured, method: str = UNDIMIX) -> list[str]:
     """The cells with a method's mean difference from each baseline."""
-    return [f"{one.over(name, method).mean():+.2f} (p {one.p(name, method)})" for name in BASELINES]
+    return [difference(one.scores[method], one.scores[name]) for name in BASELINES]
 
 
 def what(one: Measured) -> list[str]:
@@ -275,9 +280,7 @@ def host_scores(results: Results, split: str) -> str:
             continue
         plain = one.scores[AT_HOST]
         cells = [
-            f"{spread(scores)}, {(scores - plain).mean():+.2f} (p {of_p(ttest_rel(scores, plain).pvalue)})"
-            if (scores := one.scores.get(name)) is not None
-            else ""
+            f"{spread(scores)}, {difference(scores, plain)}" if (scores := one.scores.get(name)) is not None else ""
             for name in OPPONENTS
         ]
         score = METRICS[one.metric] + ("" if one.counts else " (does not count)")
@@ -306,8 +309,7 @@ def in_short(results: Results) -> str:
         plain, told = one.scores[AT_HOST], f"{one.benchmark.host_temperature:g}"
         for name, place in ((UNDIMIX, told), (ADVISED_UNDIMIX, f"{told}, {ADVISED:g}")):
             if (weighted := one.scores.get(name)) is not None:
-                over = f"{(weighted - plain).mean():+.2f} (p {of_p(ttest_rel(weighted, plain).pvalue)})"
-                scores = [f"{plain.mean():.2f}", f"{weighted.mean():.2f}", over]
+                scores = [f"{plain.mean():.2f}", f"{weighted.mean():.2f}", difference(weighted, plain)]
                 rows.append([one.name, place, METRICS[one.metric], *scores])
     return markdown(["data, recipe", "temperature", "score, %", AT_HOST, contender(UNDIMIX), "difference"], rows)
 

@@ -400,7 +400,13 @@ BENCHMARKS = [
     Benchmark(MINILM_TRIAL, *OF_INTENTS, explores=False, takes_advice=True),
     Benchmark(replace(MINILM_TRIAL, data="all-nli"), *OF_SIMILARITY, explores=False, takes_advice=True),
     Benchmark(
-        replace(STATIC, data="TREC"), "accuracy", RANKING, ("mrr",), explores=False, takes_advice=True, only_tested=True
+        replace(STATIC, data="TREC"),
+        "accuracy",
+        RANKING,
+        ("mrr",),
+        explores=False,
+        takes_advice=True,
+        stages=("host_test",),
     ),
     Benchmark(
         replace(STATIC, data="SUBJ"),
@@ -409,7 +415,7 @@ BENCHMARKS = [
         has_classes=False,
         explores=False,
         takes_advice=True,
-        only_tested=True,
+        stages=("host_test",),
     ),
     # With the temperatures of the others, the lowest was the best one for nearly all losses.
     Benchmark(

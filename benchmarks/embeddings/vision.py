@@ -399,7 +399,7 @@ BENCHMARKS = [
         LIGHTLY,
         ("linear",),
         explores=False,
-        only_tested=True,
+        stages=("host_test",),
     ),
 ]
 

@@ -68,8 +68,8 @@ class UnDiMix(Weighting):
 
     Geometric weights adapt to the temperature. Let d_i be the standard deviation of an anchor's logits s_ij / t over
     its negatives. At a low temperature d_i is large: the softmax of the loss has already concentrated on a few
-    negatives, about n exp(-d_i^2) of n if the logits are normally distributed. Once these are
-    less than half, at d_i = sqrt(log 2) = 0.83, the weights soften:
+    negatives, about n exp(-d_i^2) of n if the logits are normally distributed. Once these are less than
+    half, at d_i = sqrt(log 2) = 0.83, the weights soften:
 
         h_i = h * fade(d_i),  fade(d) = exp(1 - d^2 / log 2), at most 1
 

@@ -307,7 +307,9 @@ def _weighted_class(loss: nn.Module, classes: Mapping[type[nn.Module], type[Weig
         )
     ours = classes[host]
     for name in ours.replaces:
-        if name in vars(loss) or getattr(cls, name) is not getattr(host, name):
+        if name in vars(loss) or getattr(cls, name, None) is not getattr(
+            host, name, None
+        ):  # a method may be newer than the host
             raise TypeError(
                 f"loss: {cls.__name__} replaces {host.__name__}.{name} by its own, which would be lost; "
                 f"supported: {supported}, and subclasses that inherit {name} unchanged"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from undimix_plugins.toolkit import require
@@ -18,7 +20,7 @@ from undimix_lightly.non_semantic import (  # noqa: E402
     NonSemanticTransform,
     non_semantic_columns,
 )
-from undimix_lightly.ntx_ent_loss import DirectCLRLoss, NTXentLoss  # noqa: E402
+from undimix_lightly.ntx_ent_loss import NTXentLoss  # noqa: E402
 
 if TYPE_CHECKING:
     from undimix_lightly.callbacks import (
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
         NegativeStatistics,
         TemperatureSchedule,
     )
+    from undimix_lightly.directclr_loss import DirectCLRLoss
 
 CALLBACKS = ("HardnessWarmup", "MemoryBankCheckpoint", "NegativeStatistics", "TemperatureSchedule")
 
@@ -47,10 +50,18 @@ __all__ = [
     "non_semantic_columns",
     "weighted",
 ]
+if find_spec("lightly.loss.directclr_loss") is None:  # before 1.5.23
+    __all__.remove("DirectCLRLoss")
 
 
 def __getattr__(name: str) -> Any:
     # pytorch_lightning takes seconds to import, and many loops do without it.
     if name in CALLBACKS:
         return getattr(importlib.import_module("undimix_lightly.callbacks"), name)
+    if name == "DirectCLRLoss":
+        if find_spec("lightly.loss.directclr_loss") is None:
+            raise ImportError(
+                f"DirectCLRLoss: expected lightly 1.5.23 or newer, which has it, got {version('lightly')}"
+            )
+        return importlib.import_module("undimix_lightly.directclr_loss").DirectCLRLoss
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

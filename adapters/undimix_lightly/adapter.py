@@ -13,10 +13,14 @@ from torch import nn
 from undimix_lightly.dcl_loss import DCLLoss, DCLWLoss
 from undimix_lightly.detcon_loss import DetConBLoss, DetConSLoss
 from undimix_lightly.macl_loss import MACLLoss
-from undimix_lightly.ntx_ent_loss import DirectCLRLoss, NTXentLoss
+from undimix_lightly.ntx_ent_loss import NTXentLoss
 from undimix_plugins.toolkit import WeightedLoss, Weighting, reweight
 
-OURS = (DCLLoss, DCLWLoss, DetConBLoss, DetConSLoss, DirectCLRLoss, MACLLoss, NTXentLoss)
+OURS: list[type[WeightedLoss]] = [DCLLoss, DCLWLoss, DetConBLoss, DetConSLoss, MACLLoss, NTXentLoss]
+if hasattr(host, "DirectCLRLoss"):  # from 1.5.23 on
+    from undimix_lightly.directclr_loss import DirectCLRLoss
+
+    OURS.insert(4, DirectCLRLoss)  # in the order of their names, as messages list them
 CLASSES: dict[type[nn.Module], type[WeightedLoss]] = {getattr(host, cls.__name__): cls for cls in OURS}
 
 

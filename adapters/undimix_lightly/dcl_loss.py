@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from importlib.metadata import version
+from typing import Any, ClassVar
 
 import torch
 from lightly.loss.dcl_loss import DCLLoss as HostDCLLoss
@@ -55,6 +56,15 @@ class DCLLoss(WeightedLoss, HostDCLLoss):
     ) -> None:
         super().__init__(temperature, weight_fn, gather_distributed)
         self.weigh(weighting)
+
+    def weigh(self, weighting: Weighting | None, **options: Any) -> None:
+        """Sets the weighting; a TypeError if lightly is older than 1.5.21, whose losses are others."""
+        if version("lightly") == "1.5.20":  # the oldest that this package can be installed with
+            raise TypeError(
+                f"loss: expected {type(self).__name__} of lightly 1.5.21 or newer, got 1.5.20's, which has a "
+                "denominator for each view in place of one for both"
+            )
+        super().weigh(weighting, **options)
 
     def forward(self, out0: Tensor, out1: Tensor, labels: Tensor | None = None) -> Tensor:
         """The weighted loss of two views.

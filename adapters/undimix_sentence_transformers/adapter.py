@@ -5,13 +5,13 @@ from __future__ import annotations
 from copy import copy
 from typing import Any
 
-from sentence_transformers.sentence_transformer import losses as host
-from sentence_transformers.sentence_transformer.losses.matryoshka import CachedLossDecorator
 from sentence_transformers.sparse_encoder import losses as sparse
 from torch import nn
 
 from undimix_plugins.toolkit import WeightedLoss, Weighting, joined_class, reweight
 from undimix_sentence_transformers import gist_embed, multiple_negatives_ranking
+from undimix_sentence_transformers.host import CachedLossDecorator
+from undimix_sentence_transformers.host import losses as host
 
 CLASSES: dict[type[nn.Module], type[WeightedLoss]] = {
     host.MultipleNegativesRankingLoss: multiple_negatives_ranking.MultipleNegativesRankingLoss,

@@ -27,12 +27,12 @@ import numpy as np
 import torch
 from datasets.arrow_dataset import Dataset
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.data_collator import DEFAULT_LABEL_COLUMNS
 from sentence_transformers.util import mine_hard_negatives
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from undimix_plugins.toolkit import check_choice
+from undimix_sentence_transformers.host import DEFAULT_LABEL_COLUMNS
 from undimix_transformers.trainer import trainers_above
 
 # What may go on to mine_hard_negatives; the rest would change what comes back, or does not reach another process.

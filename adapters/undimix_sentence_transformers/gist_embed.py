@@ -8,9 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.losses.merged_forward import embed_columns
-from sentence_transformers.sentence_transformer import losses as host
-from sentence_transformers.util import all_gather_with_grad, batch_to_device, get_rank, normalize_embeddings
+from sentence_transformers.util import batch_to_device, normalize_embeddings
 from torch import Tensor
 
 from undimix_plugins.toolkit import (
@@ -24,6 +22,15 @@ from undimix_plugins.toolkit import (
     gather_parts,
 )
 from undimix_sentence_transformers.exclusions import Known
+from undimix_sentence_transformers.host import (
+    Defaults,
+    all_gather_with_grad,
+    embed_columns,
+    get_rank,
+    initialise,
+    tokenised,
+)
+from undimix_sentence_transformers.host import losses as host
 from undimix_sentence_transformers.multiple_negatives_ranking import (
     Features,
     RankingLoss,
@@ -41,8 +48,6 @@ class GuidedLoss(RankingLoss):
     margin: float
     contrast_anchors: bool
     contrast_positives: bool
-    gather_across_devices: bool
-    of_batch: Known | None = None  # what is known of the batch whose loss is worked out
 
     def loss_of(self, embeddings: Sequence[Tensor], of_guide: Sequence[Tensor]) -> Tensor:
         """The weighted loss of embedded columns, the model's and the guide's, each [batch, width]."""
@@ -130,7 +135,7 @@ class GuidedLoss(RankingLoss):
         return contrasts
 
 
-class GISTEmbedLoss(GuidedLoss, host.GISTEmbedLoss):
+class GISTEmbedLoss(GuidedLoss, host.GISTEmbedLoss, Defaults):
     """sentence-transformers' `GISTEmbedLoss` with the negatives that its guide leaves weighted.
 
         loss_i = -log( exp(s_i+ / t) / (exp(s_i+ / t) + sum over c of sum over j in N_ic of w_cij exp(s_cij / t)) ),
@@ -182,15 +187,17 @@ class GISTEmbedLoss(GuidedLoss, host.GISTEmbedLoss):
         gather_across_devices: bool = False,
         weighting: Weighting | None = None,
     ) -> None:
-        super().__init__(
+        initialise(
+            self,
+            host.GISTEmbedLoss,
             model,
             guide,
-            temperature,
-            margin_strategy,
-            margin,
-            contrast_anchors,
-            contrast_positives,
-            gather_across_devices,
+            temperature=temperature,
+            margin_strategy=margin_strategy,
+            margin=margin,
+            contrast_anchors=contrast_anchors,
+            contrast_positives=contrast_positives,
+            gather_across_devices=gather_across_devices,
         )
         self.weigh(weighting)
 
@@ -230,10 +237,10 @@ class GISTEmbedLoss(GuidedLoss, host.GISTEmbedLoss):
         if "cu_seq_lens_q" in features:
             tokens = list(torch.tensor_split(tokens[0], features["cu_seq_lens_q"][1:-1].cpu()))
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        return batch_to_device(self.guide.preprocess(texts), self.guide.device)
+        return batch_to_device(tokenised(self.guide, texts), self.guide.device)
 
 
-class CachedGISTEmbedLoss(GuidedLoss, host.CachedGISTEmbedLoss):
+class CachedGISTEmbedLoss(GuidedLoss, host.CachedGISTEmbedLoss, Defaults):
     """sentence-transformers' `CachedGISTEmbedLoss` with the negatives that its guide leaves weighted.
 
     The loss of `GISTEmbedLoss`, with any number of columns of hard negatives, for batches too large for the model at
@@ -285,18 +292,20 @@ class CachedGISTEmbedLoss(GuidedLoss, host.CachedGISTEmbedLoss):
         gather_across_devices: bool = False,
         weighting: Weighting | None = None,
     ) -> None:
-        super().__init__(
+        initialise(
+            self,
+            host.CachedGISTEmbedLoss,
             model,
             guide,
-            temperature,
-            mini_batch_size,
-            mini_batch_num_tokens,
-            show_progress_bar,
-            margin_strategy,
-            margin,
-            contrast_anchors,
-            contrast_positives,
-            gather_across_devices,
+            temperature=temperature,
+            mini_batch_size=mini_batch_size,
+            mini_batch_num_tokens=mini_batch_num_tokens,
+            show_progress_bar=show_progress_bar,
+            margin_strategy=margin_strategy,
+            margin=margin,
+            contrast_anchors=contrast_anchors,
+            contrast_positives=contrast_positives,
+            gather_across_devices=gather_across_devices,
         )
         self.weigh(weighting)
 

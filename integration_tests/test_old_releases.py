@@ -1,0 +1,112 @@
+"""What an old release of a toolkit lacks is refused there with a clear error; the bounds are those that are tested."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from importlib.metadata import requires, version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightly import loss as lightly_losses
+from sentence_transformers.sentence_transformer import losses
+
+import undimix_lightly
+import undimix_sentence_transformers as ours
+from integration_tests.text.tiny_models import encoder
+from undimix_plugins import undimix
+
+ROOT = Path(__file__).parent.parent
+PINNED = {
+    name: dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints" / f"{name}.txt").read_text(), flags=re.MULTILINE))
+    for name in ("oldest", "middle")
+}
+
+
+def release(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(".")[:3]))
+
+
+def only_before(toolkit: str, since: str) -> Any:
+    """Marks a test of what is refused in releases before one."""
+    newer = release(version(toolkit)) >= release(since)
+    return pytest.mark.skipif(
+        newer, reason=f"{toolkit} {version(toolkit)} is not older than {since}: nothing to refuse"
+    )
+
+
+# --- lightly
+
+
+@only_before("lightly", "1.5.23")
+def test_directclr_loss_is_absent() -> None:
+    expected = r"DirectCLRLoss: expected lightly 1.5.23 or newer, which has it, got 1\.5"
+    with pytest.raises(ImportError, match=expected):
+        undimix_lightly.DirectCLRLoss  # noqa: B018
+    assert "DirectCLRLoss" not in undimix_lightly.__all__
+
+
+@only_before("lightly", "1.5.21")
+@pytest.mark.parametrize("name", ["DCLLoss", "DCLWLoss"])
+def test_decoupled_losses_of_another_denominator_are_refused(name: str) -> None:
+    expected = f"loss: expected {name} of lightly 1.5.21 or newer, got 1.5.20's, which has a denominator for each view"
+    for make in (getattr(undimix_lightly, name), lambda: undimix(getattr(lightly_losses, name)())):
+        with pytest.raises(TypeError, match=expected):
+            make()
+
+
+# --- sentence-transformers
+
+LACKED: dict[str, tuple[str, Callable[..., Any], dict[str, Any]]] = {
+    "gather": ("5.1", ours.MultipleNegativesRankingLoss, {"gather_across_devices": True}),
+    "guided": ("5.1", lambda model, **lacked: ours.GISTEmbedLoss(model, model, **lacked), {"contrast_anchors": False}),
+    "directions": ("5.3", ours.MultipleNegativesRankingLoss, {"directions": ("query_to_doc", "doc_to_doc")}),
+    "cached": ("5.3", ours.CachedMultipleNegativesRankingLoss, {"hardness_mode": "all_negatives"}),
+    "tokens": ("5.7", ours.CachedMultipleNegativesRankingLoss, {"mini_batch_num_tokens": 60}),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=only_before("sentence-transformers", LACKED[name][0])) for name in LACKED]
+)
+def test_arguments_that_the_host_lacks_are_refused(name: str) -> None:
+    _, make, lacked = LACKED[name]
+    expected = rf"{next(iter(lacked))}: expected .*, as \w+ of sentence-transformers 5\S+ has no such argument, got "
+    with pytest.raises(TypeError, match=expected):
+        make(encoder(), **lacked)
+
+
+@only_before("sentence-transformers", "5.3")
+def test_a_cached_symmetric_loss_of_mini_batches_is_refused() -> None:
+    host, model = losses.CachedMultipleNegativesSymmetricRankingLoss, encoder()
+    expected = (
+        "loss: expected CachedMultipleNegativesSymmetricRankingLoss of sentence-transformers 5.3 or newer, got an"
+    )
+    for make in (lambda: undimix(host(model)), lambda: ours.CachedMultipleNegativesSymmetricRankingLoss(model)):
+        with pytest.raises(TypeError, match=expected):
+            make()
+
+
+# --- bounds
+
+
+def test_the_lower_bounds_are_tested() -> None:
+    """Each of a toolkit is pinned by `make test-oldest`, and no pin is of anything else."""
+    asked = [re.match(r"([\w-]+)>=([\d.]+)", line) for line in requires("undimix-plugins") or []]
+    bounds = {found[1]: found[2] for found in asked if found}
+    for name, pinned in PINNED["oldest"].items():
+        assert release(bounds[name]) == release(pinned)[: len(release(bounds[name]))], name
+        assert not any(release(pinned)[len(release(bounds[name])) :]), name
+    assert PINNED["middle"].keys() <= PINNED["oldest"].keys()
+
+
+def test_the_manual_has_these_versions() -> None:
+    table = re.findall(
+        r"^\| `?([\w-]+)`? \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$",
+        (ROOT / "docs" / "support.md").read_text(),
+        flags=re.MULTILINE,
+    )
+    rows = {name: (oldest, middle) for name, oldest, middle, _ in table}
+    for name, pinned in PINNED["middle"].items():
+        assert rows[name] == (PINNED["oldest"][name], pinned), name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -177,7 +176,7 @@ def _detcon(
         return predictions[0], criterion.inputs_of(*(view.flatten(0, 1) for view in predictions))
 
     name = "view0" if one_branch else "pred_view0"
-    _, inputs = check_equal_batches(name, checked, itemgetter(0)) if gather else checked()
+    _, inputs = check_equal_batches(name, checked, lambda rows: rows[0]) if gather else checked()
     b, m, _ = predictions[0].shape
 
     def rows(views: Tensor) -> Tensor:
@@ -226,7 +225,7 @@ def _check(predictions: Pair, targets: Pair | None, masks: Pair) -> None:
     names = ("view0", "view1") if targets is None else ("pred_view0", "pred_view1")
     named = dict(zip(names, predictions, strict=True))
     if targets is not None:
-        named |= dict(zip(("target_view0", "target_view1"), targets, strict=True))
+        named.update(zip(("target_view0", "target_view1"), targets, strict=True))
     shape = list(predictions[0].shape)
     for name, views in named.items():
         if views.dim() != 3 or list(views.shape) != shape:

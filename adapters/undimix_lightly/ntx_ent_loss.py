@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from functools import partial
-from operator import itemgetter
 
 import torch
 from lightly.loss.ntx_ent_loss import NTXentLoss as HostNTXentLoss
@@ -103,7 +102,7 @@ class NTXentLoss(WeightedLoss, HostNTXentLoss):
             return rows
 
         gathered, gather = None, self.gather_distributed and dist.world_size() > 1
-        first, second = check_equal_batches("out0", checked, itemgetter(0)) if gather else checked()
+        first, second = check_equal_batches("out0", checked, lambda rows: rows[0]) if gather else checked()
         if gather:
             gathered = _of_bank(first.detach(), bank.size[0])
         keys = second

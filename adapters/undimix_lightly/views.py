@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -56,7 +55,7 @@ def contrast_of_views(
         return first, second, criterion.inputs_of(out0, out1)
 
     gather = gather and dist.world_size() > 1
-    equal = partial(check_equal_batches, "out0", checked, itemgetter(0), labels=labels)
+    equal = partial(check_equal_batches, "out0", checked, lambda rows: rows[0], labels=labels)
     first, second, inputs = equal() if gather else checked()
     gathered, offset = None, 0
     further: dict[str, Any] = {}

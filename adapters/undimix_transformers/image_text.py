@@ -18,7 +18,7 @@ from undimix_plugins.toolkit import (
     info_nce,
     to_length_one,
 )
-from undimix_transformers.trainer import calling_trainer, of_same_class, refuse_uncalled_class, trains
+from undimix_transformers.trainer import calling_trainer, check_release, of_same_class, refuse_uncalled_class, trains
 
 
 class ImageTextLoss(WeightedLoss):
@@ -65,6 +65,7 @@ class ImageTextLoss(WeightedLoss):
     def __init__(self, model: nn.Module, weighting: Weighting | None = None, **options: Any) -> None:
         super().__init__()
         refuse_uncalled_class(type(self), options)
+        check_release(type(self).__name__)
         name = type(model).__name__
         if getattr(model, "logit_bias", None) is not None:
             raise TypeError(

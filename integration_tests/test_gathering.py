@@ -23,6 +23,7 @@ from sentence_transformers.sentence_transformer.modules import BoW
 from torch import Tensor, nn
 
 from integration_tests.text.tiny_models import encoder
+from tests.releases import is_older
 from undimix_plugins import HCL, PositiveAware, SimilarityPenalty, UnDiMix, Uniform, Weighting, undimix
 
 BATCH, WIDTH, REGIONS = 5, 8, 3
@@ -69,6 +70,10 @@ LOSSES: dict[str, tuple[Callable[[bool], nn.Module], int]] = {
     "CachedMultipleNegativesRankingLoss": (ranking("CachedMultipleNegativesRankingLoss", mini_batch_size=2), 3),
     "CachedGISTEmbedLoss": (guided, 3),
 }
+if is_older("lightly", "1.5.21"):  # whose losses we refuse
+    del LOSSES["DCLLoss"], LOSSES["DCLWLoss"]
+if is_older("sentence-transformers", "5.3"):  # 5.1 is the first that gathers, 5.3 the first with these directions
+    LOSSES = {name: of_name for name, of_name in LOSSES.items() if not name.startswith(("Multiple", "Cached"))}
 JOINED = [name for name in LOSSES if name != "DCLWLoss"]  # whose softmax over positives is a rank's own
 
 
@@ -129,7 +134,7 @@ HARD = {
 }
 WITH_HARD = [name for name, (_, columns) in LOSSES.items() if columns == 3]
 AT_WEIGHT = UnDiMix(gradient="weight")
-WITH_LAYER = ("NTXentLoss", "DetConSLoss", "MultipleNegativesRankingLoss")
+WITH_LAYER = [name for name in ("NTXentLoss", "DetConSLoss", "MultipleNegativesRankingLoss") if name in LOSSES]
 
 
 def refusal(loss: nn.Module, name: str, rank: int, ranks: int, bad: str) -> str:

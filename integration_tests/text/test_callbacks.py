@@ -342,6 +342,7 @@ def test_statistics_in_the_plain_trainer(sentences: list[Any], tmp_path: Path) -
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        module.dropout_prob = 0.0  # of attention, before transformers 5
     trainer = plain_trainer(model, SimCSELoss(weighting=FULL), sentences, tmp_path, max_steps=1)
     trainer.add_callback(NegativeStatistics(trainer, every=1, labels=lambda inputs: inputs["labels"][::2]))
     with torch.no_grad():

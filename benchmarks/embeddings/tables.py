@@ -25,7 +25,6 @@ from statsmodels.stats.multitest import multipletests
 from benchmarks.embeddings import graphs, text, vision
 from benchmarks.embeddings.files import atomic_path, write_atomically
 from benchmarks.embeddings.protocol import (
-    ADVISED,
     AT_ADVISED,
     CONTENDERS,
     CURVES,
@@ -51,7 +50,6 @@ BENCHMARKS = [*vision.BENCHMARKS, *text.BENCHMARKS, *graphs.BENCHMARKS]
 BASELINES = (PLAIN, HCL)
 MODALITIES = ("vision", "text", "graph")
 AT_HOST, *OPPONENTS = (*CONTENDERS, *AT_ADVISED)  # the plain loss, and what is compared with it
-*_, ADVISED_UNDIMIX = AT_ADVISED
 SCORED = ["data, recipe", "score, %", UNTRAINED, *GRIDS, *(f"{UNDIMIX} - {name}" for name in BASELINES)]
 # A metric counts if training with the plain loss raises it by more than three standard deviations.
 DEVIATIONS = 3
@@ -298,20 +296,14 @@ def host_test(results: Results) -> str:
 
 
 def in_short(results: Results) -> str:
-    """For each benchmark that counts: the plain loss at the host's own temperature, and `UnDiMix()`, on test data.
-
-    `UnDiMix()` has the same temperature, or the advised one.
-    """
+    """For each benchmark that counts: the plain loss and `UnDiMix()` at the host's own temperature, on test data."""
     rows = []
     for one in at_host(results, "test"):
-        if one.metric != one.benchmark.metric or not one.counts:
-            continue
-        plain, told = one.scores[AT_HOST], f"{one.benchmark.host_temperature:g}"
-        for name, place in ((UNDIMIX, told), (ADVISED_UNDIMIX, f"{told}, {ADVISED:g}")):
-            if (weighted := one.scores.get(name)) is not None:
-                scores = [f"{plain.mean():.2f}", f"{weighted.mean():.2f}", difference(weighted, plain)]
-                rows.append([one.name, place, METRICS[one.metric], *scores])
-    return markdown(["data, recipe", "temperature", "score, %", AT_HOST, contender(UNDIMIX), "difference"], rows)
+        if one.metric == one.benchmark.metric and one.counts and UNDIMIX in one.scores:
+            plain, weighted = one.scores[AT_HOST], one.scores[UNDIMIX]
+            scores = [f"{plain.mean():.2f}", f"{weighted.mean():.2f}", difference(weighted, plain)]
+            rows.append([one.name, f"{one.benchmark.host_temperature:g}", METRICS[one.metric], *scores])
+    return markdown(["data, recipe", "t", "score, %", AT_HOST, contender(UNDIMIX), "difference"], rows)
 
 
 def host_geometry(results: Results) -> str:

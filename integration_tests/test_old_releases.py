@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 from lightly import loss as lightly_losses
 from sentence_transformers.sentence_transformer import losses
+from torch import nn
 
 import undimix_lightly
 import undimix_sentence_transformers as ours
 from integration_tests.text.tiny_models import encoder
 from tests.releases import is_older, release
 from undimix_plugins import undimix
-from undimix_transformers import SimCSELoss
+from undimix_transformers import ImageTextLoss, SimCSELoss, trainer
 
 ROOT = Path(__file__).parent.parent
 PINNED = {
@@ -52,6 +53,15 @@ def test_decoupled_losses_of_another_denominator_are_refused(name: str) -> None:
     for make in (getattr(undimix_lightly, name), lambda: undimix(getattr(lightly_losses, name)())):
         with pytest.raises(TypeError, match=expected):
             make()
+
+
+@only_before("lightly", "1.6")
+def test_a_bank_without_a_width_is_refused() -> None:
+    """lightly takes the width of the first batch."""
+    with pytest.raises(
+        ValueError, match=r"memory_bank_size: expected 0 or \(entries, width\), got 64, without a width"
+    ):
+        undimix(lightly_losses.NTXentLoss(memory_bank_size=64))
 
 
 # --- sentence-transformers
@@ -89,10 +99,14 @@ def test_a_cached_symmetric_loss_of_mini_batches_is_refused() -> None:
 # --- transformers
 
 
-@only_before("transformers", "4.57")
-def test_losses_that_the_trainer_would_not_call_are_refused() -> None:
-    with pytest.raises(TypeError, match=r"loss: expected transformers 4\.57 or newer for SimCSELoss, got 4\.5\d\.\d"):
-        SimCSELoss()
+@pytest.mark.parametrize("make", [SimCSELoss, lambda: ImageTextLoss(nn.Module())], ids=["SimCSELoss", "ImageTextLoss"])
+def test_losses_that_the_trainer_would_not_call_are_refused(
+    make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a release that no environment of the tests has."""
+    monkeypatch.setattr(trainer, "version", lambda package: "4.56.2")
+    with pytest.raises(TypeError, match=r"loss: expected transformers 4\.57 or newer for \w+, got 4\.56\.2, whose"):
+        make()
 
 
 # --- bounds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any, ClassVar
@@ -59,9 +60,10 @@ class DCLLoss(WeightedLoss, HostDCLLoss):
 
     def weigh(self, weighting: Weighting | None, **options: Any) -> None:
         """Sets the weighting; a TypeError if lightly is older than 1.5.21, whose losses are others."""
-        if version("lightly") == "1.5.20":  # the oldest that this package can be installed with
+        installed = version("lightly")
+        if tuple(map(int, re.findall(r"\d+", installed)[:3])) < (1, 5, 21):
             raise TypeError(
-                f"loss: expected {type(self).__name__} of lightly 1.5.21 or newer, got 1.5.20's, which has a "
+                f"loss: expected {type(self).__name__} of lightly 1.5.21 or newer, got {installed}'s, which has a "
                 "denominator for each view in place of one for both"
             )
         super().weigh(weighting, **options)

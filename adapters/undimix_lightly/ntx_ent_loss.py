@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from functools import partial
+from typing import Any
 
 import torch
 from lightly.loss.ntx_ent_loss import NTXentLoss as HostNTXentLoss
@@ -61,6 +62,13 @@ class NTXentLoss(WeightedLoss, HostNTXentLoss):
     ) -> None:
         super().__init__(temperature, memory_bank_size, gather_distributed)
         self.weigh(weighting)
+
+    def weigh(self, weighting: Weighting | None, **options: Any) -> None:
+        """Sets the weighting; a ValueError for a memory bank without a width, which lightly takes before 1.6."""
+        size = self.memory_bank.size
+        if size[0] and len(size) == 1:
+            raise ValueError(f"memory_bank_size: expected 0 or (entries, width), got {size[0]}, without a width")
+        super().weigh(weighting, **options)
 
     @property
     def no_last_layer(self) -> str:

@@ -8,25 +8,30 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
+import torch.distributed as dist
 from sentence_transformers import SentenceTransformer, SparseEncoder
 from torch import Tensor, nn
 
 try:  # from 5.4 on
-    from sentence_transformers.base.data_collator import DEFAULT_LABEL_COLUMNS
     from sentence_transformers.sentence_transformer import losses
     from sentence_transformers.sentence_transformer.losses.matryoshka import CachedLossDecorator
 except ImportError:
     from sentence_transformers import losses  # type: ignore[attr-defined,no-redef]
     from sentence_transformers.losses.MatryoshkaLoss import CachedLossDecorator  # type: ignore[import-not-found,no-redef]
-
-    DEFAULT_LABEL_COLUMNS = ("label", "labels", "score", "scores")
 try:  # from 5.1 on
-    from sentence_transformers.util import all_gather_with_grad, get_rank
-except ImportError:  # no loss takes `gather_across_devices`, so that nothing calls them
-    all_gather_with_grad = get_rank = None  # type: ignore[assignment]
+    from sentence_transformers.util import all_gather_with_grad
+except ImportError:  # no loss takes `gather_across_devices`, so that nothing calls it
+    all_gather_with_grad = None  # type: ignore[assignment]
 try:  # from 6.0 on
+    from sentence_transformers.base.data_collator import DEFAULT_LABEL_COLUMNS
     from sentence_transformers.base.losses.merged_forward import embed_columns
+    from sentence_transformers.util import get_rank
 except ImportError:
+    DEFAULT_LABEL_COLUMNS = ("label", "labels", "score", "scores")
+
+    def get_rank() -> int:
+        """The number of this process, 0 without others."""
+        return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
     def embed_columns(model: nn.Module, sentence_features: Sequence[dict[str, Any]]) -> list[Tensor]:  # type: ignore[misc]
         """The embeddings [batch, width] of each column, one forward pass each."""
@@ -76,7 +81,8 @@ def initialise(loss: nn.Module, cls: type[nn.Module], *models: nn.Module, **argu
     """
     takes = inspect.signature(cls.__init__).parameters
     for name, value in arguments.items():
-        if name not in takes and value != (default := getattr(type(loss), name)):
+        default = getattr(type(loss), name, None)
+        if name not in takes and value != default and value != list(default or ()):
             raise TypeError(
                 f"{name}: expected {default!r}, as {cls.__name__} of sentence-transformers "
                 f"{version('sentence-transformers')} has no such argument, got {value!r}; newer releases have it"

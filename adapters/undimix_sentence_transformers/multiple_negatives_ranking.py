@@ -6,6 +6,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from functools import partial
 from typing import Any, ClassVar, Literal, cast
 
@@ -578,6 +579,14 @@ class CachedMultipleNegativesRankingLoss(InBatchLoss, host.CachedMultipleNegativ
         )
         self.weigh(weighting)
 
+    def weigh(self, weighting: Weighting | None, **options: Any) -> None:
+        """Sets the weighting; a ValueError for settings that do not go with it."""
+        # From 5.7 on the host's plain loss inside has the scale and so on: a copy, so that new ones are not the host's.
+        if "loss" in self._modules:
+            self.loss = copy(self.loss)
+            self.loss.__dict__["_modules"] = self.loss._modules.copy()
+        super().weigh(weighting, **options)
+
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None) -> Tensor:
         """The weighted loss of a batch of tokenised columns, whose backward pass embeds them again.
 
@@ -615,7 +624,7 @@ class CachedMultipleNegativesRankingLoss(InBatchLoss, host.CachedMultipleNegativ
             ValueError: As `MultipleNegativesRankingLoss.compute_loss_from_embeddings`.
         """
         if self.hardness_mode is not None:
-            return super().calculate_loss(reps, labels, with_backward=with_backward)
+            return super().calculate_loss(reps, with_backward=with_backward)  # without labels, which are new and unused
         loss = self.loss_of([torch.cat(column) for column in reps], labels)
         if with_backward:
             torch.autograd.backward(loss)

@@ -33,23 +33,26 @@ def calling_trainer() -> tuple[Trainer | None, int]:
         The Trainer, or None; and what the Trainer is going to multiply the loss by, as if it were a share of a sum over
         all processes or, before transformers 5.20, which can't be told otherwise, over all micro-batches.
     """
-    caller = None
+    caller, factor = None, 1
     can_be_told = hasattr(Trainer, "loss_is_scaled_for_ga")
     for trainer, frame in trainers_above():
         caller = trainer
+        counted = frame.f_locals.get("num_items_in_batch") is not None
         if can_be_told and trainer.loss_is_scaled_for_ga is None:
             trainer.loss_is_scaled_for_ga = False
         if frame.f_code is Trainer.compute_loss.__code__:
-            trains = trainer.model is not None and trainer.model.training
-            added = trainer.current_gradient_accumulation_steps if trains and not can_be_told else 1
-            counted = frame.f_locals["num_items_in_batch"] is not None
-            if not counted or not trainer.args.average_tokens_across_devices:
-                return caller, added
-            if trainer.args.n_gpu > 1:
-                return caller, added * int(trainer.args.n_gpu)
-            parts = trainer.get_tp_size() if can_be_told else 1
-            return caller, added * int(trainer.accelerator.num_processes // parts)
-    return caller, 1
+            if counted and trainer.args.average_tokens_across_devices:
+                parts = trainer.get_tp_size() if can_be_told else 1
+                factor = (
+                    int(trainer.args.n_gpu) if trainer.args.n_gpu > 1 else trainer.accelerator.num_processes // parts
+                )
+            if can_be_told:
+                break
+        elif frame.f_code is Trainer.training_step.__code__ and not can_be_told:
+            if trainer.compute_loss_func is not None or (trainer.model_accepts_loss_kwargs and counted):
+                factor *= trainer.current_gradient_accumulation_steps
+            break
+    return caller, factor
 
 
 def check_release(loss: str) -> None:

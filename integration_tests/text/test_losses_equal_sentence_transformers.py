@@ -28,6 +28,7 @@ from tests.contrasts import Case
 from tests.references import log_weights
 from tests.releases import needs
 from undimix_plugins import HCL, UnDiMix, Uniform, undimix
+from undimix_plugins.monitoring.temperature import losses_with_temperature, set_temperature
 from undimix_plugins.monitoring.warmup import set_hardness, weighted_losses
 
 ALL = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
@@ -55,7 +56,7 @@ CACHED: dict[str, tuple[int, Make]] = {
     "Cached-all": (4, lambda model: losses.CachedMultipleNegativesRankingLoss(
         model, mini_batch_size=7, directions=ALL)),
     "Cached-hardness": (3, lambda model: losses.CachedMultipleNegativesRankingLoss(
-        model, mini_batch_num_tokens=60, hardness_mode="hard_negatives", hardness_strength=5.0)),
+        model, mini_batch_size=5, hardness_mode="hard_negatives", hardness_strength=5.0)),
     "CachedSymmetric": (3, lambda model: losses.CachedMultipleNegativesSymmetricRankingLoss(model, mini_batch_size=5)),
     "CachedGIST": (4, lambda model: losses.CachedGISTEmbedLoss(model, guide(), 0.1, mini_batch_size=5, margin=0.05)),
 }  # fmt: skip
@@ -624,6 +625,18 @@ def test_a_temperature_for_a_scale_is_told_once() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ours.MultipleNegativesRankingLoss(model, scale=0.05, similarity_fct=dot_score)
+
+
+def test_a_cached_loss_has_its_own_settings() -> None:
+    """In new releases these are those of a loss inside, which is not shared."""
+    host = losses.CachedMultipleNegativesRankingLoss(encoder(), mini_batch_size=5)
+    weighted = undimix(host)
+    weighted.scale = 5.0
+    assert (host.scale, weighted.scale, undimix(weighted, UnDiMix(hardness=2.0)).scale) == (20.0, 5.0, 5.0)
+    for changed in (weighted, undimix(host)):
+        (loss,) = losses_with_temperature(changed)
+        set_temperature(loss, 0.1)
+        assert (changed.scale, host.scale) == (pytest.approx(10.0), 20.0)
 
 
 # --- what can't be weighted

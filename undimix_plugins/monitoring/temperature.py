@@ -171,7 +171,9 @@ def losses_with_temperature(
     kinds = (WeightedLoss, AdCo, *hosts)
     found: list[nn.Module] = []
     for loss in (part for part in module.modules() if isinstance(part, kinds)):
-        with_one = [part for part in loss.modules() if isinstance(part, kinds) and temperature_name(part)]
+        inside = getattr(loss, "loss", None)  # a toolkit's plain loss, which may have the temperature of a cached one
+        parts = [part for part in loss.modules() if isinstance(part, kinds) or part is inside]
+        with_one = [part for part in parts if temperature_name(part)]
         if not with_one:
             raise ValueError(
                 "TemperatureSchedule: expected losses with a number as their attribute `temperature` or `scale`, got "

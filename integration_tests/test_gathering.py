@@ -23,7 +23,7 @@ from sentence_transformers.sentence_transformer.modules import BoW
 from torch import Tensor, nn
 
 from integration_tests.text.tiny_models import encoder
-from tests.releases import is_older
+from tests.releases import is_older, needs
 from undimix_plugins import HCL, PositiveAware, SimilarityPenalty, UnDiMix, Uniform, Weighting, undimix
 
 BATCH, WIDTH, REGIONS = 5, 8, 3
@@ -229,6 +229,10 @@ def mean(ranks: list[dict[str, Any]], name: str, kind: str) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_uniform_is_the_host_on_every_rank(name: str, ranks: list[dict[str, Any]]) -> None:
+    if name == "CachedGISTEmbedLoss":
+        needs(
+            "sentence-transformers", "5.6", "on all ranks but the first it spares another candidate than the positive"
+        )
     tolerance = 1e-7 if name.startswith("DetCon") else 1e-10  # lightly shares labels in float32
     for results in ranks:
         for one, other in zip(results[name]["uniform"], results[name]["host"], strict=True):

@@ -16,8 +16,9 @@ from torch import nn
 import undimix_lightly
 import undimix_sentence_transformers as ours
 from integration_tests.text.tiny_models import encoder
-from tests.releases import is_older, release
+from tests.releases import is_older
 from undimix_plugins import undimix
+from undimix_plugins.toolkit import release
 from undimix_transformers import ImageTextLoss, SimCSELoss, trainer
 
 ROOT = Path(__file__).parent.parent

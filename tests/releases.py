@@ -7,6 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 
+from undimix_plugins.toolkit import release
+
 # What the error of a test says that needs a part of a package, and the release that this part came with.
 LACKED = r"got an unexpected keyword argument '{0}'|^{0}: expected .* has no such argument"
 CAME_WITH = [
@@ -37,11 +39,6 @@ def is_older(package: str, than: str) -> bool:
         return release(version(package)) < release(than)
     except PackageNotFoundError:  # the core's tests need no toolkit
         return False
-
-
-def release(text: str) -> tuple[int, ...]:
-    """(2, 14, 1) for "2.14.1+cpu"."""
-    return tuple(map(int, re.findall(r"\d+", text)[:3]))
 
 
 def needs(package: str, since: str, before: str) -> None:

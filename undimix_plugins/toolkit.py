@@ -37,7 +37,7 @@ from undimix_plugins.rows import as_full_precision, to_length_one, unit_rows
 from undimix_plugins.scoped import Scoped
 from undimix_plugins.settings import constant
 from undimix_plugins.sums import LogSums, weighted_log_sum
-from undimix_plugins.weighted_loss import WeightedLoss, chosen_weighting, joined_class, require, reweight
+from undimix_plugins.weighted_loss import WeightedLoss, chosen_weighting, joined_class, release, require, reweight
 from undimix_plugins.weightings.weighting import Weighting
 
 __all__ = [
@@ -76,6 +76,7 @@ __all__ = [
     "mean_statistics",
     "negative_statistics",
     "processes",
+    "release",
     "require",
     "reweight",
     "same_label",

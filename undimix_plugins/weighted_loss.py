@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from functools import cache
@@ -307,9 +308,8 @@ def _weighted_class(loss: nn.Module, classes: Mapping[type[nn.Module], type[Weig
         )
     ours = classes[host]
     for name in ours.replaces:
-        if name in vars(loss) or getattr(cls, name, None) is not getattr(
-            host, name, None
-        ):  # a method may be newer than the host
+        of_host, of_cls = (getattr(one, name, None) for one in (host, cls))  # None: the method is newer than the host
+        if name in vars(loss) or of_cls is not of_host:
             raise TypeError(
                 f"loss: {cls.__name__} replaces {host.__name__}.{name} by its own, which would be lost; "
                 f"supported: {supported}, and subclasses that inherit {name} unchanged"
@@ -351,6 +351,24 @@ def joined_class(ours: type[WeightedLoss], theirs: type[nn.Module]) -> type[nn.M
 def _blank(ours: type[WeightedLoss], theirs: type[nn.Module]) -> nn.Module:
     cls = joined_class(ours, theirs)  # type: ignore[arg-type]  # classes do hash
     return cls.__new__(cls)
+
+
+def release(text: str) -> tuple[int, ...]:
+    """Returns the numbers of a release, to be compared.
+
+    Args:
+        text: A version, as `importlib.metadata.version` returns it.
+
+    Returns:
+        Its first three numbers.
+
+    Examples:
+        >>> release("2.14.1+cpu")
+        (2, 14, 1)
+        >>> release("2.6.0") < (2, 10)
+        True
+    """
+    return tuple(map(int, re.findall(r"\d+", text)[:3]))
 
 
 def require(toolkit: str, extra: str) -> None:

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
         NegativeStatistics,
         TemperatureSchedule,
     )
-    from undimix_lightly.directclr_loss import DirectCLRLoss
 
 CALLBACKS = ("HardnessWarmup", "MemoryBankCheckpoint", "NegativeStatistics", "TemperatureSchedule")
 
@@ -50,7 +49,9 @@ __all__ = [
     "non_semantic_columns",
     "weighted",
 ]
-if find_spec("lightly.loss.directclr_loss") is None:  # before 1.5.23
+if find_spec("lightly.loss.directclr_loss"):  # from 1.5.23 on
+    from undimix_lightly.directclr_loss import DirectCLRLoss
+else:
     __all__.remove("DirectCLRLoss")
 
 
@@ -59,9 +60,5 @@ def __getattr__(name: str) -> Any:
     if name in CALLBACKS:
         return getattr(importlib.import_module("undimix_lightly.callbacks"), name)
     if name == "DirectCLRLoss":
-        if find_spec("lightly.loss.directclr_loss") is None:
-            raise ImportError(
-                f"DirectCLRLoss: expected lightly 1.5.23 or newer, which has it, got {version('lightly')}"
-            )
-        return importlib.import_module("undimix_lightly.directclr_loss").DirectCLRLoss
+        raise ImportError(f"DirectCLRLoss: expected lightly 1.5.23 or newer, which has it, got {version('lightly')}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any, ClassVar
@@ -13,7 +12,7 @@ from lightly.loss.dcl_loss import DCLWLoss as HostDCLWLoss
 from torch import Tensor
 
 from undimix_lightly.views import contrast_of_views
-from undimix_plugins.toolkit import WeightedLoss, Weighting, decoupled, log_sums, unit_rows
+from undimix_plugins.toolkit import WeightedLoss, Weighting, decoupled, log_sums, release, unit_rows
 
 WeightFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -61,7 +60,7 @@ class DCLLoss(WeightedLoss, HostDCLLoss):
     def weigh(self, weighting: Weighting | None, **options: Any) -> None:
         """Sets the weighting; a TypeError if lightly is older than 1.5.21, whose losses are others."""
         installed = version("lightly")
-        if tuple(map(int, re.findall(r"\d+", installed)[:3])) < (1, 5, 21):
+        if release(installed) < (1, 5, 21):
             raise TypeError(
                 f"loss: expected {type(self).__name__} of lightly 1.5.21 or newer, got {installed}'s, which has a "
                 "denominator for each view in place of one for both"

@@ -81,8 +81,8 @@ def initialise(loss: nn.Module, cls: type[nn.Module], *models: nn.Module, **argu
     """
     takes = inspect.signature(cls.__init__).parameters
     for name, value in arguments.items():
-        default = getattr(type(loss), name, None)
-        if name not in takes and value != default and value != list(default or ()):
+        given = tuple(value) if isinstance(value, list) else value
+        if name not in takes and given != (default := getattr(type(loss), name)):
             raise TypeError(
                 f"{name}: expected {default!r}, as {cls.__name__} of sentence-transformers "
                 f"{version('sentence-transformers')} has no such argument, got {value!r}; newer releases have it"

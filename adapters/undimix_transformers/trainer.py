@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
@@ -13,7 +12,7 @@ from accelerate.data_loader import DataLoaderDispatcher
 from torch import Tensor, nn
 from transformers import Trainer
 
-from undimix_plugins.toolkit import ExcludedMask, same_label
+from undimix_plugins.toolkit import ExcludedMask, release, same_label
 
 
 def trainers_above() -> Iterator[tuple[Trainer, FrameType]]:
@@ -57,7 +56,7 @@ def calling_trainer() -> tuple[Trainer | None, int]:
 
 def check_release(loss: str) -> None:
     """Raises a TypeError if the Trainer of the installed release calls no loss without labels."""
-    if tuple(map(int, re.findall(r"\d+", version("transformers"))[:2])) < (4, 57):
+    if release(version("transformers")) < (4, 57):
         raise TypeError(
             f"loss: expected transformers 4.57 or newer for {loss}, got {version('transformers')}, whose Trainer calls "
             "no loss of a batch without labels"

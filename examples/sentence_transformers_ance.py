@@ -17,13 +17,17 @@ from sentence_transformers import (
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
-from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from transformers import set_seed
 
 from _shared.compare import compare
 from _shared.texts import DATA, MINILM, lee_correlation, pairs, quiet, seconds_of, settings
 from undimix_plugins import undimix
 from undimix_sentence_transformers import ANCE
+
+try:
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+except ImportError:  # before sentence-transformers 5.4
+    from sentence_transformers.losses import MultipleNegativesRankingLoss
 
 
 def train(

@@ -18,14 +18,19 @@ from sentence_transformers import (
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
-from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
-from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tokenizers import Tokenizer
 from transformers import set_seed
 
 from _shared.compare import compare
 from _shared.texts import DATA, MINILM, as_pairs, lee_retrieval, lee_split, pairs, quiet, seconds_of, settings
 from undimix_plugins import undimix
+
+try:
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+except ImportError:  # before sentence-transformers 5.4
+    from sentence_transformers.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.models import StaticEmbedding
 
 
 def train(

@@ -12,6 +12,8 @@ import torch.distributed as dist
 from sentence_transformers import SentenceTransformer, SparseEncoder
 from torch import Tensor, nn
 
+from undimix_plugins.toolkit import release
+
 try:  # from 5.4 on
     from sentence_transformers.sentence_transformer import losses
     from sentence_transformers.sentence_transformer.losses.matryoshka import CachedLossDecorator
@@ -28,6 +30,8 @@ try:  # from 6.0 on
     from sentence_transformers.util import get_rank
 except ImportError:
     DEFAULT_LABEL_COLUMNS = ("label", "labels", "score", "scores")
+    if release(version("sentence-transformers")) < (5, 2):
+        DEFAULT_LABEL_COLUMNS = ("label", "score")
 
     def get_rank() -> int:
         """The number of this process, 0 without others."""

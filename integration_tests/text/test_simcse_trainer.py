@@ -118,15 +118,43 @@ class OwnTrainer(Trainer):
     loss_is_scaled_for_ga = True
 
 
-def direct(loss: SimCSELoss) -> Any:
-    return loss
+class Computes(torch.nn.Module):
+    """A model that computes the loss itself."""
+
+    def __init__(self, bert: BertModel, loss: SimCSELoss) -> None:
+        super().__init__()
+        self.bert = bert
+        self.loss = loss
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Any = None) -> Any:
+        outputs = self.bert(input_ids, attention_mask)
+        return {"loss": self.loss(outputs), "hidden": outputs.last_hidden_state}
 
 
-def in_a_function(loss: SimCSELoss) -> Any:
-    return lambda outputs, labels, num_items_in_batch=None: loss(outputs)
+class TakesOptions(Computes):
+    """One that the Trainer takes for one that scales its loss."""
+
+    def forward(self, num_items_in_batch: Any = None, **batch: Any) -> Any:
+        return super().forward(**batch)
 
 
-@pytest.mark.parametrize("form", [direct, in_a_function])
+def direct(bert: BertModel, loss: SimCSELoss) -> Any:
+    return bert, loss
+
+
+def in_a_function(bert: BertModel, loss: SimCSELoss) -> Any:
+    return bert, lambda outputs, labels, num_items_in_batch=None: loss(outputs)
+
+
+def in_the_model(bert: BertModel, loss: SimCSELoss) -> Any:
+    return Computes(bert, loss), None
+
+
+def in_a_model_with_options(bert: BertModel, loss: SimCSELoss) -> Any:
+    return TakesOptions(bert, loss), None
+
+
+@pytest.mark.parametrize("form", [direct, in_a_function, in_the_model, in_a_model_with_options])
 @pytest.mark.parametrize("labels", [False, True], ids=["label-less", "labels"])
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_gradients_of_accumulation_are_those_of_the_mean(
@@ -135,9 +163,10 @@ def test_gradients_of_accumulation_are_those_of_the_mean(
     """5 micro-batches of 4 rows; windows of `steps`, the last one short. Rows are pairs of sentences, no dropout."""
     data = [{**sentence, "labels": row // 2} if labels else sentence for row, sentence in enumerate(sentences)]
     collator = DataCollatorWithPadding(TOKENIZER)
-    loss = form(SimCSELoss(weighting=UnDiMix()))
+    bert = make_model(0.0).double()
+    model, loss = form(bert, SimCSELoss(weighting=UnDiMix()))
     recorder = Recorder()
-    trainer = make_trainer(make_model(0.0).double(), data, tmp_path, loss, collator, gradient_accumulation_steps=steps)
+    trainer = make_trainer(model, data, tmp_path, loss, collator, gradient_accumulation_steps=steps)
     trainer.add_callback(recorder)
     trainer.train()
 
@@ -152,7 +181,8 @@ def test_gradients_of_accumulation_are_those_of_the_mean(
         mean.backward()
         for name, parameter in reference.named_parameters():
             if parameter.grad is not None:
-                torch.testing.assert_close(gradients[name], parameter.grad, rtol=0, atol=1e-10)
+                got = gradients[name if model is bert else f"bert.{name}"]
+                torch.testing.assert_close(got, parameter.grad, rtol=0, atol=1e-10)
                 parameter.data -= 0.1 * parameter.grad
 
 

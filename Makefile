@@ -51,13 +51,13 @@ test-oldest test-middle: test-%:
 	@echo "== pytest: all tests, with constraints/$*.txt"
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-wheel: .venv/installed ## build the release, install it in an empty venv and run the README's Python there
+wheel: .venv/installed ## build the release, install it in an empty venv and train there (CONSTRAINT=FILE: with its versions)
 	@echo "== wheel: build and check"
 	rm -rf dist
 	.venv/bin/python -m build --outdir dist
 	.venv/bin/python -m twine check --strict dist/*
-	@echo "== wheel: install it in an empty venv and run the README's Python outside of the checkout (a few minutes)"
-	.venv/bin/python integration_tests/installed_wheel.py dist $(if $(RELEASE),--release "$(RELEASE)")
+	@echo "== wheel: install it in an empty venv, run the README's Python and a weighted step in each toolkit (several minutes)"
+	.venv/bin/python integration_tests/installed_wheel.py dist $(if $(RELEASE),--release "$(RELEASE)") $(if $(CONSTRAINT),--constraint "$(CONSTRAINT)")
 
 matrix: .venv/installed ## run every loss with every part of its training loop, and write docs/support.md's table (half an hour)
 	@echo "== matrix: each supported loss with each part of its training loop: plain, Uniform() and UnDiMix(), into docs/support.md"

@@ -1,4 +1,7 @@
-"""Installs the wheel in an empty venv and runs the README's Python there, outside of the checkout: `make wheel`."""
+"""Installs the wheel in an empty venv and trains there, outside of the checkout: `make wheel`.
+
+It runs the README's Python, and a weighted training step in each toolkit.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,7 @@ from zipfile import ZipFile
 ROOT = Path(__file__).parent.parent
 SOURCES = [ROOT / "undimix_plugins", *sorted((ROOT / "adapters").glob("undimix_*"))]
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-EXTRAS = {  # the extra that a block needs, by the package that it imports
-    "lightly": "lightly",
-    "sentence_transformers": "sentence-transformers",
-    "torch_geometric": "pyg",
-    "transformers": "transformers",
-}
+STEPS = Path(__file__).with_name("weighted_steps.py")
 WHERE = """
 import undimix_plugins
 assert undimix_plugins.__version__ == {version!r}, undimix_plugins.__version__
@@ -51,6 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__))
     parser.add_argument("folder", type=Path, help="the folder with the wheel and the sdist")
     parser.add_argument("--release", help="the tag that has to be the version's, such as v0.1.0")
+    parser.add_argument("--constraint", type=Path, help="the file with the releases to install it beside")
     options = parser.parse_args()
     wheel = only(options.folder, "*.whl").resolve()
     version = wheel.name.split("-")[1]
@@ -59,19 +58,20 @@ def main() -> None:
         raise SystemExit(f"--release: expected v{version}, the version in pyproject.toml, got {options.release}")
     check_files(wheel)
 
-    imported = set(re.findall(r"^(?:from|import) (\w+)", "\n".join(BLOCKS), flags=re.MULTILINE))
-    extras = ",".join(extra for package, extra in EXTRAS.items() if package in imported)
     with TemporaryDirectory() as name:
         folder = Path(name).resolve()
         venv.create(folder / "venv", with_pip=True)
         python = folder / "venv" / "bin" / "python"
-        install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"{wheel}[{extras}]"]
-        print(f"installing {wheel.name}[{extras}]", flush=True)
+        install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"{wheel}[all]"]
+        if options.constraint:
+            install += ["--constraint", options.constraint.resolve()]
+        print(f"installing {wheel.name}[all]", flush=True)
         subprocess.run(install, cwd=folder, check=True)
         for block in (WHERE.format(version=version, folder=str(folder)), *BLOCKS):
             # -I: neither the current folder nor PYTHONPATH is searched.
             subprocess.run([python, "-I", "-c", block], cwd=folder, check=True)
-    print(f"the README's {len(BLOCKS)} blocks ran with {wheel.name}")
+        subprocess.run([python, "-I", STEPS], cwd=folder, check=True)
+    print(f"the README's {len(BLOCKS)} blocks and a step in each toolkit ran with {wheel.name}")
 
 
 if __name__ == "__main__":

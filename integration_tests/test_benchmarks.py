@@ -454,7 +454,7 @@ def test_every_benchmark_asks_for_what_it_reports() -> None:
         assert {trial.split for trial in benchmark.test(tuned)} == {"test"}
         for stage, split in ((benchmark.host, "validation"), (benchmark.host_test, "test")):
             assert {trial.split for trial in stage({})} == {split}
-            trials = (6 + 2 * benchmark.takes_advice) * 12 * (len(benchmark.tuned_on) or 1) ** (split != "test")
+            trials = (6 + 2 * benchmark.raised) * 12 * (len(benchmark.tuned_on) or 1) ** (split != "test")
             assert len(stage({})) == len(set(stage({}))) == trials
             assert all(trial.brief for trial in stage({}))
         assert {trial.seed for trial in benchmark.host({})}.isdisjoint(SEEDS)
@@ -617,7 +617,7 @@ def test_what_a_user_gets_without_a_sweep(tmp_path: Path) -> None:
     assert row == f"| Cora, GRACE | 0.4 | linear probe | {' | '.join(cells)} | {over.mean():+.2f} (p < .001) |"
     *_, row = tables.host_geometry(results).splitlines()
     assert row == f"| Cora, GRACE |{3 * ' 0.500 / -2.500 |'}  |  | 0.500 / -2.500 |  |  |"
-    # At the advised temperature, beside the plain loss at the host's own.
+    # At the higher temperature, beside the plain loss at the host's own.
     static = benchmark_of(text, "SUBJ", "Static")
     lifts = {**HOST_LIFTS, "UnDiMix() at 0.2": 0.6}
     scores = at_host(tmp_path, static, "test", lifts)

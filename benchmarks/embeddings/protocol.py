@@ -42,9 +42,9 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     SCHEDULE: {"weighting": "Uniform()", "temperature": 0.1, "highest": 1.0},
     UNDIMIX: {"weighting": "UnDiMix()"},
 }
-# The temperature that the manual advises for ranking losses, whose own is lower.
-ADVISED = 0.2
-AT_ADVISED = {f"{name} at {ADVISED:g}": {**CONTENDERS[name], "temperature": ADVISED} for name in ("plain", UNDIMIX)}
+# A temperature at which weights act on ranking losses, whose own is lower.
+RAISED = 0.2
+AT_RAISED = {f"{name} at {RAISED:g}": {**CONTENDERS[name], "temperature": RAISED} for name in ("plain", UNDIMIX)}
 HOST_SEEDS = range(100, 112)
 SEEDS = range(12)
 TUNING_SEED = 100
@@ -97,7 +97,7 @@ class Benchmark:
         tuned_on: The data sets that choose settings; empty for this one's own validation data.
         has_classes: Whether the training data have classes, so that false negatives are known.
         temperature_divisor: Divides the temperatures of `GRIDS`.
-        takes_advice: Whether `AT_ADVISED` is compared, too.
+        raised: Whether `AT_RAISED` is compared, too.
         stages: The stages that it has; "host_test" alone where the data choose nothing.
     """
 
@@ -111,7 +111,7 @@ class Benchmark:
     tuned_on: tuple[str, ...] = ()
     has_classes: bool = True
     temperature_divisor: float = 1.0
-    takes_advice: bool = False
+    raised: bool = False
     stages: tuple[str, ...] = STAGES
 
     def at(self, weighting: str, temperature: float, seed: int, split: str = "validation", **changes: Any) -> Trial:
@@ -143,8 +143,8 @@ class Benchmark:
         validates = split == "validation"
         data_sets = self.tuned_on if self.tuned_on and validates else (self.base.data,)
         found: dict[str, list[list[Trial]]] = {}
-        advised = AT_ADVISED if self.takes_advice else {}
-        settings = {UNTRAINED: {"weighting": UNTRAINED, "temperature": 0.0}, **CONTENDERS, **advised}
+        further = AT_RAISED if self.raised else {}
+        settings = {UNTRAINED: {"weighting": UNTRAINED, "temperature": 0.0}, **CONTENDERS, **further}
         for name, setting in settings.items():
             one = self.at(**{"temperature": self.host_temperature, "seed": 0, "split": split, "brief": True, **setting})
             seeds = HOST_SEEDS if validates else SEEDS

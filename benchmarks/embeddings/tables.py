@@ -25,7 +25,7 @@ from statsmodels.stats.multitest import multipletests
 from benchmarks.embeddings import graphs, text, vision
 from benchmarks.embeddings.files import atomic_path, write_atomically
 from benchmarks.embeddings.protocol import (
-    AT_ADVISED,
+    AT_RAISED,
     CONTENDERS,
     CURVES,
     FLATNESS_TEMPERATURES,
@@ -49,7 +49,7 @@ PICTURES = ROOT / "docs" / "pictures"
 BENCHMARKS = [*vision.BENCHMARKS, *text.BENCHMARKS, *graphs.BENCHMARKS]
 BASELINES = (PLAIN, HCL)
 MODALITIES = ("vision", "text", "graph")
-AT_HOST, *OPPONENTS = (*CONTENDERS, *AT_ADVISED)  # the plain loss, and what is compared with it
+AT_HOST, *OPPONENTS = (*CONTENDERS, *AT_RAISED)  # the plain loss, and what is compared with it
 SCORED = ["data, recipe", "score, %", UNTRAINED, *GRIDS, *(f"{UNDIMIX} - {name}" for name in BASELINES)]
 # A metric counts if training with the plain loss raises it by more than three standard deviations.
 DEVIATIONS = 3

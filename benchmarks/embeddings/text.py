@@ -399,19 +399,17 @@ RANKING = 0.05  # the ranking losses' scale of 20, and SimCSE's temperature
 OF_INTENTS, OF_SIMILARITY = ("mrr", RANKING, ("accuracy",)), ("spearman", RANKING, ("STS12-16",))
 BATCH_SIZES = (32, 64, 128, 256)
 BENCHMARKS = [
-    Benchmark(STATIC, *OF_INTENTS, batch_sizes=BATCH_SIZES, takes_advice=True),
-    Benchmark(
-        replace(STATIC, data="all-nli"), *OF_SIMILARITY, batch_sizes=BATCH_SIZES, has_classes=False, takes_advice=True
-    ),
-    Benchmark(MINILM_TRIAL, *OF_INTENTS, explores=False, takes_advice=True),
-    Benchmark(replace(MINILM_TRIAL, data="all-nli"), *OF_SIMILARITY, explores=False, takes_advice=True),
+    Benchmark(STATIC, *OF_INTENTS, batch_sizes=BATCH_SIZES, raised=True),
+    Benchmark(replace(STATIC, data="all-nli"), *OF_SIMILARITY, batch_sizes=BATCH_SIZES, has_classes=False, raised=True),
+    Benchmark(MINILM_TRIAL, *OF_INTENTS, explores=False, raised=True),
+    Benchmark(replace(MINILM_TRIAL, data="all-nli"), *OF_SIMILARITY, explores=False, raised=True),
     Benchmark(
         replace(STATIC, data="TREC"),
         "accuracy",
         RANKING,
         ("mrr",),
         explores=False,
-        takes_advice=True,
+        raised=True,
         stages=("host_test",),
     ),
     Benchmark(
@@ -420,7 +418,7 @@ BENCHMARKS = [
         RANKING,
         has_classes=False,
         explores=False,
-        takes_advice=True,
+        raised=True,
         stages=("host_test",),
     ),
     # With the temperatures of the others, the lowest was the best one for nearly all losses.

@@ -10,6 +10,7 @@ OLD_PYTHON ?= $(shell for python in python3.10 python3.11 python3.12 python3 pyt
 
 # A waiting thread lets others run. Otherwise two busy cores lose most of their time on small tensors.
 export OMP_WAIT_POLICY ?= PASSIVE
+PYTEST = -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test test-oldest test-middle wheel matrix speed tables docs linkcheck
 .DEFAULT_GOAL := help
@@ -36,7 +37,7 @@ test: .venv/installed ## run ruff, mypy and all tests; every change must pass
 	@echo "== mypy: strict, core and adapters"
 	.venv/bin/mypy
 	@echo "== pytest: unit tests and every toolkit's own training loop, one process per core"
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 .venv/bin/python $(PYTEST)
 
 .venv-%/installed: pyproject.toml constraints/%.txt
 	@test -n "$(OLD_PYTHON)" || { echo "make: no Python 3.10, 3.11 or 3.12 on the PATH; name one: make OLD_PYTHON=/path/to/python3.10" >&2; exit 1; }
@@ -49,7 +50,7 @@ test-oldest: .venv-oldest/installed ## run all tests with the oldest releases of
 test-middle: .venv-middle/installed ## run all tests with releases in between (constraints/middle.txt)
 test-oldest test-middle: test-%:
 	@echo "== pytest: all tests, with constraints/$*.txt"
-	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 .venv-$*/bin/python $(PYTEST)
 
 wheel: .venv/installed ## build the release, install it in an empty venv and train there (CONSTRAINT=FILE: with its versions)
 	@echo "== wheel: build and check"

@@ -91,7 +91,6 @@ HOSTS: dict[str, Callable[[Weighting, Path], Run]] = {
     **{
         f"lightly - {row}": in_lightning(row)
         for row in ("DCLLoss", "DCLWLoss", "MACLLoss", "DetConSLoss", "DetConBLoss", "DirectCLRLoss")
-        if row in lightly_cells.ROWS  # as far as the release has it
     },
     "sentence_transformers - GISTEmbedLoss": in_a_trainer(
         sentence_transformers_cells.TOOLKIT, "GISTEmbedLoss", "plain"

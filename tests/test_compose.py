@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from tests import references
 from tests.contrasts import in_batch, make_every_look_cost, random_rows
-from tests.releases import needs
+from tests.releases import is_older, needs
 from tests.test_debiased import published
 from tests.test_false_negatives import (
     FORMS,
@@ -643,6 +643,7 @@ def compiled_and_not(weighting: Weighting, of: Form) -> tuple[Tensor, Tensor]:
 
 
 NOT_WHOLE = ("torch", "2.10", "it compiles what changes the compared negatives in parts, not whole")
+COMPILE_IN_PARTS = ["ring", "elimination", "undimix-attraction-debiased"]
 
 
 @pytest.mark.parametrize("name", [*SINGLE, "undimix-ring", "undimix-attraction-debiased"])
@@ -654,7 +655,16 @@ def test_compiles(name: str) -> None:
     assert_same(*compiled_and_not(ALL[name], of), of.inputs)
 
 
-@pytest.mark.parametrize("name", ["ring", "elimination", "undimix-attraction-debiased"])
+@pytest.mark.parametrize("name", COMPILE_IN_PARTS)
+@once
+def test_an_old_torch_refuses_to_compile_it_whole(name: str) -> None:
+    if not is_older(*NOT_WHOLE[:2]):
+        pytest.skip(f"torch {torch.__version__} is not older than {NOT_WHOLE[1]}: nothing to refuse")
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        compiled_and_not(ALL[name], of_two_views(6))
+
+
+@pytest.mark.parametrize("name", COMPILE_IN_PARTS)
 @once
 def test_compiles_in_parts(name: str) -> None:
     """As `torch.compile` does by default, in every release."""

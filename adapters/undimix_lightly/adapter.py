@@ -20,7 +20,7 @@ OURS: list[type[WeightedLoss]] = [DCLLoss, DCLWLoss, DetConBLoss, DetConSLoss, M
 if hasattr(host, "DirectCLRLoss"):  # from 1.5.23 on
     from undimix_lightly.directclr_loss import DirectCLRLoss
 
-    OURS.insert(4, DirectCLRLoss)  # in the order of their names, as messages list them
+    OURS.append(DirectCLRLoss)
 CLASSES: dict[type[nn.Module], type[WeightedLoss]] = {getattr(host, cls.__name__): cls for cls in OURS}
 
 

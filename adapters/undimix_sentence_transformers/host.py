@@ -14,24 +14,24 @@ from torch import Tensor, nn
 
 from undimix_plugins.toolkit import release
 
-try:  # from 5.4 on
+RELEASE = release(version("sentence-transformers"))
+
+if RELEASE >= (5, 4):
     from sentence_transformers.sentence_transformer import losses
     from sentence_transformers.sentence_transformer.losses.matryoshka import CachedLossDecorator
-except ImportError:
+else:
     from sentence_transformers import losses  # type: ignore[attr-defined,no-redef]
     from sentence_transformers.losses.MatryoshkaLoss import CachedLossDecorator  # type: ignore[import-not-found,no-redef]
-try:  # from 5.1 on
+if RELEASE >= (5, 1):
     from sentence_transformers.util import all_gather_with_grad
-except ImportError:  # no loss takes `gather_across_devices`, so that nothing calls it
+else:  # no loss takes `gather_across_devices`, so that nothing calls it
     all_gather_with_grad = None  # type: ignore[assignment]
-try:  # from 6.0 on
+if RELEASE >= (6, 0):
     from sentence_transformers.base.data_collator import DEFAULT_LABEL_COLUMNS
     from sentence_transformers.base.losses.merged_forward import embed_columns
     from sentence_transformers.util import get_rank
-except ImportError:
-    DEFAULT_LABEL_COLUMNS = ("label", "labels", "score", "scores")
-    if release(version("sentence-transformers")) < (5, 2):
-        DEFAULT_LABEL_COLUMNS = ("label", "score")
+else:
+    DEFAULT_LABEL_COLUMNS = ("label", "labels", "score", "scores") if RELEASE >= (5, 2) else ("label", "score")
 
     def get_rank() -> int:
         """The number of this process, 0 without others."""

@@ -36,15 +36,11 @@ def calling_trainer() -> tuple[Trainer | None, int]:
     can_be_told = hasattr(Trainer, "loss_is_scaled_for_ga")
     for trainer, frame in trainers_above():
         caller = trainer
-        counted = frame.f_locals.get("num_items_in_batch") is not None
         if can_be_told and trainer.loss_is_scaled_for_ga is None:
             trainer.loss_is_scaled_for_ga = False
+        counted = frame.f_locals.get("num_items_in_batch") is not None
         if frame.f_code is Trainer.compute_loss.__code__:
-            if counted and trainer.args.average_tokens_across_devices:
-                parts = trainer.get_tp_size() if can_be_told else 1
-                factor = (
-                    int(trainer.args.n_gpu) if trainer.args.n_gpu > 1 else trainer.accelerator.num_processes // parts
-                )
+            factor = _of_processes(trainer) if counted and trainer.args.average_tokens_across_devices else 1
             if can_be_told:
                 break
         elif frame.f_code is Trainer.training_step.__code__ and not can_be_told:
@@ -52,6 +48,19 @@ def calling_trainer() -> tuple[Trainer | None, int]:
                 factor *= trainer.current_gradient_accumulation_steps
             break
     return caller, factor
+
+
+def _of_processes(trainer: Trainer) -> int:
+    """What `Trainer.compute_loss` multiplies a loss by, as if it were a share of a sum over all processes."""
+    if trainer.args.n_gpu > 1:
+        return int(trainer.args.n_gpu)
+    processes = int(trainer.accelerator.num_processes)
+    if hasattr(Trainer, "loss_is_scaled_for_ga"):
+        return processes // trainer.get_tp_size()
+    # Before the switch, releases whose code names the configuration divide by the parts of a tensor; others do not.
+    config = getattr(trainer.accelerator, "parallelism_config", None)
+    divides = "parallelism_config" in Trainer.compute_loss.__code__.co_consts
+    return processes // config.tp_size if divides and config is not None else processes
 
 
 def check_release(loss: str) -> None:

@@ -90,7 +90,7 @@ def mutag() -> TUDataset:
 def _mutag() -> TUDataset:
     grakel = find_spec("grakel")
     if grakel is None or grakel.origin is None:
-        raise ModuleNotFoundError("MUTAG's files come with grakel: pip install grakel (Python 3.11 or 3.12)")
+        raise ModuleNotFoundError("MUTAG's files come with grakel: pip install grakel (up to Python 3.12)")
     files = Path(grakel.origin).parent / "tests" / "data" / "MUTAG"
     with tempfile.TemporaryDirectory() as root:
         # TUDataset downloads only where the raw files are missing

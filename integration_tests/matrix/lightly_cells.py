@@ -61,9 +61,8 @@ ROWS = {
     "MACLLoss": Row(lambda gather: host.MACLLoss(TEMPERATURE)),
     "DetConSLoss": Row(lambda gather: host.DetConSLoss(TEMPERATURE, gather), regions=True),
     "DetConBLoss": Row(lambda gather: host.DetConBLoss(TEMPERATURE, gather), momentum=True, regions=True),
+    "DirectCLRLoss": Row(lambda gather: host.DirectCLRLoss(8, TEMPERATURE, gather_distributed=gather)),
 }
-if hasattr(host, "DirectCLRLoss"):  # from lightly 1.5.23 on
-    ROWS["DirectCLRLoss"] = Row(lambda gather: host.DirectCLRLoss(8, TEMPERATURE, gather_distributed=gather))
 
 
 def name_of(row: Row) -> str:

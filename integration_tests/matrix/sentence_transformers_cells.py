@@ -40,13 +40,18 @@ class Row(NamedTuple):
     logits: float = LOGITS
 
 
+def gathering(gather: bool) -> dict[str, bool]:
+    """The argument, which sentence-transformers has from 5.1 on."""
+    return {"gather_across_devices": True} if gather else {}
+
+
 def ranking(name: str, **settings: Any) -> Callable[[Any, bool], nn.Module]:
-    return lambda model, gather: getattr(losses, name)(model, LOGITS, gather_across_devices=gather, **settings)
+    return lambda model, gather: getattr(losses, name)(model, LOGITS, **gathering(gather), **settings)
 
 
 def guided(name: str, **settings: Any) -> Callable[[Any, bool], nn.Module]:
     return lambda model, gather: getattr(losses, name)(
-        model, encoder(seed=5).double().eval(), TEMPERATURE, gather_across_devices=gather, **settings
+        model, encoder(seed=5).double().eval(), TEMPERATURE, **gathering(gather), **settings
     )
 
 
@@ -56,7 +61,7 @@ def inside(wrap: Callable[[Any, nn.Module], nn.Module], name: str, **settings: A
 
 def sparse_ranking(model: Any, gather: bool, scale: float) -> nn.Module:
     """Inner products, of which SPLADE's are in the thousands."""
-    return sparse.SparseMultipleNegativesRankingLoss(model, scale, gather_across_devices=gather)
+    return sparse.SparseMultipleNegativesRankingLoss(model, scale, **gathering(gather))
 
 
 def csr_model(**settings: Any) -> Any:

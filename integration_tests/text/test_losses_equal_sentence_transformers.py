@@ -47,14 +47,16 @@ PLAIN: dict[str, tuple[int, Make]] = {
     "Symmetric": (3, lambda model: losses.MultipleNegativesSymmetricRankingLoss(model)),
     "GIST": (2, lambda model: losses.GISTEmbedLoss(model, guide(), temperature=0.1)),
     "GIST-relative": (3, lambda model: losses.GISTEmbedLoss(model, guide(), temperature=0.1, margin=0.1,
-                                                           margin_strategy="relative", contrast_anchors=False)),
-    "GIST-absolute": (3, lambda model: losses.GISTEmbedLoss(model, guide(), temperature=0.1, margin=0.05,
-                                                           contrast_positives=False)),
+                                                           margin_strategy="relative")),
+    "GIST-absolute": (3, lambda model: losses.GISTEmbedLoss(model, guide(), temperature=0.1, margin=0.05)),
+    "GIST-no-anchors": (3, lambda model: losses.GISTEmbedLoss(model, guide(), contrast_anchors=False)),
+    "GIST-no-positives": (3, lambda model: losses.GISTEmbedLoss(model, guide(), contrast_positives=False)),
 }  # fmt: skip
 CACHED: dict[str, tuple[int, Make]] = {
     "Cached": (2, lambda model: losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=5)),
     "Cached-all": (4, lambda model: losses.CachedMultipleNegativesRankingLoss(
         model, mini_batch_size=7, directions=ALL)),
+    "Cached-tokens": (3, lambda model: losses.CachedMultipleNegativesRankingLoss(model, mini_batch_num_tokens=60)),
     "Cached-hardness": (3, lambda model: losses.CachedMultipleNegativesRankingLoss(
         model, mini_batch_size=5, hardness_mode="hard_negatives", hardness_strength=5.0)),
     "CachedSymmetric": (3, lambda model: losses.CachedMultipleNegativesSymmetricRankingLoss(model, mini_batch_size=5)),
@@ -318,7 +320,7 @@ def test_a_cached_loss_that_sits_in_a_matryoshka_already() -> None:
 @pytest.mark.parametrize("wrap", [lambda model, loss: loss, matryoshka], ids=["", "matryoshka"])
 @pytest.mark.parametrize("name", ["MNRL", "Cached"])
 def test_a_schedule_softens_a_loss_once(name: str, wrap: Callable[[SentenceTransformer, nn.Module], nn.Module]) -> None:
-    """A cached loss holds another, which does the work: their weighting is one."""
+    """Also where the host's loss is inside: a cached loss, or a wrapper."""
     model = encoder().double()
     loss = wrap(model, undimix(EVERY[name][1](model), hardness=2.0))
     (found,) = weighted_losses(loss)
@@ -581,6 +583,9 @@ def test_import_warns_of_no_loss_that_nobody_uses() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def test_deprecated_losses_warn_as_the_hosts() -> None:
     needs("sentence-transformers", "5.3", "these losses are not deprecated")
     model = encoder()
     for cls in (ours.MultipleNegativesSymmetricRankingLoss, ours.CachedMultipleNegativesSymmetricRankingLoss):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightly import loss as lightly_losses
 from lightly.loss import NTXentLoss
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 
 import undimix_lightly
@@ -106,13 +106,10 @@ class Broken(Weighting):
         return torch.zeros(1, 1)
 
 
-BANKS: list[nn.Module] = [NTXentLoss(memory_bank_size=(8, WIDTH))]
-if hasattr(lightly_losses, "DirectCLRLoss"):  # from lightly 1.5.23 on
-    BANKS.append(lightly_losses.DirectCLRLoss(9, memory_bank_size=(8, 9)))
-
-
-@pytest.mark.parametrize("loss", BANKS)
-def test_a_step_that_fails_leaves_the_bank_as_it_was(loss: NTXentLoss) -> None:
+@pytest.mark.parametrize("name", ["NTXentLoss", "DirectCLRLoss"])
+def test_a_step_that_fails_leaves_the_bank_as_it_was(name: str) -> None:
+    dims = (WIDTH,) if name == "DirectCLRLoss" else ()
+    loss = getattr(lightly_losses, name)(*dims, memory_bank_size=(8, WIDTH))
     first, second = torch.randn(3, WIDTH, requires_grad=True), torch.randn(3, WIDTH)
     undimix(loss)(first, second)
     before = loss.memory_bank.bank.clone()

@@ -46,9 +46,8 @@ LOSSES: dict[str, Any] = {
     "plain-bank": lambda: NTXentLoss(0.2, memory_bank_size=(50, 8)),
     "DCL": lambda: undimix(DCLLoss(0.2)),
     "MACL": lambda: MACLLoss(0.2),
+    "DirectCLR": lambda: undimix(lightly_losses.DirectCLRLoss(loss_dim=4)),
 }
-if hasattr(lightly_losses, "DirectCLRLoss"):  # from lightly 1.5.23 on
-    LOSSES["DirectCLR"] = lambda: undimix(lightly_losses.DirectCLRLoss(loss_dim=4))
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)

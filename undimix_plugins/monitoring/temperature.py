@@ -171,7 +171,8 @@ def losses_with_temperature(
     kinds = (WeightedLoss, AdCo, *hosts)
     found: list[nn.Module] = []
     for loss in (part for part in module.modules() if isinstance(part, kinds)):
-        inside = getattr(loss, "loss", None)  # a toolkit's plain loss, which may have the temperature of a cached one
+        # The temperature of a cached loss may be that of the toolkit's plain loss inside it.
+        inside = None if temperature_name(loss) else getattr(loss, "loss", None)
         parts = [part for part in loss.modules() if isinstance(part, kinds) or part is inside]
         with_one = [part for part in parts if temperature_name(part)]
         if not with_one:

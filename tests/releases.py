@@ -18,7 +18,11 @@ CAME_WITH = [
     ("torch", "2.6", "module 'torch.compiler' has no attribute 'set_stance'"),
     ("torch", "2.6", "users to upgrade torch to at least v2.6"),  # with it, a Trainer loads its own checkpoints
     ("lightly", "1.5.21", "^loss: expected DCLW?Loss of lightly 1.5.21 or newer"),
-    ("lightly", "1.5.23", "'lightly.loss' has no attribute 'DirectCLRLoss'|^DirectCLRLoss: expected lightly 1.5.23"),
+    (
+        "lightly",
+        "1.5.23",
+        "has no attribute 'DirectCLRLoss'|cannot import name 'DirectCLRLoss'|^DirectCLRLoss: expected lightly 1.5.23",
+    ),
     ("sentence-transformers", "5.3", "^loss: expected CachedMultipleNegativesSymmetricRankingLoss of"),
     ("sentence-transformers", "5.3", "losses' has no attribute 'CachedSpladeLoss'"),
     ("sentence-transformers", "5.4", "'SentenceTransformer' object has no attribute 'preprocess'"),
@@ -28,6 +32,7 @@ CAME_WITH = [
         for since, arguments in (
             ("5.1", ("gather_across_devices", "contrast_anchors", "contrast_positives")),
             ("5.3", ("directions", "partition_mode", "hardness_mode", "hardness_strength")),
+            ("5.4", ("modality_config",)),
             ("5.7", ("mini_batch_num_tokens",)),
         )
         for argument in arguments

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from torch.testing._internal.distributed import fake_pg  # noqa: F401  # an old torch has "fake" with it
 
 from undimix_plugins import distributed
 

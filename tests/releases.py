@@ -26,6 +26,8 @@ CAME_WITH = [
     ("sentence-transformers", "5.3", "^loss: expected CachedMultipleNegativesSymmetricRankingLoss of"),
     ("sentence-transformers", "5.3", "losses' has no attribute 'CachedSpladeLoss'"),
     ("sentence-transformers", "5.4", "'SentenceTransformer' object has no attribute 'preprocess'"),
+    ("sentence-transformers", "5.5", "'DistributedDataParallel' object is not subscriptable"),  # AdaptiveLayerLoss
+    ("sentence-transformers", "6.0", "Strings must be encoded before hashing"),  # a sampler, by xxhash 4
     ("sentence-transformers", "6.0", "No module named 'sentence_transformers.multi_vector_encoder'"),
     # CLIP's mask, in float64; test_image_text.py runs there, with torch's default dtype.
     ("transformers", "5.0", "value cannot be converted to type float without overflow"),

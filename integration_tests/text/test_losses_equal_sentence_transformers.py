@@ -49,8 +49,8 @@ PLAIN: dict[str, tuple[int, Make]] = {
     "GIST-relative": (3, lambda model: losses.GISTEmbedLoss(model, guide(), temperature=0.1, margin=0.1,
                                                            margin_strategy="relative")),
     "GIST-absolute": (3, lambda model: losses.GISTEmbedLoss(model, guide(), temperature=0.1, margin=0.05)),
-    "GIST-no-anchors": (3, lambda model: losses.GISTEmbedLoss(model, guide(), contrast_anchors=False)),
-    "GIST-no-positives": (3, lambda model: losses.GISTEmbedLoss(model, guide(), contrast_positives=False)),
+    "GIST-no-anchors": (3, lambda model: losses.GISTEmbedLoss(model, guide(), 0.1, contrast_anchors=False)),
+    "GIST-no-positives": (3, lambda model: losses.GISTEmbedLoss(model, guide(), 0.1, contrast_positives=False)),
 }  # fmt: skip
 CACHED: dict[str, tuple[int, Make]] = {
     "Cached": (2, lambda model: losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=5)),

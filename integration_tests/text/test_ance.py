@@ -302,8 +302,9 @@ def test_resumed_and_broken_off(error: type[BaseException], told: Told, tmp_path
     with np.load(next((told.root / "checkpoint-8").glob("ance-*.npz"))) as saved, np.load(ance._table) as used:
         assert saved["table"].tobytes() == used["table"].tobytes()
         assert saved["mined_at"] == used["mined_at"] == 6
-    assert losses(trainer)[-1] == losses(told.trainer)[8]
     assert processes_of(ance) == []
+    needs("transformers", "5.0", "a resumed training has its batches in another order, with the plain loss, too")
+    assert losses(trainer)[-1] == losses(told.trainer)[8]
 
 
 @pytest.fixture
@@ -322,7 +323,7 @@ def checkpoint(told: Told, tmp_path: Path) -> str:
 def test_samplers_and_workers(sampler: str, told: Told, checkpoint: str, tmp_path: Path) -> None:
     """With prompts by column; workers read the same."""
     if sampler == "no_duplicates_hashed":
-        needs("sentence-transformers", "5.3", "it has no such sampler")
+        needs("sentence-transformers", "6.0", "it has no such sampler, or one that fails with xxhash 4")
     settings = {"batch_sampler": sampler, "prompts": {"anchor": "query: ", "negative_2": "text: "}}
     trainer = trainer_of(new(), tmp_path, **settings)
     trainer.train(resume_from_checkpoint=checkpoint)

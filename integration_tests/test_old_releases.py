@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from importlib.metadata import requires, version
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments
 import undimix_lightly
 import undimix_sentence_transformers as ours
 from integration_tests.text.tiny_models import encoder
-from tests.releases import is_older
+from tests.releases import only_before
 from undimix_plugins import undimix
 from undimix_plugins.toolkit import release
 from undimix_transformers import ImageTextLoss, SimCSELoss, trainer
@@ -28,14 +28,6 @@ PINNED = {
     name: dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints" / f"{name}.txt").read_text(), flags=re.MULTILINE))
     for name in ("oldest", "middle")
 }
-
-
-def only_before(toolkit: str, since: str) -> Any:
-    """Marks a test of what is refused in releases before one."""
-    newer = not is_older(toolkit, since)
-    return pytest.mark.skipif(
-        newer, reason=f"{toolkit} {version(toolkit)} is not older than {since}: nothing to refuse"
-    )
 
 
 # --- lightly

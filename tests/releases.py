@@ -6,6 +6,7 @@ import re
 import traceback
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,6 +51,14 @@ def is_older(package: str, than: str) -> bool:
         return release(version(package)) < release(than)
     except PackageNotFoundError:  # the core's tests need no toolkit
         return False
+
+
+def only_before(package: str, since: str) -> Any:
+    """Marks a test of what is refused in releases before one."""
+    newer = not is_older(package, since)
+    return pytest.mark.skipif(
+        newer, reason=f"{package} {version(package)} is not older than {since}: nothing to refuse"
+    )
 
 
 def needs(package: str, since: str, before: str) -> None:

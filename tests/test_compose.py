@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from tests import references
 from tests.contrasts import in_batch, make_every_look_cost, random_rows
-from tests.releases import is_older, needs
+from tests.releases import needs, only_before
 from tests.test_debiased import published
 from tests.test_false_negatives import (
     FORMS,
@@ -655,11 +655,10 @@ def test_compiles(name: str) -> None:
     assert_same(*compiled_and_not(ALL[name], of), of.inputs)
 
 
+@only_before(*NOT_WHOLE[:2])
 @pytest.mark.parametrize("name", COMPILE_IN_PARTS)
 @once
 def test_an_old_torch_refuses_to_compile_it_whole(name: str) -> None:
-    if not is_older(*NOT_WHOLE[:2]):
-        pytest.skip(f"torch {torch.__version__} is not older than {NOT_WHOLE[1]}: nothing to refuse")
     with pytest.raises(torch._dynamo.exc.Unsupported):
         compiled_and_not(ALL[name], of_two_views(6))
 

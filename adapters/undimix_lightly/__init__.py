@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 from importlib.metadata import version
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from undimix_plugins.toolkit import require
 
 require("lightly", extra="lightly")
+
+from lightly import loss as host  # noqa: E402
 
 from undimix_lightly.adapter import weighted  # noqa: E402
 from undimix_lightly.dcl_loss import DCLLoss, DCLWLoss  # noqa: E402
@@ -49,7 +50,7 @@ __all__ = [
     "non_semantic_columns",
     "weighted",
 ]
-if find_spec("lightly.loss.directclr_loss"):  # from 1.5.23 on
+if hasattr(host, "DirectCLRLoss"):  # from 1.5.23 on
     from undimix_lightly.directclr_loss import DirectCLRLoss
 else:
     __all__.remove("DirectCLRLoss")

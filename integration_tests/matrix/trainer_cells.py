@@ -186,9 +186,8 @@ def settings_saved(toolkit: Toolkit, row: Any, kind: str, root: Path) -> Run:
         trainer.save_model(str(root / "saved"))
         args = torch.load(root / "saved" / "training_args.bin", weights_only=False)
         assert args.to_json_string() == trainer.args.to_json_string()
-        written.append(
-            {**toolkit.saved(trainer, root / "saved"), "args": str({**args.to_dict(), "logging_dir": ""})}
-        )  # it has the time
+        settings = {**args.to_dict(), "logging_dir": ""}  # whose name has the time
+        written.append({**toolkit.saved(trainer, root / "saved"), "args": str(settings)})
     of_plain, of_kind = written
     told, weighting = of_kind.pop("weighting", None), repr(UnDiMix() if kind == "undimix" else Uniform())
     for name, value in of_kind.items():  # of a loss inside another, the card has its settings in a row

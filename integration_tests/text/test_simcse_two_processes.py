@@ -78,12 +78,7 @@ def streamed(sentences: list[dict[str, Any]], root: Path) -> dict[str, Any]:
 def evaluated_on_a_stream(triplets: Dataset, root: Path) -> list[str]:
     """What is warned of, or raised, in a training whose evaluations alone are on streamed data."""
     loss = undimix(SimCSELoss(rows_per_example=3), exclude_same_class=True)
-    settings = {
-        "eval_strategy": "steps",
-        "eval_steps": 1,
-        "max_steps": 2,
-        "prediction_loss_only": True,
-    }
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 2, "prediction_loss_only": True}
     trainer = single.make_trainer(single.make_model(0.0), triplets, root, loss, SentenceTuples(PADDED), **settings)
     trainer.eval_dataset = triplets.remove_columns("labels").to_iterable_dataset()
     with warnings.catch_warnings(record=True) as caught:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from lightly.loss import NTXentLoss
+from pytorch_metric_learning import losses as metric_losses
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import BoW
@@ -125,3 +126,29 @@ def test_simcse(method: UnDiMix) -> None:
     wanted = nt_xent(case(*unit([first, second]), normalize(second, dim=1), 0.1), method)
     got = SimCSELoss(temperature=0.1, weighting=method)(BaseModelOutput(last_hidden_state=hidden))
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+@pytest.mark.parametrize("reference", [False, True], ids=["in batch", "reference"])
+def test_pytorch_metric_learning(reference: bool, method: UnDiMix) -> None:
+    """NT-Xent compares each positive with the negatives alone, SupCon all positives at once."""
+    embeddings, other = columns(2)
+    labels, of_pool = torch.tensor([0, 1, 0, 2, 0]), torch.tensor([0, 0, 1, 3, 1])
+    anchors, pool = unit([embeddings, other if reference else embeddings])
+    of_pool = of_pool if reference else labels
+    own = [-1] * BATCH if reference else list(range(BATCH))
+    positives = [[j for j in range(BATCH) if of_pool[j] == label and j != own[i]] for i, label in enumerate(labels)]
+    among = case(anchors, anchors, pool, 0.3, own_columns=own, excluded=positives)
+    similar, (_, negative) = (anchors @ pool.T / 0.3).exp(), terms(among, method)
+    pairs = [-(similar[i, j] / (similar[i, j] + negative[i])).log() for i in range(BATCH) for j in positives[i]]
+    each = [
+        -sum((similar[i, j] / (sum(similar[i, p] for p in positives[i]) + negative[i])).log() for j in positives[i])
+        / len(positives[i])
+        for i in range(BATCH)
+        if positives[i]
+    ]
+    assert (len(pairs), len(each)) == ((8, 4) if reference else (6, 3))
+    further = {"ref_emb": other, "ref_labels": of_pool} if reference else {}
+    for host, of_batch in ((metric_losses.NTXentLoss, pairs), (metric_losses.SupConLoss, each)):
+        got = undimix(host(temperature=0.3), method)(embeddings, labels, **further)
+        torch.testing.assert_close(got, torch.stack(of_batch).mean(), rtol=0, atol=1e-10)

@@ -8,8 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from integration_tests.matrix import lightly_cells, pyg_cells, sentence_transformers_cells, transformers_cells
-from integration_tests.matrix.cells import TEMPERATURE, Run, apart, vector_of
+from integration_tests.matrix import (
+    lightly_cells,
+    pyg_cells,
+    pytorch_metric_learning_cells,
+    sentence_transformers_cells,
+    transformers_cells,
+)
+from integration_tests.matrix.cells import Run, apart, vector_of
+from integration_tests.matrix.plain_loop import Training
 from integration_tests.matrix.trainer_cells import MIDDLE, Toolkit, run_of, train
 from undimix_plugins import (
     ADNCE,
@@ -72,10 +79,10 @@ def in_a_trainer(toolkit: Toolkit, row: str, kind: str) -> Callable[[Weighting, 
     return run
 
 
-def in_a_plain_loop(row: str) -> Callable[[Weighting, Path], Run]:
+def in_a_plain_loop(cls: type[Training], row: str, kind: str) -> Callable[[Weighting, Path], Run]:
     def run(weighting: Weighting, root: Path) -> Run:
-        training = pyg_cells.Training(pyg_cells.ROWS[row], "uniform")
-        training.loss = undimix(pyg_cells.ROWS[row].ours(TEMPERATURE), weighting)
+        training = cls(cls.rows[row], kind)
+        training.loss = undimix(training.loss, weighting)
         training.train(range(1))
         return training.run()
 
@@ -95,15 +102,24 @@ HOSTS: dict[str, Callable[[Weighting, Path], Run]] = {
     "sentence_transformers - GISTEmbedLoss": in_a_trainer(
         sentence_transformers_cells.TOOLKIT, "GISTEmbedLoss", "plain"
     ),
-    "pyg - InfoGraphLoss": in_a_plain_loop("InfoGraphLoss"),
+    "pyg - InfoGraphLoss": in_a_plain_loop(pyg_cells.Training, "InfoGraphLoss", "uniform"),
     "transformers - ImageTextLoss": in_a_trainer(transformers_cells.TOOLKIT, "ImageTextLoss", "uniform"),
-    "pyg - GraphCLLoss": in_a_plain_loop("GraphCLLoss"),
-    "pyg - GRACELoss": in_a_plain_loop("GRACELoss"),
+    "pyg - GraphCLLoss": in_a_plain_loop(pyg_cells.Training, "GraphCLLoss", "uniform"),
+    "pyg - GRACELoss": in_a_plain_loop(pyg_cells.Training, "GRACELoss", "uniform"),
     "transformers - SimCSELoss": in_a_trainer(transformers_cells.TOOLKIT, "SimCSELoss", "uniform"),
+    **{
+        f"pytorch_metric_learning - {row}": in_a_plain_loop(pytorch_metric_learning_cells.Training, row, "plain")
+        for row in ("NTXentLoss", "NTXentLoss, triplets", "SupConLoss", "CrossBatchMemory")
+    },
 }
 
 # Their loss of an anchor has a single positive.
-NO_ATTRACTION = ("lightly - DCLWLoss", "lightly - MACLLoss", "sentence_transformers - GISTEmbedLoss")
+NO_ATTRACTION = (
+    "lightly - DCLWLoss",
+    "lightly - MACLLoss",
+    "sentence_transformers - GISTEmbedLoss",
+    *(host for host in HOSTS if host.startswith("pytorch_metric_learning")),
+)
 # The positive has no term in their denominator, or one that they also weight anchors by.
 NO_FACTOR = ("lightly - DCLLoss", "lightly - DCLWLoss", "lightly - MACLLoss", "pyg - GraphCLLoss")
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 from lightly.loss import NTXentLoss
+from open_clip.loss import ClipLoss
+from pytorch_metric_learning.losses import SupConLoss
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -86,8 +88,23 @@ def transformers() -> Step:
     return model, trainer.train
 
 
+def pytorch_metric_learning() -> Step:
+    model = nn.Linear(16, 8)
+    criterion = undimix(SupConLoss(temperature=0.2))
+    rows, labels = torch.randn(32, 16), torch.arange(32) % 4
+    return model, lambda: descend(model, criterion(model(rows), labels))
+
+
+def open_clip() -> Step:
+    model = nn.Linear(16, 8)
+    criterion = undimix(ClipLoss())
+    images, texts = torch.randn(2, 32, 16)
+    unit = nn.functional.normalize
+    return model, lambda: descend(model, criterion(unit(model(images)), unit(model(texts)), torch.tensor(5.0)))
+
+
 if __name__ == "__main__":
-    for toolkit in (lightly, sentence_transformers, torch_geometric, transformers):
+    for toolkit in (lightly, sentence_transformers, torch_geometric, transformers, pytorch_metric_learning, open_clip):
         torch.manual_seed(0)
         model, step = toolkit()
         before = [parameter.detach().clone() for parameter in model.parameters()]

@@ -27,6 +27,8 @@ REFERENCE = {
     "sentence-transformers": "undimix_sentence_transformers",
     "pyg": "undimix_pyg",
     "transformers": "undimix_transformers",
+    "pytorch-metric-learning": "undimix_pytorch_metric_learning",
+    "open-clip": "undimix_open_clip",
 }
 
 

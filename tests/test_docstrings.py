@@ -15,7 +15,14 @@ from lightly import loss as lightly_losses
 import undimix_plugins
 from undimix_plugins import toolkit, weightings
 
-ADAPTERS = ("undimix_lightly", "undimix_sentence_transformers", "undimix_pyg", "undimix_transformers")
+ADAPTERS = (
+    "undimix_lightly",
+    "undimix_open_clip",
+    "undimix_pytorch_metric_learning",
+    "undimix_sentence_transformers",
+    "undimix_pyg",
+    "undimix_transformers",
+)
 
 
 def modules_of(package: str) -> list[ModuleType]:

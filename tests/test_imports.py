@@ -7,7 +7,16 @@ import sys
 
 import pytest
 
-TOOLKITS = ("lightly", "sentence_transformers", "torch_geometric", "transformers", "sklearn", "pytorch_lightning")
+TOOLKITS = (
+    "lightly",
+    "open_clip",
+    "pytorch_metric_learning",
+    "sentence_transformers",
+    "torch_geometric",
+    "transformers",
+    "sklearn",
+    "pytorch_lightning",
+)
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
@@ -51,6 +60,8 @@ print(asked, loaded)
         ("undimix_sentence_transformers", "sentence_transformers", "sentence-transformers"),
         ("undimix_pyg", "torch_geometric", "pyg"),
         ("undimix_transformers", "transformers", "transformers"),
+        ("undimix_open_clip", "open_clip", "open-clip"),
+        ("undimix_pytorch_metric_learning", "pytorch_metric_learning", "pytorch-metric-learning"),
     ],
 )
 def test_an_adapter_without_its_toolkit_names_the_extra(adapter: str, toolkit: str, extra: str) -> None:

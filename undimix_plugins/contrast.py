@@ -24,7 +24,7 @@ from undimix_plugins.checks import (
     check_that_logits_fit,
 )
 from undimix_plugins.columns import distinct, is_not_among, mean_of_rows, sum_of_rows
-from undimix_plugins.distributed import gather_parts, processes
+from undimix_plugins.distributed import gather_constants, gather_parts, processes
 from undimix_plugins.rows import as_full_precision, full_precision
 
 #: A function from a block of r anchors (a slice) to a mask, bool [r, m]: True where a candidate is not their negative.
@@ -121,6 +121,9 @@ class Contrast:
         hard_negative_columns: For each anchor the columns of its explicit hard negatives in the pool [n, k], int64,
             padded with -1: the negatives that a dataset gives for this anchor. None if the loss has no explicit hard
             negatives. Columns that are not negatives of the anchor are ignored.
+        scores_given: Whether similarities were given instead of rows (`Contrast.of_scores`). Anchors and pool are then
+            no embeddings: they only have these similarities.
+        vectors: A vector of each candidate [m, w], for their distances, if similarities were given; or None.
 
     Examples:
         >>> z = torch.nn.functional.normalize(torch.randn(6, 16), dim=1)
@@ -144,6 +147,8 @@ class Contrast:
     positive_columns: Tensor | None
     has_own_positive: bool
     hard_negative_columns: Tensor | None = None
+    scores_given: bool = False
+    vectors: Tensor | None = None
 
     @staticmethod
     def of(
@@ -269,6 +274,92 @@ class Contrast:
             has_own_positive=not listed,
             hard_negative_columns=hard_negative_columns,
         )
+
+    @staticmethod
+    def of_scores(
+        scores: Tensor,
+        positives: Tensor,
+        excluded: Tensor | None,
+        temperature: float | Tensor,
+        own_columns: Tensor | None = None,
+        *,
+        vectors: Tensor | None = None,
+        **further: Any,
+    ) -> Contrast:
+        """Returns a contrast of similarities that are given, for scorers that are no inner product of two rows.
+
+        Late interaction (MaxSim) is one. Weightings that look at similarities alone work as with embeddings. So does
+        the influence of `UnDiMix`: it depends on the embeddings through the similarities alone. With S the similarities
+        and p - y the gradient of a task's cross-entropy at its logits,
+
+            I_ij = (p_i - y_i)^T S^T (p_j - y_j) / t^2,
+
+        where the task of anchor i is among the candidates, and that of candidate j among the anchors. For embeddings
+        it is the inner product of the two gradients at the embeddings, as `influence` computes it. The distances of
+        candidates need `vectors`.
+
+        Args:
+            scores: The similarity of each anchor to each candidate [n, m], floating point.
+            positives: The columns of each anchor's positives [n, p], integers, padded with -1, as in `Contrast.of`. Or
+                the similarity of each anchor to the positive of each anchor [n, n], same dtype, if the pool does not
+                contain the positives. An anchor's own is on the diagonal; the influence needs the others.
+            excluded: As in `Contrast.of`.
+            temperature: As in `Contrast.of`.
+            own_columns: As in `Contrast.of`.
+            vectors: A vector of each candidate [m, w], floating point, such as the mean of its tokens' vectors. Their
+                distances are the diversity. They get no gradient.
+            further: `excluded_mask`, `anchor_weights` and `hard_negative_columns` of `Contrast.of`.
+
+        Returns:
+            The contrast. Its rows have the given similarities as inner products: anchor i is row i of the identity.
+
+        Raises:
+            ValueError: If scores or vectors are not matrices of floats, do not match each other or the positives, or
+                (on the CPU) are not finite, or as `Contrast.of` does.
+
+        Examples:
+            >>> scores = torch.tensor([[3.0, 1.0], [0.5, 2.0]])
+            >>> contrast = Contrast.of_scores(scores, torch.tensor([[0], [1]]), None, temperature=0.5)
+            >>> contrast.logits(slice(0, 2))
+            tensor([[6., 2.],
+                    [1., 4.]])
+        """
+        check_embeddings(scores=scores)
+        rows = as_full_precision(scores)
+        anchors = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
+        if isinstance(positives, Tensor) and positives.is_floating_point():
+            check_embeddings(positives=positives)
+            if list(positives.shape) != [len(scores)] * 2 or positives.dtype != scores.dtype:
+                raise ValueError(
+                    f"positives: expected {scores.dtype} [{len(scores)}, {len(scores)}], the similarity of each anchor "
+                    f"to each positive, got {positives.dtype} {list(positives.shape)}"
+                )
+            positives = as_full_precision(positives).T
+        if vectors is not None:
+            check_embeddings(vectors=vectors)
+            if len(vectors) != scores.shape[1] or vectors.device != scores.device:
+                raise ValueError(
+                    f"vectors: expected one for each of the {scores.shape[1]} candidates, on {scores.device}, got "
+                    f"{list(vectors.shape)} on {vectors.device}"
+                )
+            vectors = vectors.detach().to(rows.dtype)
+        contrast = Contrast.of(anchors, positives, rows.T, excluded, temperature, own_columns, **further)
+        return replace(contrast, scores_given=True, vectors=vectors)
+
+    def check_has_rows(self, what: str) -> None:
+        """Raises a ValueError if similarities were given, for a method that needs the embeddings themselves.
+
+        Args:
+            what: Who needs them and what for, such as "MoCHi mixes them".
+
+        Examples:
+            >>> contrast = Contrast.of_scores(torch.eye(2), torch.tensor([[0], [1]]), None, temperature=0.5)
+            >>> contrast.check_has_rows("MoCHi mixes them")
+            Traceback (most recent call last):
+            ValueError: weighting: expected one that does without embeddings, which this loss lacks; MoCHi mixes them
+        """
+        if self.scores_given:
+            raise ValueError(f"weighting: expected one that does without embeddings, which this loss lacks; {what}")
 
     @property
     def held_temperature(self) -> float | Tensor:
@@ -528,7 +619,15 @@ def _not_here() -> Tensor:
     )
 
 
-def in_batch_negatives(anchors: Tensor, positives: Tensor, temperature: float | Tensor, **further: Any) -> Contrast:
+def in_batch_negatives(
+    anchors: Tensor,
+    positives: Tensor,
+    temperature: float | Tensor,
+    *,
+    gathered: tuple[Tensor, Tensor] | None = None,
+    offset: int = 0,
+    **further: Any,
+) -> Contrast:
     """Returns the contrast with in-batch negatives: the positives of the other anchors are an anchor's negatives.
 
     The rows are compared by inner products and are *not* normalised. Pass `unit_rows(...)` for cosine similarity.
@@ -538,13 +637,16 @@ def in_batch_negatives(anchors: Tensor, positives: Tensor, temperature: float | 
         positives: The positive of each anchor [n, d], same dtype. They are the pool of all anchors.
         temperature: The temperature that similarities are divided by, a finite number above 0 or a tensor with one
             element.
+        gathered: The anchors and the positives of all processes, each [N, d]. The positives are then the pool. None for
+            one process.
+        offset: The index of this process's first anchor among the gathered anchors.
         further: Further arguments of `Contrast.of`: `excluded_mask`, `anchor_weights`, `last_layer`.
 
     Returns:
-        A Contrast of n anchors with a pool of n positives.
+        A Contrast of n anchors with a pool of N positives, N = n for one process.
 
     Raises:
-        ValueError: As `Contrast.of` does.
+        ValueError: If the gathered rows differ in length, if `offset` is out of range, or as `Contrast.of` does.
 
     Examples:
         >>> contrast = in_batch_negatives(torch.randn(4, 8), torch.randn(4, 8), temperature=0.05)
@@ -552,8 +654,29 @@ def in_batch_negatives(anchors: Tensor, positives: Tensor, temperature: float | 
         (torch.Size([4, 8]), 3.0)
     """
     check_kinds(anchors=anchors, positives=positives)
-    own = torch.arange(len(anchors), device=anchors.device)
-    return Contrast.of(anchors, positives, positives, own[:, None], temperature, positives_in_pool=True, **further)
+    own, pool = torch.arange(len(anchors), device=anchors.device), positives
+    if gathered is not None:
+        all_anchors, pool = _checked_gathered(gathered, first=anchors)
+        _check_offset(offset, len(pool) - len(anchors))
+        own = own + offset
+        if len(pool) == processes() * len(anchors) > len(anchors):
+            # Contrast.of converts the pool, too.
+            constant = as_full_precision(all_anchors.detach())
+            further["gathered"] = GatheredPool(constant, None, own, gather_constants)
+    return Contrast.of(anchors, positives, pool, own[:, None], temperature, positives_in_pool=True, **further)
+
+
+def _checked_gathered(gathered: tuple[Tensor, Tensor], **of_process: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the rows of all processes. Raises a ValueError if they do not go with each other or with a process's."""
+    check_embeddings(**of_process, **{f"gathered[{part}]": rows for part, rows in enumerate(gathered)})
+    check_same_length(**{f"gathered[{part}]": rows for part, rows in enumerate(gathered)})
+    return gathered
+
+
+def _check_offset(offset: int, most: int) -> None:
+    """Raises a ValueError unless it is an index of a process's first row among the gathered ones."""
+    if not 0 <= offset <= most:
+        raise ValueError(f"offset: expected a place from 0 to {most} among the gathered samples, got {offset}")
 
 
 def two_views(
@@ -593,16 +716,13 @@ def two_views(
     check_embeddings(first=first, second=second)
     check_same_length(first=first, second=second)
     if gathered is not None:
-        check_embeddings(first=first, **{f"gathered[{view}]": rows for view, rows in enumerate(gathered)})
-        check_same_length(**{f"gathered[{view}]": rows for view, rows in enumerate(gathered)})
+        _checked_gathered(gathered, first=first)
     # In full precision first: autocast has no `cat` of a half precision other than its own.
     first, second = as_full_precision(first), as_full_precision(second)
     pool = views = torch.cat([first, second])
     if gathered is not None:
         pool = torch.cat([as_full_precision(rows) for rows in gathered])
-    most = len(pool) // 2 - len(first)
-    if not 0 <= offset <= most:
-        raise ValueError(f"offset: expected a place from 0 to {most} among the gathered samples, got {offset}")
+    _check_offset(offset, len(pool) // 2 - len(first))
     own = torch.arange(len(first), device=first.device) + offset
     other = own + len(pool) // 2
     own_columns = None if gathered is None else torch.cat([own, other])

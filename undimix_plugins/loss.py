@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from undimix_plugins.contrast import Contrast
+from undimix_plugins.contrast import Contrast, in_batch_negatives
 from undimix_plugins.fast.losses import Margin
 from undimix_plugins.plan import planned
 from undimix_plugins.rows import full_precision
@@ -52,6 +53,55 @@ def info_nce(contrast: Contrast, weighting: Weighting) -> Tensor:
     plan = planned(contrast, weighting)
     factor = weighting.positive_factor
     return mean_of(plan, _softplus if factor == 1 else partial(_softplus_above, factor))
+
+
+def info_nce_both_ways(
+    first: Tensor,
+    second: Tensor,
+    temperature: float | Tensor,
+    weighting: Weighting,
+    *,
+    gathered: tuple[Tensor, Tensor] | None = None,
+    offset: int = 0,
+    **further: Any,
+) -> Tensor:
+    """Computes CLIP's loss, weighted: the mean of `info_nce` from the first rows to the second, and back.
+
+    The rows are compared by inner products and are *not* normalised. Pass `unit_rows(...)` for cosine similarity.
+
+    Args:
+        first: Embeddings of one kind [n, d], such as of images, floating point.
+        second: The positive of each of the other kind [n, d], same dtype.
+        temperature: The temperature that similarities are divided by, a finite number above 0 or a tensor with one
+            element (a learned temperature gets its gradient).
+        weighting: How much each negative counts. `Uniform()` gives the plain loss.
+        gathered: The first and second rows of all processes, each [N, d]. Positives and negatives are taken from these.
+            None for one process.
+        offset: The index of this process's first row among the gathered rows.
+        further: Further arguments of `Contrast.of`, the same for both ways: `excluded_mask`, `anchor_weights`.
+
+    Returns:
+        A scalar, in the embeddings' dtype (float32 for half precision, also under autocast).
+
+    Raises:
+        ValueError: As `in_batch_negatives` and `info_nce` do.
+        TypeError: As `info_nce` does.
+
+    References:
+        Radford et al., arXiv 2103.00020, figure 3.
+
+    Examples:
+        >>> texts, images = unit_rows(texts=torch.randn(8, 16), images=torch.randn(8, 16))
+        >>> loss = info_nce_both_ways(texts, images, 0.07, UnDiMix())
+    """
+    back = None if gathered is None else (gathered[1], gathered[0])
+    losses = []
+    for anchors, positives, of_all in ((first, second, gathered), (second, first, back)):
+        if of_all is not None:
+            positives = of_all[1][offset : offset + len(anchors)]
+        contrast = in_batch_negatives(anchors, positives, temperature, gathered=of_all, offset=offset, **further)
+        losses.append(info_nce(contrast, weighting))
+    return (losses[0] + losses[1]) / 2
 
 
 def decoupled(contrast: Contrast, weighting: Weighting) -> Tensor:

@@ -25,7 +25,7 @@ from undimix_plugins.contrast import (
 )
 from undimix_plugins.distributed import check_equal_batches, gather_constants, gather_parts, processes
 from undimix_plugins.last_layer import LastLayer
-from undimix_plugins.loss import decoupled, info_nce, log_sums, mean_loss
+from undimix_plugins.loss import decoupled, info_nce, info_nce_both_ways, log_sums, mean_loss
 from undimix_plugins.monitoring.statistics import mean_statistics, negative_statistics, watch
 from undimix_plugins.monitoring.temperature import (
     TemperatureCycle,
@@ -33,11 +33,19 @@ from undimix_plugins.monitoring.temperature import (
     set_temperature,
 )
 from undimix_plugins.monitoring.warmup import check_warmup, hardness_share, set_hardness, weighted_losses
-from undimix_plugins.rows import as_full_precision, to_length_one, unit_rows
+from undimix_plugins.rows import as_full_precision, full_precision, to_length_one, unit_rows
 from undimix_plugins.scoped import Scoped
 from undimix_plugins.settings import constant
 from undimix_plugins.sums import LogSums, weighted_log_sum
-from undimix_plugins.weighted_loss import WeightedLoss, chosen_weighting, joined_class, release, require, reweight
+from undimix_plugins.weighted_loss import (
+    WeightedLoss,
+    chosen_weighting,
+    joined_class,
+    release,
+    require,
+    reweight,
+    with_parts,
+)
 from undimix_plugins.weightings.weighting import Weighting
 
 __all__ = [
@@ -64,11 +72,13 @@ __all__ = [
     "chosen_weighting",
     "constant",
     "decoupled",
+    "full_precision",
     "gather_constants",
     "gather_parts",
     "hardness_share",
     "in_batch_negatives",
     "info_nce",
+    "info_nce_both_ways",
     "joined_class",
     "log_sums",
     "losses_with_temperature",
@@ -89,4 +99,5 @@ __all__ = [
     "watch",
     "weighted_log_sum",
     "weighted_losses",
+    "with_parts",
 ]

@@ -246,16 +246,43 @@ def reweight(
         weighted: type[nn.Module] = type(loss)
     else:
         weighted = _weighted_class(loss, classes)
-    new = weighted.__new__(weighted)
-    # Modules, parameters, buffers and hooks stay shared, but each object needs its own dictionaries.
-    tables = set(vars(nn.Module()))
-    new.__dict__.update({k: v.copy() if k in tables and hasattr(v, "copy") else v for k, v in vars(loss).items()})
+    new = _copy(loss, weighted)
     new.__dict__.pop(WARMING_UP, None)
-    new.__dict__["_compiled_call_impl"] = None  # that of a compiled host would still call the host
     for name, default in cast(WeightedLoss, new).settings.items():
         new.__dict__.setdefault(name, default)
     cast(WeightedLoss, new).weigh(weighting)
     cast(WeightedLoss, new).set_options(**settings)
+    return new
+
+
+def _copy(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
+    """Returns a copy of a class, which shares modules, parameters, buffers and hooks."""
+    new = cls.__new__(cls)
+    tables = set(vars(nn.Module()))  # each object needs its own
+    new.__dict__.update({k: v.copy() if k in tables and hasattr(v, "copy") else v for k, v in vars(module).items()})
+    new.__dict__["_compiled_call_impl"] = None  # that of a compiled module would still call the module
+    return new
+
+
+def with_parts(module: nn.Module, **parts: nn.Module) -> nn.Module:
+    """Returns a copy of a module with other submodules, for a toolkit's loss that holds other losses.
+
+    Args:
+        module: The module. It is not changed.
+        parts: The new submodules, by name.
+
+    Returns:
+        A module of the same class. It shares parameters, buffers, hooks and all other submodules.
+
+    Examples:
+        >>> with_parts(torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Linear(2, 1)), **{"0": torch.nn.Tanh()})
+        Sequential(
+          (0): Tanh()
+          (1): Linear(in_features=2, out_features=1, bias=True)
+        )
+    """
+    new = _copy(module, type(module))
+    new._modules.update(parts)
     return new
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from sentence_transformers.sparse_encoder import losses as sparse
 from torch import nn
 
-from undimix_plugins.toolkit import WeightedLoss, Weighting, joined_class, reweight
+from undimix_plugins.toolkit import WeightedLoss, Weighting, joined_class, reweight, with_parts
 from undimix_sentence_transformers import gist_embed, multiple_negatives_ranking
 from undimix_sentence_transformers.host import CachedLossDecorator
 from undimix_sentence_transformers.host import losses as host
@@ -66,10 +66,9 @@ def weighted(loss: nn.Module, weighting: Weighting | None, **settings: Any) -> n
         inner = weighted(loss.loss, weighting, **settings)
         if inner is loss.loss and isinstance(loss, Around):
             return loss
-        wrapper = copy(loss)
-        wrapper._modules = {**loss._modules, "loss": inner}
+        wrapper = with_parts(loss, loss=inner)
         if not isinstance(loss, Around):
-            wrapper.__class__ = joined_class(Around, type(loss))  # type: ignore[arg-type,assignment]
+            wrapper.__class__ = joined_class(Around, type(loss))  # type: ignore[arg-type]
         return wrapper
     decorator = vars(loss).get("calculate_loss")
     if not isinstance(decorator, CachedLossDecorator):

@@ -14,8 +14,7 @@ from undimix_plugins.toolkit import (
     as_full_precision,
     check_embeddings,
     check_same_length,
-    in_batch_negatives,
-    info_nce,
+    info_nce_both_ways,
     to_length_one,
 )
 from undimix_transformers.trainer import calling_trainer, check_release, of_same_class, refuse_uncalled_class, trains
@@ -115,11 +114,7 @@ class ImageTextLoss(WeightedLoss):
         scale: Tensor = self._trained_by(trainer).logit_scale  # type: ignore[assignment]
         temperature = (-as_full_precision(scale)).exp().to(texts.device)
         mask = of_same_class(labels, len(texts)) if self.exclude_same_class else None
-        directions = ((texts, images), (images, texts))
-        losses = [
-            info_nce(in_batch_negatives(*rows, temperature, excluded_mask=mask), self.weighting) for rows in directions
-        ]
-        return (losses[0] + losses[1]) / 2 / share
+        return info_nce_both_ways(texts, images, temperature, self.weighting, excluded_mask=mask) / share
 
     def _trained_by(self, trainer: Trainer | None) -> nn.Module:
         """The model, or the one that the Trainer, by its `model_init`, has put in its place."""

@@ -1,6 +1,7 @@
 """Time and memory of a weighted loss by batch size, width and processes: `python -m benchmarks.cost.scaling`.
 
-The loss is lightly's `NTXentLoss`, forward and backward, on random embeddings in float32. Each measurement has a
+The loss is the `NTXentLoss` of lightly, or of pytorch-metric-learning, forward and backward, on two random views in
+float32. Each measurement has a
 process of its own. The memory is the increase of its peak of resident memory (on a GPU: of allocated memory) over a
 step. `docs/scaling.md` discusses the tables.
 """
@@ -18,6 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from lightly.loss import NTXentLoss
+from pytorch_metric_learning import losses as metric_losses
 from torch import Tensor, multiprocessing, nn
 from torch.utils.benchmark import timer
 from tqdm import tqdm
@@ -25,12 +27,16 @@ from tqdm import tqdm
 from undimix_plugins import UnDiMix, Uniform, Weighting, undimix
 
 WEIGHTINGS: dict[str, Weighting | None] = {"plain": None, "`Uniform()`": Uniform(), "`UnDiMix()`": UnDiMix()}
-PLAIN_UP_TO = 8192  # the plain loss needs some 16 matrices [views, views]
-PARTS = ("batches", "widths", "processes")
+# The most pairs: lightly's loss needs some 16 matrices [views, views], pytorch-metric-learning's five of a number for
+# each view and each two views.
+PLAIN_UP_TO = {"lightly": 8192, "pytorch-metric-learning": 256}
+PARTS = ("batches", "widths", "processes", "metric_learning")
 
 
-def criterion(weighting: Weighting | None, *, gather: bool = False) -> nn.Module:
+def criterion(toolkit: str, weighting: Weighting | None, *, gather: bool = False) -> nn.Module:
     host = NTXentLoss(gather_distributed=gather)
+    if toolkit == "pytorch-metric-learning":
+        host = metric_losses.SelfSupervisedLoss(metric_losses.NTXentLoss(temperature=0.5))
     return host if weighting is None else undimix(host, weighting)
 
 
@@ -65,6 +71,7 @@ class Case(NamedTuple):
     processes: int = 1
     threads: int = 1  # of each process
     device: str = "cpu"
+    toolkit: str = "lightly"
 
 
 def step(rank: int, sent: Connection, root: str, case: Case) -> None:
@@ -72,13 +79,13 @@ def step(rank: int, sent: Connection, root: str, case: Case) -> None:
     torch.set_num_threads(case.threads)
     if case.processes > 1:
         dist.init_process_group("gloo", init_method=f"file://{root}/init", rank=rank, world_size=case.processes)
-    loss = criterion(case.weighting, gather=case.processes > 1)
+    loss = criterion(case.toolkit, case.weighting, gather=case.processes > 1)
     inputs = views(case.batch // case.processes, case.width, case.device)
     loss(*views(4, case.width, case.device)).backward()
     before = peak(case.device)
     first = seconds(loss, inputs, 1)
     added = (peak(case.device) - before) / 2**20
-    taken = first if case.batch > PLAIN_UP_TO else seconds(loss, inputs, 5)
+    taken = first if case.batch > PLAIN_UP_TO["lightly"] else seconds(loss, inputs, 5)
     if rank == 0:
         sent.send((taken, added))
     if case.processes > 1:
@@ -87,7 +94,7 @@ def step(rank: int, sent: Connection, root: str, case: Case) -> None:
 
 def measured(case: Case) -> str:
     """The cell of a table; empty where the plain loss would need too much memory."""
-    if case.weighting is None and case.batch > PLAIN_UP_TO:
+    if case.weighting is None and case.batch > PLAIN_UP_TO[case.toolkit]:
         return ""
     received, sent = multiprocessing.get_context("spawn").Pipe(duplex=False)
     with tempfile.TemporaryDirectory() as root:
@@ -127,6 +134,13 @@ def main() -> None:
         "processes": (
             "CPU processes of a thread each, 2,048 pairs together",
             {str(count): Case(2048, processes=count) for count in (1, 2, 4)},
+        ),
+        "metric_learning": (
+            "pytorch-metric-learning, batch, width 128",
+            {
+                f"{batch:,}": one._replace(batch=batch, toolkit="pytorch-metric-learning")
+                for batch in (64, 128, 256, 1024, 4096)
+            },
         ),
     }
     for part in options.only:

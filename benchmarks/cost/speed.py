@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightly.loss import NTXentLoss
+from pytorch_metric_learning import losses as metric_losses
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import BoW
@@ -76,6 +77,16 @@ def losses(device: str) -> list[Case]:
     def lightly(loss: NTXentLoss) -> tuple[Callable[..., Tensor], Callable[[Weighting], Callable[..., Tensor]]]:
         return loss, lambda weighting: undimix(loss, weighting)
 
+    def metric(
+        loss: nn.Module, each: int
+    ) -> tuple[Callable[..., Tensor], Callable[[Weighting], Callable[..., Tensor]]]:
+        """Of rows of which so many are of each class."""
+
+        def of(loss: nn.Module) -> Callable[..., Tensor]:
+            return lambda rows: loss(rows, torch.arange(len(rows), device=rows.device) // each)
+
+        return of(loss), lambda weighting: of(undimix(loss, weighting))
+
     made = {
         "lightly NTXentLoss, batch 256, width 128": (*lightly(NTXentLoss()), (2, 256, 128)),
         "lightly NTXentLoss, batch 1024, width 128": (*lightly(NTXentLoss()), (2, 1024, 128)),
@@ -90,6 +101,18 @@ def losses(device: str) -> list[Case]:
             plain_ranking,
             weighted_ranking,
             (3, 1024, 384),
+        ),
+        "pytorch-metric-learning NTXentLoss, 128 rows, 4 of a class, width 128": (
+            *metric(metric_losses.NTXentLoss(), 4),
+            (1, 128, 128),
+        ),
+        "pytorch-metric-learning SupConLoss, 128 rows, 4 of a class, width 128": (
+            *metric(metric_losses.SupConLoss(), 4),
+            (1, 128, 128),
+        ),
+        "pytorch-metric-learning SupConLoss, 1024 rows, 16 of a class, width 128": (
+            *metric(metric_losses.SupConLoss(), 16),
+            (1, 1024, 128),
         ),
         "GraphCL as published, batch 128, width 32": (
             published_graphcl,

@@ -15,6 +15,8 @@ NAMES = {
     "sentence_transformers": "sentence-transformers",
     "pyg": "PyG",
     "transformers": "transformers",
+    "pytorch_metric_learning": "pytorch-metric-learning",
+    "open_clip": "open_clip",
 }
 LETTERS = string.ascii_lowercase
 ABSENT = "the toolkit's training loop has no such feature"

@@ -8,7 +8,14 @@ from types import ModuleType
 
 import pytest
 
-from integration_tests.matrix import lightly_cells, pyg_cells, sentence_transformers_cells, transformers_cells
+from integration_tests.matrix import (
+    lightly_cells,
+    open_clip_cells,
+    pyg_cells,
+    pytorch_metric_learning_cells,
+    sentence_transformers_cells,
+    transformers_cells,
+)
 from integration_tests.matrix.cells import cells, check
 
 pytestmark = pytest.mark.usefixtures("frozen")
@@ -20,6 +27,8 @@ TOOLKITS: dict[str, tuple[ModuleType, tuple[str, ...]]] = {
     "sentence_transformers": (sentence_transformers_cells, ("compile",)),
     "pyg": (pyg_cells, ("compile", "SIGKILL", "DDP")),
     "transformers": (transformers_cells, ("compile", "SIGKILL", "DDP")),
+    "pytorch_metric_learning": (pytorch_metric_learning_cells, ("compile", "SIGKILL", "DDP")),
+    "open_clip": (open_clip_cells, ("compile", "SIGKILL", "DDP")),
 }
 
 
@@ -58,3 +67,11 @@ def test_pyg(row: str, column: str, tmp_path: Path, record_property: Record) -> 
 
 def test_transformers(row: str, column: str, tmp_path: Path, record_property: Record) -> None:
     run_cell("transformers", row, column, tmp_path, record_property)
+
+
+def test_pytorch_metric_learning(row: str, column: str, tmp_path: Path, record_property: Record) -> None:
+    run_cell("pytorch_metric_learning", row, column, tmp_path, record_property)
+
+
+def test_open_clip(row: str, column: str, tmp_path: Path, record_property: Record) -> None:
+    run_cell("open_clip", row, column, tmp_path, record_property)

@@ -93,7 +93,11 @@ class StandardisedMix:
             self.scores["similarity"] = Similarity(logits, bounds, lengths)
         if mix.diversity:
             of_distance = CosineDiversity if mix.distance == "cosine" else EuclideanDiversity
-            self.scores["diversity"] = of_distance(logits, bounds, lengths, self.count)
+            rows, of_rows = logits.pool, lengths
+            if contrast.vectors is not None:
+                rows = contrast.vectors
+                of_rows = row_lengths(rows)[:, 0]
+            self.scores["diversity"] = of_distance(logits, bounds, rows, of_rows, self.count)
         self.strengths: dict[str, float] = {name: getattr(mix, name) for name in self.scores}
         self.root = self.count.sqrt()
         self.eps = ROUNDING * torch.finfo(self.root.dtype).eps * self.root

@@ -232,19 +232,23 @@ class CosineDiversity(Diversity):
         looks_up: Whether what is excluded is added from the logits: of two views of rows of length 1 it is there.
     """
 
-    def __init__(self, logits: Logits, bounds: Bounds, lengths: Tensor, count: Tensor) -> None:
-        """`lengths` are the pool's [m]; `count` is how many negatives each anchor has, at least 1 [n, 1]."""
+    def __init__(self, logits: Logits, bounds: Bounds, rows: Tensor, lengths: Tensor, count: Tensor) -> None:
+        """The `rows` are the pool, or vectors of its candidates [m, w], and these are their `lengths` [m].
+
+        `count` is how many negatives each anchor has, at least 1 [n, 1].
+        """
         super().__init__(bounds, lengths[None][:0], count)  # rows of length 1 need no bound
-        self.logits, pool = logits, logits.pool
+        self.logits = logits
         of_length_one = values_are_free(lengths) and all_one(lengths)
-        self.unit = pool if of_length_one else pool / lengths.masked_fill(lengths == 0, 1)[:, None]
+        are_pool = of_length_one and rows is logits.pool
+        self.unit = rows if of_length_one else rows / lengths.masked_fill(lengths == 0, 1)[:, None]
         total = self.unit.sum(dim=0)
-        self.centred = logits.centred if of_length_one else self.unit - total / len(self.unit)
+        self.centred = logits.centred if are_pool else self.unit - total / len(self.unit)
         if values_are_free(self.unit) and bool(total.norm() <= CONCENTRATED * len(self.unit)):
             rest = -(self.centred @ total) - (lengths == 0).to(self.unit.dtype)
         else:
             rest = precise_distances(self.unit).to(self.unit.dtype)
-        self.looks_up = of_length_one and logits.kept is not None and is_two_views(logits.contrast)
+        self.looks_up = are_pool and logits.kept is not None and is_two_views(logits.contrast)
         self.rest = rest * logits.factor if self.looks_up else rest
 
     def block(self, block: Block) -> Scored:
@@ -278,10 +282,10 @@ class CosineDiversity(Diversity):
 class EuclideanDiversity(Diversity):
     """Euclidean distances to the anchor's other negatives, summed."""
 
-    def __init__(self, logits: Logits, bounds: Bounds, lengths: Tensor, count: Tensor) -> None:
+    def __init__(self, logits: Logits, bounds: Bounds, rows: Tensor, lengths: Tensor, count: Tensor) -> None:
         """Takes the arguments of `CosineDiversity`."""
         super().__init__(bounds, lengths[None], count)
-        self.pool, self.listed = logits.pool, logits.contrast.excluded
+        self.pool, self.listed = rows, logits.contrast.excluded
 
     def block(self, block: Block) -> Scored:
         """Returns the score of a block of anchors."""

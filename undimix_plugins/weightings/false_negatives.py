@@ -92,6 +92,7 @@ class FalseNegatives(EqualWeights):
         Raises:
             ValueError: If the views of the support set do not match the anchors in number or width.
         """
+        contrast.check_has_rows(f"{type(self).__name__} compares them with the positives'")
         support = (SUPPORT.values() or [[]])[-1]
         n, width = len(contrast.anchors), contrast.pool.shape[1]
         for place, view in enumerate(support):

@@ -76,6 +76,7 @@ class MoCHi(EqualWeights):
 
     def combine(self, contrast: Contrast, positives: Tensor, negatives: Tensor, count: Tensor) -> Tensor:
         """Returns the log-sum of the negatives and the synthetic negatives [n]."""
+        contrast.check_has_rows("MoCHi mixes them")
         size = contrast.pool.shape[1] * int(self.s + self.s_prime) + len(contrast.pool)  # synthetic rows, and logits
         synthetic = [
             checkpoint(self._log_sum, contrast.anchors[rows], contrast, rows, use_reentrant=False)

@@ -184,7 +184,12 @@ class UnDiMix(Weighting):
         return replace(self, hardness=check_share(share) * self.hardness)
 
     def check(self, contrast: Contrast) -> None:
-        """Raises a ValueError if the weighting needs the inputs of the last layer and the contrast has none."""
+        """Raises a ValueError if the weighting needs what the contrast lacks: the last layer's inputs, or vectors."""
+        if self.diversity and contrast.scores_given and contrast.vectors is None:
+            raise ValueError(
+                "diversity: expected 0 where the loss gives similarities and no vectors, whose distances it needs, "
+                f"got {self.diversity!r}; use UnDiMix(diversity=0)"
+            )
         if self.gradient == "weight" and self.influence and contrast.last_layer is None:
             raise ValueError(
                 "gradient='weight' needs the last layer's inputs: expected a Contrast with last_layer, its "
@@ -255,7 +260,7 @@ class UnDiMix(Weighting):
                     *self._influence(contrast, *prepared.tasks, rows, negative), negative
                 )
             if self.diversity:
-                found["diversity"], _ = standardise(*self._diversity(contrast, rows, negative), negative)
+                found["diversity"], _ = standardise(*self._diversity(contrast, negative), negative)
         return Scores(found, share)
 
     def terms(self, prepared: Prepared, rows: slice) -> Terms:
@@ -345,9 +350,10 @@ class UnDiMix(Weighting):
         return scores, error
 
     @torch.no_grad()
-    def _diversity(self, contrast: Contrast, rows: slice, negative: Tensor) -> tuple[Tensor, Tensor]:
-        scores = mean_distances(contrast.pool, negative, self.distance)
-        lengths = contrast.pool.norm(dim=1)
+    def _diversity(self, contrast: Contrast, negative: Tensor) -> tuple[Tensor, Tensor]:
+        rows = contrast.pool if contrast.vectors is None else contrast.vectors
+        scores = mean_distances(rows, negative, self.distance)
+        lengths = rows.norm(dim=1)
         error = torch.ones_like(lengths) if self.distance == "cosine" else lengths
         return scores, _largest(error, negative)
 

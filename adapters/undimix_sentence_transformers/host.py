@@ -60,14 +60,22 @@ __all__ = [
 class Defaults:
     """The arguments that not every release of the host's losses has. Behind the host's class, whose own come first."""
 
-    gather_across_devices: Any = False  # from 5.1 on
+    gather_across_devices: Any = False
     contrast_anchors: Any = True
     contrast_positives: Any = True
-    directions: Any = ("query_to_doc",)  # from 5.3 on, as those below
+    directions: Any = ("query_to_doc",)
     partition_mode: Any = "joint"
     hardness_mode: Any = None
     hardness_strength: Any = 0.0
-    mini_batch_num_tokens: Any = None  # from 5.7 on
+    mini_batch_num_tokens: Any = None
+
+
+#: The release that brought each of them.
+CAME_WITH = {
+    **dict.fromkeys(("gather_across_devices", "contrast_anchors", "contrast_positives"), "5.1"),
+    **dict.fromkeys(("directions", "partition_mode", "hardness_mode", "hardness_strength"), "5.3"),
+    "mini_batch_num_tokens": "5.7",
+}
 
 
 class SymmetricDefaults(Defaults):
@@ -89,7 +97,8 @@ def initialise(loss: nn.Module, cls: type[nn.Module], *models: nn.Module, **argu
         if name not in takes and given != (default := getattr(type(loss), name)):
             raise TypeError(
                 f"{name}: expected {default!r}, as {cls.__name__} of sentence-transformers "
-                f"{version('sentence-transformers')} has no such argument, got {value!r}; newer releases have it"
+                f"{version('sentence-transformers')} has no such argument, got {value!r}; releases from "
+                f"{CAME_WITH[name]} on have it"
             )
     cls.__init__(loss, *models, **{name: value for name, value in arguments.items() if name in takes})
 

@@ -52,6 +52,11 @@ def ranking(name: str, **settings: Any) -> Callable[[bool], nn.Module]:
     )
 
 
+def distances(one: Tensor, other: Tensor) -> Tensor:
+    """Similarities that are no inner products, and differ from zero: a row has a gradient beside itself."""
+    return -(1 + (one[:, None] - other).square().sum(dim=2)).log()
+
+
 def guided(gather: bool) -> nn.Module:
     tiny = encoder()  # asked for its tokenizer alone
     return losses.CachedGISTEmbedLoss(tiny, tiny, 0.2, contrast_anchors=False, gather_across_devices=gather)
@@ -66,6 +71,10 @@ LOSSES: dict[str, tuple[Callable[[bool], nn.Module], int]] = {
     "DetConSLoss": (lightly("DetConSLoss"), 2),
     "DetConBLoss": (lightly("DetConBLoss"), 4),
     "MultipleNegativesRankingLoss": (ranking("MultipleNegativesRankingLoss", directions=DIRECTIONS), 3),
+    "MultipleNegativesRankingLoss, of distances": (
+        ranking("MultipleNegativesRankingLoss", directions=DIRECTIONS, similarity_fct=distances, scale=2.0),
+        3,
+    ),
     "MultipleNegativesSymmetricRankingLoss": (ranking("MultipleNegativesSymmetricRankingLoss"), 2),
     "CachedMultipleNegativesRankingLoss": (ranking("CachedMultipleNegativesRankingLoss", mini_batch_size=2), 3),
     "CachedGISTEmbedLoss": (guided, 3),

@@ -284,6 +284,7 @@ class Contrast:
         own_columns: Tensor | None = None,
         *,
         vectors: Tensor | None = None,
+        own: slice | None = None,
         **further: Any,
     ) -> Contrast:
         """Returns a contrast of similarities that are given, for scorers that are no inner product of two rows.
@@ -302,12 +303,15 @@ class Contrast:
             scores: The similarity of each anchor to each candidate [n, m], floating point.
             positives: The columns of each anchor's positives [n, p], integers, padded with -1, as in `Contrast.of`. Or
                 the similarity of each anchor to the positive of each anchor [n, n], same dtype, if the pool does not
-                contain the positives. An anchor's own is on the diagonal; the influence needs the others.
+                contain the positives. An anchor's own is on the diagonal; the influence needs the others. With `own`,
+                that of the anchors of all processes [N, n].
             excluded: As in `Contrast.of`.
             temperature: As in `Contrast.of`.
-            own_columns: As in `Contrast.of`.
+            own_columns: As in `Contrast.of`; with `own`, for the anchors of all processes [N].
             vectors: A vector of each candidate [m, w], floating point, such as the mean of its tokens' vectors. Their
                 distances are the diversity. They get no gradient.
+            own: Which rows of `scores` [N, m] are this process's n anchors, a slice. The others are those of other
+                processes; only the influence looks at them. None: all rows are.
             further: `excluded_mask`, `anchor_weights` and `hard_negative_columns` of `Contrast.of`.
 
         Returns:
@@ -326,12 +330,13 @@ class Contrast:
         """
         check_embeddings(scores=scores)
         rows = as_full_precision(scores)
-        anchors = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
+        every = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
+        anchors = every if own is None else every[own]
         if isinstance(positives, Tensor) and positives.is_floating_point():
             check_embeddings(positives=positives)
-            if list(positives.shape) != [len(scores)] * 2 or positives.dtype != scores.dtype:
+            if list(positives.shape) != [len(every), len(anchors)] or positives.dtype != scores.dtype:
                 raise ValueError(
-                    f"positives: expected {scores.dtype} [{len(scores)}, {len(scores)}], the similarity of each anchor "
+                    f"positives: expected {scores.dtype} [{len(every)}, {len(anchors)}], the similarity of each anchor "
                     f"to each positive, got {positives.dtype} {list(positives.shape)}"
                 )
             positives = as_full_precision(positives).T
@@ -343,6 +348,11 @@ class Contrast:
                     f"{list(vectors.shape)} on {vectors.device}"
                 )
             vectors = vectors.detach().to(rows.dtype)
+        if own is not None:
+            # Each process has all similarities: it solves all tasks alone.
+            columns = torch.arange(scores.shape[1], device=scores.device)
+            further["gathered"] = GatheredPool(every, own_columns, columns, lambda numbers: numbers)
+            own_columns = None if own_columns is None else own_columns[own]
         contrast = Contrast.of(anchors, positives, rows.T, excluded, temperature, own_columns, **further)
         return replace(contrast, scores_given=True, vectors=vectors)
 

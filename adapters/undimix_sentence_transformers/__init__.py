@@ -1,5 +1,9 @@
 """UnDiMix weights for sentence-transformers' losses: use `undimix(loss)`, or a class of this package."""
 
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any
+
 from undimix_plugins.toolkit import require
 
 require("sentence_transformers", extra="sentence-transformers")
@@ -19,10 +23,12 @@ from undimix_transformers.callbacks import HardnessWarmup, NegativeStatistics, T
 __all__ = [
     "ANCE",
     "CachedGISTEmbedLoss",
+    "CachedMultiVectorMultipleNegativesRankingLoss",
     "CachedMultipleNegativesRankingLoss",
     "CachedMultipleNegativesSymmetricRankingLoss",
     "GISTEmbedLoss",
     "HardnessWarmup",
+    "MultiVectorMultipleNegativesRankingLoss",
     "MultipleNegativesRankingLoss",
     "MultipleNegativesSymmetricRankingLoss",
     "NegativeStatistics",
@@ -30,3 +36,18 @@ __all__ = [
     "TemperatureSchedule",
     "weighted",
 ]
+LATE_INTERACTION = ("CachedMultiVectorMultipleNegativesRankingLoss", "MultiVectorMultipleNegativesRankingLoss")
+if find_spec("sentence_transformers.multi_vector_encoder"):  # from 6.0 on
+    from undimix_sentence_transformers.multi_vector import (
+        CachedMultiVectorMultipleNegativesRankingLoss,
+        MultiVectorMultipleNegativesRankingLoss,
+    )
+else:
+    __all__ = [name for name in __all__ if name not in LATE_INTERACTION]
+
+
+def __getattr__(name: str) -> Any:
+    if name in LATE_INTERACTION:
+        came = version("sentence-transformers")
+        raise ImportError(f"{name}: expected sentence-transformers 6.0 or newer, which has it, got {came}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
+from importlib.util import find_spec
 from typing import Any
 
 from sentence_transformers.sparse_encoder import losses as sparse
@@ -31,10 +32,16 @@ REFUSED = {
     "sentence_transformers.cross_encoder": (
         "a cross-encoder scores a pair of texts at once: there are no embeddings of negatives to compare"
     ),
-    "sentence_transformers.multi_vector_encoder": (
-        "late interaction compares texts by many vectors each: there is no one inner product for a pair"
-    ),
 }
+if find_spec("sentence_transformers.multi_vector_encoder"):  # from 6.0 on
+    from sentence_transformers.multi_vector_encoder import losses as late
+
+    from undimix_sentence_transformers import multi_vector
+
+    CLASSES |= {
+        late.MultiVectorMultipleNegativesRankingLoss: multi_vector.MultiVectorMultipleNegativesRankingLoss,
+        late.CachedMultiVectorMultipleNegativesRankingLoss: multi_vector.CachedMultiVectorMultipleNegativesRankingLoss,
+    }
 
 
 class Around(nn.Module):

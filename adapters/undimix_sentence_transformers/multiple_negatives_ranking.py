@@ -191,6 +191,7 @@ class InBatchLoss(RankingLoss):
     directions: tuple[Direction, ...]
     partition_mode: PartitionMode
     hardness_mode: HardnessMode | None
+    similarity_fct: Callable[[Tensor, Tensor], Tensor]
 
     def weigh(self, weighting: Weighting | None, **options: Any) -> None:
         """Sets the weighting; a ValueError for settings that do not go with it."""
@@ -201,26 +202,28 @@ class InBatchLoss(RankingLoss):
                 f"hardness_mode: expected None beside weighting={self.weighting}, got {self.hardness_mode!r}; both "
                 "weight the same negatives. Use hardness_mode=None, or weighting=Uniform() for the host's own"
             )
-        if self._compares_cosines():  # plain inner products may need any scale
+        if self._products() == "cosine":  # others may need any scale
             check_temperature("scale", self.scale, inverse=True)
 
-    def _compares_cosines(self) -> bool:
-        """Whether similarities are cosines or plain inner products; a ValueError for anything else."""
+    @property
+    def no_last_layer(self) -> str:
+        """Similarities that are no inner products rule one out."""
+        return "" if self._products() else "with a similarity_fct that is no inner product of embeddings"
+
+    def _products(self) -> Literal["cosine", "dot"] | None:
+        """What similarities are: cosines, plain inner products, or None for those of another function."""
         function: Any = self.similarity_fct
         owner = getattr(function, "__self__", None)
         if isinstance(owner, (SentenceTransformer, SparseEncoder)):
             # `model.similarity` is a bound method that looks up the model's similarity function by name.
             function = {"cosine": cos_sim, "dot": dot_score}.get(str(owner.similarity_fn_name))
-        if function is cos_sim or function is dot_score:
-            return function is cos_sim
-        raise ValueError(
-            "similarity_fct: expected cos_sim or dot_score of sentence_transformers.util, or a model.similarity "
-            f"that is one of them, got {self.similarity_fct!r}; weights need inner products of embeddings"
-        )
+        if function is cos_sim:
+            return "cosine"
+        return "dot" if function is dot_score else None
 
     def loss_of(self, embeddings: list[Tensor], labels: Tensor | None) -> Tensor:
         """The weighted loss of embedded columns, each [batch, width]."""
-        cosines = self._compares_cosines()
+        cosines = self._products() == "cosine"
         columns, of_batch, inputs = self.checked_batch(embeddings, labels, cosines)
         contrasts = self._contrasts(columns, inputs, cosines, of_batch)
         if self.partition_mode == "joint":
@@ -236,7 +239,8 @@ class InBatchLoss(RankingLoss):
         # Gradients flow back to the other devices' embeddings.
         queries, *docs = (all_gather_with_grad(column) for column in columns) if everywhere else columns
         batch_size = len(local_queries)
-        own = torch.arange(batch_size, device=queries.device) + (get_rank() * batch_size if everywhere else 0)
+        first = get_rank() * batch_size if everywhere else 0
+        own = torch.arange(batch_size, device=queries.device) + first
         all_docs = torch.cat(docs)
         # A query's own documents, a column each of the concatenated ones: its positive, then its hard negatives.
         own_docs = torch.stack([own + column * len(queries) for column in range(len(docs))], dim=1)
@@ -267,6 +271,32 @@ class InBatchLoss(RankingLoss):
                     own_rows=own_docs[:, :parts].T.flatten(),
                     gather=partial(gather_parts, parts=parts),
                 )
+            further: dict[str, Any] = {
+                "excluded_mask": of_batch.mask(len(pool), hard=of_pool == "doc", everywhere=everywhere),
+                "hard_negative_columns": (
+                    (own_docs[:, 1:] if direction == "query_to_doc" else no_columns) if len(docs) > 1 else None
+                ),
+            }
+            if self._products() is None:
+                every = queries if of_anchors == "query" else docs[0]
+                scores = self._similarities(of_anchors, every, pool)
+                of_positives = own[:, None]  # columns, or similarities where the pool holds no positives
+                if own_columns is not None:
+                    of_positives = self._similarities(of_anchors, every, positives)
+                    own_columns = torch.arange(len(queries), device=own.device)
+                contrasts.append(
+                    Contrast.of_scores(
+                        scores,
+                        of_positives,
+                        excluded,
+                        1 / self.scale,
+                        own_columns,
+                        vectors=pool,
+                        own=slice(first, first + batch_size) if len(queries) > batch_size else None,
+                        **further,
+                    )
+                )
+                continue
             contrasts.append(
                 Contrast.of(
                     anchors,
@@ -278,14 +308,21 @@ class InBatchLoss(RankingLoss):
                     # A pool of the anchors' own kind holds them themselves, one of the other kind their positives.
                     positives_in_pool=own_columns is None,
                     last_layer=last_layer,
-                    excluded_mask=of_batch.mask(len(pool), hard=of_pool == "doc", everywhere=everywhere),
                     gathered=gathered,
-                    hard_negative_columns=(
-                        (own_docs[:, 1:] if direction == "query_to_doc" else no_columns) if len(docs) > 1 else None
-                    ),
+                    **further,
                 )
             )
         return contrasts
+
+    def _similarities(self, of_anchors: str, anchors: Tensor, pool: Tensor) -> Tensor:
+        """The similarity of each anchor to each candidate, as the host asks for it: of queries to documents."""
+        scores = self.similarity_fct(anchors, pool) if of_anchors == "query" else self.similarity_fct(pool, anchors).T
+        if list(scores.shape) != [len(anchors), len(pool)]:
+            raise ValueError(
+                f"similarity_fct: expected a similarity of each row to each, [{len(anchors)}, {len(pool)}], got "
+                f"{list(scores.shape)} from {self.similarity_fct!r}"
+            )
+        return scores
 
 
 class MultipleNegativesRankingLoss(InBatchLoss, host.MultipleNegativesRankingLoss, Defaults):
@@ -304,8 +341,8 @@ class MultipleNegativesRankingLoss(InBatchLoss, host.MultipleNegativesRankingLos
     Args:
         model: The SentenceTransformer to train.
         scale: Similarities are multiplied by it: `1 / temperature`. A finite number above 0.
-        similarity_fct: `cos_sim` or `dot_score` of `sentence_transformers.util`, or a `model.similarity` that is one of
-            them. Scores have to be inner products of (normalised) embeddings.
+        similarity_fct: As in the host: `cos_sim`, `dot_score`, `model.similarity`, or another function of two tensors
+            of embeddings. `MoCHi`, the false-negative methods and a last layer need inner products.
         gather_across_devices: Whether to use the candidates of all devices.
         directions: As in the host. Each direction is one contrast.
         partition_mode: As in the host: "joint", one softmax over all directions, or "per_direction".
@@ -314,8 +351,8 @@ class MultipleNegativesRankingLoss(InBatchLoss, host.MultipleNegativesRankingLos
         weighting: How negatives are weighted. Default: `UnDiMix()`.
 
     Raises:
-        ValueError: If the host refuses a setting, the scale is not finite, `similarity_fct` is another, or a
-            `hardness_mode` is set with a weighting: both would weight the same negatives.
+        ValueError: If the host refuses a setting, the scale is not finite, or a `hardness_mode` is set with a
+            weighting: both would weight the same negatives.
         TypeError: If `weighting` is not a `Weighting`.
 
     Inputs:

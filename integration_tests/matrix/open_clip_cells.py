@@ -26,10 +26,15 @@ class Row(NamedTuple):
     logits: float = SCALE
 
 
+def coca(**kind: Any) -> nn.Module:
+    """With little of the captioning part, which no weight changes."""
+    return host.CoCaLoss(caption_loss_weight=0.1, clip_loss_weight=1.0, **kind)
+
+
 ROWS = {
     "ClipLoss": Row(host.ClipLoss),
     "ClipLoss, local_loss": Row(host.ClipLoss, {"local_loss": True, "gather_with_grad": True}),
-    "CoCaLoss": Row(lambda **kind: host.CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0, **kind)),
+    "CoCaLoss": Row(coca),
 }
 
 

@@ -663,8 +663,8 @@ def made_without_a_model(package: str, name: str) -> nn.Module:
             "can't be weighted: a cross-encoder scores a pair of texts at once",
         ),
         (
-            lambda model: made_without_a_model("multi_vector_encoder", "MultiVectorMultipleNegativesRankingLoss"),
-            "can't be weighted: late interaction compares texts by many vectors each",
+            lambda model: made_without_a_model("multi_vector_encoder", "MultiVectorMarginMSELoss"),
+            "MultiVectorMarginMSELoss has no negatives to weight or is not supported",
         ),
     ],
 )

@@ -10,8 +10,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.modules import BoW
-from sentence_transformers.util import cos_sim, dot_score, euclidean_sim
-from torch import Tensor
+from sentence_transformers.util import cos_sim, dot_score, euclidean_sim, manhattan_sim
+from torch import Tensor, nn
 
 import undimix_sentence_transformers as ours
 from undimix_plugins import HCL, UnDiMix, Uniform, undimix
@@ -69,6 +69,60 @@ def test_similarity_functions(name: str) -> None:
             torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
 
 
+def bilinear(a: Tensor, b: Tensor) -> Tensor:
+    """Not symmetric: queries and documents are different things."""
+    return a @ torch.diag(torch.linspace(0.5, 2, a.shape[1], dtype=a.dtype)) @ b.roll(1, dims=1).T
+
+
+SCORERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "distance": euclidean_sim,
+    "sum of differences": manhattan_sim,
+    "inner product, by another name": lambda a, b: a @ b.T,
+    "bilinear": bilinear,
+}
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize(("directions", "partition_mode"), LAYOUTS)
+def test_any_scorer(model: SentenceTransformer, directions: tuple[str, ...], partition_mode: str, scorer: str) -> None:
+    settings = {"directions": directions, "partition_mode": partition_mode, "similarity_fct": SCORERS[scorer]}
+    for cls in (losses.MultipleNegativesRankingLoss, losses.CachedMultipleNegativesRankingLoss):
+        host = cls(model, scale=0.7, **settings)
+        for count, batch in ((2, 6), (3, 5), (2, 1)):
+            embeddings = [part / 3 for part in columns(count, batch, torch.float64)]
+            wanted = of_any_form(host, embeddings)
+            for one, other in zip(of_any_form(undimix(host, Uniform()), embeddings), wanted, strict=True):
+                torch.testing.assert_close(one, other, rtol=0, atol=1e-10, equal_nan=scorer == "distance")
+            if batch > 1:
+                assert not torch.isclose(of_any_form(undimix(host), embeddings)[0], wanted[0], rtol=1e-4)
+
+
+def of_any_form(loss: nn.Module, embeddings: list[Tensor]) -> list[Tensor]:
+    """The value and gradients of a loss, cached or not, of embeddings."""
+    if not hasattr(loss, "calculate_loss"):
+        return value_and_gradients(loss, embeddings)
+    inputs = [part.detach().clone().requires_grad_() for part in embeddings]
+    value = loss.calculate_loss([list(part.split(4)) for part in inputs])
+    return [value.detach(), *torch.autograd.grad(value, inputs)]
+
+
+@pytest.mark.parametrize("weighting", [UnDiMix(), UnDiMix(mixing="linear"), UnDiMix(diversity=0), HCL()], ids=repr)
+@pytest.mark.parametrize(("directions", "partition_mode"), LAYOUTS)
+def test_a_scorer_of_inner_products_has_the_same_weights(
+    model: SentenceTransformer, directions: tuple[str, ...], partition_mode: str, weighting: UnDiMix | HCL
+) -> None:
+    """Whether the loss knows of the inner products, or is given similarities."""
+    settings = {"directions": directions, "partition_mode": partition_mode, "scale": 2.0}
+    known, unknown = (
+        undimix(losses.MultipleNegativesRankingLoss(model, similarity_fct=function, **settings), weighting)
+        for function in (dot_score, SCORERS["inner product, by another name"])
+    )
+    embeddings = [part / 3 for part in columns(3, 6, torch.float64)]
+    wanted, got = (value_and_gradients(loss, embeddings) for loss in (known, unknown))
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.parametrize("weighting", [UnDiMix(), UnDiMix(mixing="linear"), HCL()], ids=repr)
 @pytest.mark.parametrize(("directions", "partition_mode"), LAYOUTS)
 def test_weighting_changes_the_loss(
@@ -106,10 +160,12 @@ def test_hardness_mode_is_the_hosts_alone(model: SentenceTransformer) -> None:
 
 
 def test_refused(model: SentenceTransformer) -> None:
-    functions: list[Callable[[Tensor, Tensor], Tensor]] = [euclidean_sim, lambda a, b: a @ b.T]
-    for function in functions:
-        with pytest.raises(ValueError, match="similarity_fct: expected cos_sim or dot_score"):
-            undimix(losses.MultipleNegativesRankingLoss(model, similarity_fct=function))
+    embeddings = columns(2, 5, torch.float64)
+    loss = undimix(losses.MultipleNegativesRankingLoss(model, similarity_fct=lambda a, b: a.T @ b))
+    with pytest.raises(ValueError, match="similarity_fct: expected a similarity of each row to each"):
+        loss.compute_loss_from_embeddings(embeddings, None)
+    with pytest.raises(ValueError, match="last_layer: expected none with a similarity_fct that is no inner product"):
+        undimix(losses.MultipleNegativesRankingLoss(model, similarity_fct=euclidean_sim), last_layer=nn.Linear(2, 2))
     with pytest.raises(ValueError, match="scale: expected a finite number above 0, got inf"):
         undimix(losses.MultipleNegativesRankingLoss(model, scale=float("inf")))
 

@@ -197,3 +197,31 @@ def test_bad_input(given: dict[str, Tensor], words: str) -> None:
     arguments = {"scores": torch.zeros(3, 4), "positives": torch.zeros(3, 3), "excluded": None, "temperature": 0.5}
     with pytest.raises(ValueError, match=words):
         Contrast.of_scores(**{**arguments, **given})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("lowest", [-1e9, -1e6, -torch.inf])
+def test_what_cannot_be_compared_is_no_negative(lowest: float) -> None:
+    """In float32, beside so low a similarity, others would lose their digits."""
+    scores = (5 * rows(6) @ rows(11, seed=1).T).float().detach()
+    scores[:, 9], scores[2, 3] = lowest, lowest
+    scores.requires_grad_()
+    plain = cross_entropy(scores / 0.3, torch.arange(6))
+    wanted = torch.autograd.grad(plain, scores)[0]
+    contrast = Contrast.of_scores(scores, torch.arange(6)[:, None], None, 0.3)
+    loss = info_nce(contrast, Uniform())
+    torch.testing.assert_close(loss, plain, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(torch.autograd.grad(loss, scores)[0], wanted, rtol=1e-5, atol=1e-6)
+    assert contrast.count.tolist() == [9, 9, 8, 9, 9, 9]
+    kept = [column for column in range(11) if column != 9]
+    left = info_nce(contrast.without(torch.tensor([[-1], [-1], [3], [-1], [-1], [-1]])), UnDiMix(diversity=0))
+    less = scores[:, kept].masked_fill(scores[:, kept] < -1e5, 0)
+    own = Contrast.of_scores(less, torch.arange(6)[:, None], torch.tensor([[-1], [-1], [3], [-1], [-1], [-1]]), 0.3)
+    mixed = UnDiMix(influence=0, diversity=0)
+    torch.testing.assert_close(info_nce(contrast, mixed), info_nce(own, mixed), rtol=1e-5, atol=1e-5)
+    assert left.isfinite()
+
+
+def test_a_positive_may_be_that_low() -> None:
+    scores = torch.tensor([[-1e9, 1.0], [0.5, 2.0]])
+    loss = info_nce(Contrast.of_scores(scores, torch.tensor([[0], [1]]), None, 1.0), Uniform())
+    torch.testing.assert_close(loss, cross_entropy(scores, torch.arange(2)), rtol=1e-6, atol=0)

@@ -22,10 +22,13 @@ from undimix_plugins.checks import (
     check_same_length,
     check_scalar_temperature,
     check_that_logits_fit,
+    values_are_free,
 )
 from undimix_plugins.columns import distinct, is_not_among, mean_of_rows, sum_of_rows
 from undimix_plugins.distributed import gather_constants, gather_parts, processes
 from undimix_plugins.rows import as_full_precision, full_precision
+
+LOW = 1000.0  # how far a logit is below the largest if its exponential is 0, also in float64
 
 #: A function from a block of r anchors (a slice) to a mask, bool [r, m]: True where a candidate is not their negative.
 ExcludedMask = Callable[[slice], Tensor]
@@ -285,7 +288,9 @@ class Contrast:
         *,
         vectors: Tensor | None = None,
         own: slice | None = None,
-        **further: Any,
+        excluded_mask: ExcludedMask | None = None,
+        anchor_weights: Tensor | None = None,
+        hard_negative_columns: Tensor | None = None,
     ) -> Contrast:
         """Returns a contrast of similarities that are given, for scorers that are no inner product of two rows.
 
@@ -312,7 +317,12 @@ class Contrast:
                 distances are the diversity. They get no gradient.
             own: Which rows of `scores` [N, m] are this process's n anchors, a slice. The others are those of other
                 processes; only the influence looks at them. None: all rows are.
-            further: `excluded_mask`, `anchor_weights` and `hard_negative_columns` of `Contrast.of`.
+            excluded_mask: As in `Contrast.of`.
+            anchor_weights: As in `Contrast.of`.
+            hard_negative_columns: As in `Contrast.of`.
+
+        A candidate whose logit is 1,000 or more below the anchor's largest, or -inf, is no negative: its exponential is
+        0. Scorers mark what cannot be compared, such as an empty document, in this way.
 
         Returns:
             The contrast. Its rows have the given similarities as inner products: anchor i is row i of the identity.
@@ -328,8 +338,10 @@ class Contrast:
             tensor([[6., 2.],
                     [1., 4.]])
         """
-        check_embeddings(scores=scores)
-        rows = as_full_precision(scores)
+        check_kinds(scores=scores)
+        temperature = check_scalar_temperature(temperature, as_full_precision(scores).dtype)
+        rows, low = _without_low(as_full_precision(scores), positives, temperature, own)
+        check_embeddings(scores=rows)
         every = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
         anchors = every if own is None else every[own]
         if isinstance(positives, Tensor) and positives.is_floating_point():
@@ -348,12 +360,27 @@ class Contrast:
                     f"{list(vectors.shape)} on {vectors.device}"
                 )
             vectors = vectors.detach().to(rows.dtype)
+        gathered = None
         if own is not None:
             # Each process has all similarities: it solves all tasks alone.
             columns = torch.arange(scores.shape[1], device=scores.device)
-            further["gathered"] = GatheredPool(every, own_columns, columns, lambda numbers: numbers)
+            gathered = GatheredPool(every, own_columns, columns, lambda numbers: numbers)
             own_columns = None if own_columns is None else own_columns[own]
-        contrast = Contrast.of(anchors, positives, rows.T, excluded, temperature, own_columns, **further)
+        if low is not None:
+            mask = low.__getitem__
+            excluded_mask = mask if excluded_mask is None else partial(_either, excluded_mask, mask)
+        contrast = Contrast.of(
+            anchors,
+            positives,
+            rows.T,
+            excluded,
+            temperature,
+            own_columns,
+            excluded_mask=excluded_mask,
+            gathered=gathered,
+            anchor_weights=anchor_weights,
+            hard_negative_columns=hard_negative_columns,
+        )
         return replace(contrast, scores_given=True, vectors=vectors)
 
     def check_has_rows(self, what: str) -> None:
@@ -667,7 +694,7 @@ def in_batch_negatives(
     own, pool = torch.arange(len(anchors), device=anchors.device), positives
     if gathered is not None:
         all_anchors, pool = _checked_gathered(gathered, first=anchors)
-        _check_offset(offset, len(pool) - len(anchors))
+        check_offset(offset, len(pool) - len(anchors))
         own = own + offset
         if len(pool) == processes() * len(anchors) > len(anchors):
             # Contrast.of converts the pool, too.
@@ -683,8 +710,16 @@ def _checked_gathered(gathered: tuple[Tensor, Tensor], **of_process: Tensor) -> 
     return gathered
 
 
-def _check_offset(offset: int, most: int) -> None:
-    """Raises a ValueError unless it is an index of a process's first row among the gathered ones."""
+def check_offset(offset: int, most: int) -> None:
+    """Raises a ValueError unless it is an index of a process's first row among the gathered ones.
+
+    Args:
+        offset: The index.
+        most: The largest that leaves room for the process's rows.
+
+    Examples:
+        >>> check_offset(4, most=4)
+    """
     if not 0 <= offset <= most:
         raise ValueError(f"offset: expected a place from 0 to {most} among the gathered samples, got {offset}")
 
@@ -732,7 +767,7 @@ def two_views(
     pool = views = torch.cat([first, second])
     if gathered is not None:
         pool = torch.cat([as_full_precision(rows) for rows in gathered])
-    _check_offset(offset, len(pool) // 2 - len(first))
+    check_offset(offset, len(pool) // 2 - len(first))
     own = torch.arange(len(first), device=first.device) + offset
     other = own + len(pool) // 2
     own_columns = None if gathered is None else torch.cat([own, other])
@@ -749,6 +784,25 @@ def two_views(
         positives_in_pool=True,
         **further,
     )
+
+
+def _without_low(
+    scores: Tensor, positives: Tensor, temperature: float | Tensor, own: slice | None
+) -> tuple[Tensor, Tensor | None]:
+    """Returns similarities [N, m] of which none is so low that others would lose their digits beside it.
+
+    Beside them which of the own anchors' candidates were so low [n, m], or None if none was. A positive stays.
+    """
+    held = temperature.detach() if isinstance(temperature, Tensor) else temperature
+    limit = scores.detach().amax(dim=1, keepdim=True) - LOW * held
+    low = scores.detach() < limit
+    of_own = slice(None) if own is None else own
+    listed = isinstance(positives, Tensor) and not positives.is_floating_point() and positives.dim() == 2
+    if listed and len(positives) == len(low[of_own]):
+        low[of_own] &= is_not_among(positives.long().clamp(-1, scores.shape[1] - 1), scores.shape[1])
+    if values_are_free(low) and not bool(low.any()):
+        return scores, None
+    return torch.where(low, limit, scores), low[of_own]
 
 
 def _either(one: ExcludedMask, other: ExcludedMask, rows: slice) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from undimix_plugins.contrast import Contrast, in_batch_negatives
+from undimix_plugins.contrast import Contrast, check_offset, in_batch_negatives
 from undimix_plugins.fast.losses import Margin
 from undimix_plugins.plan import planned
 from undimix_plugins.rows import full_precision
@@ -94,6 +94,8 @@ def info_nce_both_ways(
         >>> texts, images = unit_rows(texts=torch.randn(8, 16), images=torch.randn(8, 16))
         >>> loss = info_nce_both_ways(texts, images, 0.07, UnDiMix())
     """
+    if gathered is not None:
+        check_offset(offset, len(gathered[0]) - len(first))
     back = None if gathered is None else (gathered[1], gathered[0])
     losses = []
     for anchors, positives, of_all in ((first, second, gathered), (second, first, back)):

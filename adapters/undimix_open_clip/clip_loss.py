@@ -18,6 +18,7 @@ from undimix_plugins.toolkit import (
     check_number,
     check_same_length,
     info_nce_both_ways,
+    values_are_free,
 )
 
 
@@ -86,7 +87,7 @@ class ClipLoss(WeightedLoss, HostClipLoss):
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: Tensor | float,
-        logit_bias: Tensor | None = None,
+        logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
     ) -> Any:
         """The weighted loss of a batch of pairs.
@@ -107,27 +108,24 @@ class ClipLoss(WeightedLoss, HostClipLoss):
                 finite, or if `logit_scale` is not above 0. On every process, if batches to gather differ in size. On
                 other devices, the loss is NaN for non-finite features.
         """
-        loss = self._contrastive(image_features, text_features, self._temperature(logit_scale))
-        if logit_bias is not None:
-            loss = loss + 0 * logit_bias.sum()  # it cancels, but all parameters of a model need a gradient
+        loss = self._contrastive(image_features, text_features, logit_scale)
+        if isinstance(logit_bias, Tensor):
+            if logit_bias.numel() != 1:
+                raise ValueError(f"logit_bias: expected one number for all pairs, got shape {list(logit_bias.shape)}")
+            loss = loss + 0 * logit_bias.to(loss).sum()  # it cancels, but a model's parameters need a gradient
         return {"contrastive_loss": loss} if output_dict else loss
 
-    def _temperature(self, logit_scale: Tensor | float) -> Tensor | float:
-        if isinstance(logit_scale, Tensor):
-            return as_full_precision(logit_scale).reciprocal()
-        return 1 / check_number("logit_scale", logit_scale, above=0)
-
-    def _contrastive(self, image_features: Tensor, text_features: Tensor, temperature: Tensor | float) -> Tensor:
-        def checked() -> tuple[Tensor, Tensor]:
-            rows = {"image_features": image_features, "text_features": text_features}
-            check_embeddings(**rows)
-            check_same_length(**rows)
-            return image_features, text_features
+    def _contrastive(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> Tensor:
+        def checked() -> tuple[Tensor, Tensor, Tensor | float]:
+            images, texts = as_full_precision(image_features), as_full_precision(text_features)
+            check_embeddings(image_features=images, text_features=texts)
+            check_same_length(image_features=images, text_features=texts)
+            return images, texts, _temperature(logit_scale)
 
         if self.world_size == 1:
-            images, texts = checked()
+            images, texts, temperature = checked()
             return info_nce_both_ways(images, texts, temperature, self.weighting)
-        check_equal_batches("image_features", checked, lambda rows: rows[0])
+        images, texts, temperature = check_equal_batches("image_features", checked, lambda batch: batch[0])
         every_image, every_text = gather_features(
             image_features,
             text_features,
@@ -136,17 +134,27 @@ class ClipLoss(WeightedLoss, HostClipLoss):
             rank=self.rank,
             world_size=self.world_size,
         )
+        every_image, every_text = as_full_precision(every_image), as_full_precision(every_text)
         if not self.local_loss:
             return info_nce_both_ways(every_image, every_text, temperature, self.weighting)
         offset = self.rank * len(image_features)
         return info_nce_both_ways(
-            image_features,
-            text_features,
+            images,
+            texts,
             temperature,
             self.weighting,
             gathered=(every_image, every_text),
             offset=offset,
         )
+
+
+def _temperature(logit_scale: Tensor | float) -> Tensor | float:
+    """One over the scale; a ValueError unless it is a finite number above 0. On other devices it is not looked at."""
+    if not isinstance(logit_scale, Tensor):
+        return 1 / check_number("logit_scale", logit_scale, above=0)
+    if logit_scale.numel() == 1 and values_are_free(logit_scale):
+        check_number("logit_scale", float(logit_scale.detach()), above=0)
+    return as_full_precision(logit_scale).reciprocal()
 
 
 # The host's class comes first: its `forward` calls that of the next class, which is ours.

@@ -21,6 +21,7 @@ from undimix_plugins.toolkit import (
     full_precision,
     log_sums,
     to_length_one,
+    values_are_free,
 )
 from undimix_pytorch_metric_learning.pairs import Pairs, pairs_by_indices, pairs_by_labels, positive_columns
 
@@ -39,16 +40,21 @@ class PairLoss(WeightedLoss):
 
     def weigh(self, weighting: Weighting | None, **options: Any) -> None:
         """Sets the weighting; a ValueError for a distance that is no inner product."""
+        self._check_distance()
+        self.loss_method = getattr(self, self.loss_method.__name__)  # else it would be that of the host's object
+        super().weigh(weighting, **options)
+
+    def _check_distance(self) -> None:
         kind, host = type(self.distance), DotProductSimilarity
-        inner = isinstance(self.distance, host) and kind.compute_mat is host.compute_mat and self.distance.power == 1
-        if not inner:
+        own = [
+            name for name in ("forward", "compute_mat", "normalize") if getattr(kind, name) is not getattr(host, name)
+        ]
+        if not isinstance(self.distance, host) or own or self.distance.power != 1:
             power = getattr(self.distance, "power", 1)
             raise ValueError(
                 "distance: expected CosineSimilarity or DotProductSimilarity, whose similarities are inner products, "
                 f"got {kind.__name__}{f' to the power of {power}' if power != 1 else ''}"
             )
-        self.loss_method = getattr(self, self.loss_method.__name__)  # else it would be that of the host's object
-        super().weigh(weighting, **options)
 
     # How many pairs there are depends on the labels: the loss runs outside of a compiled graph, by the fast path.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -78,7 +84,9 @@ class PairLoss(WeightedLoss):
                 is NaN for non-finite embeddings.
         """
         common_functions.labels_or_indices_tuple_required(labels, indices_tuple)
-        check_embeddings(embeddings=embeddings, ref_emb=ref_emb)
+        self._check_distance()  # which may have been set since
+        # In full precision: a reference may be in another precision than what autocast leaves.
+        check_embeddings(embeddings=as_full_precision(embeddings), ref_emb=as_full_precision(ref_emb))
         n, m = len(embeddings), len(ref_emb)
         if indices_tuple is not None:
             pairs = pairs_by_indices(indices_tuple, n, m, embeddings.device, repeats=self.counts_repeats)
@@ -87,8 +95,12 @@ class PairLoss(WeightedLoss):
                 raise ValueError("ref_labels: expected a label for each row of ref_emb, or an indices_tuple, got None")
             assert labels is not None
             pairs = pairs_by_labels(labels, ref_labels)
+        look = pairs.listed is not None and ref_emb is embeddings and values_are_free(pairs.listed)
+        if look and bool(pairs.listed.diagonal().any()):  # type: ignore[union-attr]
+            raise ValueError("indices_tuple: expected no anchor as its own negative, got one")
         # The host takes one pair of each kind for none at all.
-        if not len(pairs.anchors) or not pairs.negative_count or max(len(pairs.anchors), pairs.negative_count) == 1:
+        counts = pairs.positive_count, pairs.negative_count
+        if not min(counts) or max(counts) == 1:
             return self.zero_losses()  # type: ignore[no-any-return,operator]
         contrast = self._contrast(embeddings, ref_emb, pairs, same_labels=ref_labels is labels)
         negatives = log_sums(contrast, self.weighting, applies_factor=True).negatives
@@ -109,7 +121,8 @@ class PairLoss(WeightedLoss):
 
     def _contrast(self, embeddings: Tensor, ref_emb: Tensor, pairs: Pairs, same_labels: bool) -> Contrast:
         """Returns every anchor with its positives and its negatives among the rows of the reference."""
-        one_batch, unit = ref_emb is embeddings, bool(self.distance.normalize_embeddings)
+        # With labels of its own, a reference may have an anchor's own row as its positive or negative.
+        one_batch, unit = ref_emb is embeddings and same_labels, bool(self.distance.normalize_embeddings)
         self.distance.reset_stats()
         pool = self._compared(ref_emb)
         anchors = pool if one_batch else self._compared(embeddings)

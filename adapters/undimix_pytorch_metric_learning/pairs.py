@@ -15,13 +15,15 @@ class Pairs(NamedTuple):
     Attributes:
         anchors: The anchor of each positive pair [p], int64, in ascending order for pairs by labels.
         positives: The row of the reference of each positive pair [p], int64.
-        negative_count: The number of negative pairs.
+        positive_count: The number of positive pairs that are listed, repeated ones included.
+        negative_count: The number of negative pairs that are listed.
         listed: How often each pair is listed as a negative [n, m], int32. None for pairs by labels: then all rows are
             negatives but an anchor's positives and itself.
     """
 
     anchors: Tensor
     positives: Tensor
+    positive_count: int
     negative_count: int
     listed: Tensor | None = None
 
@@ -43,7 +45,9 @@ def pairs_by_labels(labels: Tensor, ref_labels: Tensor) -> Pairs:
         >>> pairs.anchors, pairs.positives, pairs.negative_count
         (tensor([0, 2]), tensor([2, 0]), 4)
     """
-    labels, of_reference = labels.contiguous(), ref_labels
+    others_only = ref_labels is labels
+    labels, of_reference = (part.byte() if part.dtype == torch.bool else part for part in (labels, ref_labels))
+    labels = labels.contiguous()
     ordered, order = of_reference.sort(stable=True)
     start = torch.searchsorted(ordered, labels)
     count = torch.searchsorted(ordered, labels, right=True) - start
@@ -52,10 +56,10 @@ def pairs_by_labels(labels: Tensor, ref_labels: Tensor) -> Pairs:
     place = torch.arange(len(anchors), device=labels.device) - (count.cumsum(0) - count)[anchors]
     positives = order[start[anchors] + place]
     negative_count = len(labels) * len(of_reference) - len(anchors)
-    if ref_labels is labels:
+    if others_only:
         others = anchors != positives
         anchors, positives = anchors[others], positives[others]
-    return Pairs(anchors, positives, negative_count)
+    return Pairs(anchors, positives, len(anchors), negative_count)
 
 
 def pairs_by_indices(
@@ -110,11 +114,12 @@ def pairs_by_indices(
     listed.index_put_((of_negatives, negatives), one, accumulate=True)
     if len(anchors) and bool(listed[anchors, positives].any()):
         raise ValueError("indices_tuple: expected each pair to be either positive or negative, got one as both")
+    positive_count = len(anchors)
     if not repeats:
         listed = listed.clamp(max=1)
         pairs = torch.unique(anchors * m + positives)
         anchors, positives = pairs // m, pairs % m
-    return Pairs(anchors, positives, len(negatives), listed)
+    return Pairs(anchors, positives, positive_count, len(negatives), listed)
 
 
 def _check_indices(name: str, indices: Tensor, device: torch.device) -> None:

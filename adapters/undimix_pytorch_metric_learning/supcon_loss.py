@@ -60,5 +60,6 @@ class SupConLoss(PairLoss, HostSupConLoss):
         none = count == 0
         log_sum = zeros.index_add(0, anchors, exponentials).masked_fill(none, 1).log() + most.masked_fill(none, 0)
         mean = zeros.index_add(0, anchors, positives) / count.masked_fill(none, 1)
-        losses = (self._surprise(negatives - log_sum) + log_sum - mean).masked_fill(none, 0)
+        # The difference first: a tiny loss added to a large log-sum would be rounded off.
+        losses = (self._surprise(negatives - log_sum) + (log_sum - mean)).masked_fill(none, 0)
         return losses, torch.arange(len(losses), device=losses.device), "element"

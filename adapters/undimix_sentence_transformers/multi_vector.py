@@ -13,14 +13,14 @@ from torch import Tensor
 from undimix_plugins.toolkit import (
     Contrast,
     Weighting,
+    as_full_precision,
     check_equal_batches,
     check_number,
-    gather_constants,
     info_nce,
     processes,
 )
 from undimix_sentence_transformers.host import get_rank
-from undimix_sentence_transformers.multiple_negatives_ranking import Features, RankingLoss
+from undimix_sentence_transformers.multiple_negatives_ranking import Features, RankingLoss, of_every_process
 
 Scorer = Callable[..., Tensor]
 
@@ -74,12 +74,9 @@ class MultiVectorLoss(RankingLoss):
         first = get_rank() * n if ranks > 1 else 0
         of_query = scores.shape[1] // (n * ranks)
         positives = (torch.arange(n, device=scores.device)[:, None] + first) * of_query
-        own = None
-        if ranks > 1:
-            every, own = gather_constants(scores), slice(first, first + n)
-            scores = torch.cat([every[:first], scores, every[first + n :]])
+        own = slice(first, first + n) if ranks > 1 else None
         contrast = Contrast.of_scores(
-            scores,
+            of_every_process(scores, first, self.gather_across_devices),
             positives,
             None,
             1 / self.scale,
@@ -94,7 +91,7 @@ class MultiVectorLoss(RankingLoss):
     def _checked(self, features: list[Features]) -> list[Features]:
         """The batch; a ValueError on every process if batches to gather differ in size."""
         if self.gather_across_devices:
-            check_equal_batches("sentence_features", lambda: features, lambda batch: batch[0]["input_ids"])
+            check_equal_batches("sentence_features", lambda: features, lambda batch: batch[0]["attention_mask"])
         return features
 
 
@@ -114,7 +111,7 @@ class _WithGradient(torch.autograd.Function):
 
 def _mean_vectors(documents: Tensor, mask: Tensor | None) -> Tensor:
     """The mean of each document's token vectors [queries * documents, d], without gradient."""
-    documents = documents.detach().flatten(0, 1)
+    documents = as_full_precision(documents.detach().flatten(0, 1))
     if mask is None:
         return documents.mean(dim=1)
     tokens = mask.flatten(0, 1)[:, :, None].to(documents.dtype)

@@ -35,6 +35,7 @@ from undimix_plugins.toolkit import (
     gather_parts,
     info_nce,
     log_sums,
+    processes,
     to_length_one,
 )
 from undimix_sentence_transformers.exclusions import Known, text_keys
@@ -184,6 +185,20 @@ def checked_columns(embeddings: Sequence[Tensor]) -> list[Tensor]:
     return columns
 
 
+def of_every_process(scores: Tensor, first: int, gather: bool) -> Tensor:
+    """The similarities of the anchors of all processes [N, m]; those of the others have no gradient.
+
+    Args:
+        scores: The similarities of this process's anchors [n, m].
+        first: The place of the first of them among all.
+        gather: Whether there are others; all processes call it then.
+    """
+    if not gather or processes() == 1:
+        return scores
+    every = gather_constants(scores)
+    return torch.cat([every[:first], scores, every[first + len(scores) :]])
+
+
 class InBatchLoss(RankingLoss):
     """What the losses without a guide share: from embeddings and the host's settings to the weighted loss."""
 
@@ -278,11 +293,12 @@ class InBatchLoss(RankingLoss):
                 ),
             }
             if self._products() is None:
-                every = queries if of_anchors == "query" else docs[0]
-                scores = self._similarities(of_anchors, every, pool)
+                scores = of_every_process(self._similarities(of_anchors, anchors, pool), first, everywhere)
                 of_positives = own[:, None]  # columns, or similarities where the pool holds no positives
                 if own_columns is not None:
-                    of_positives = self._similarities(of_anchors, every, positives)
+                    every = docs[0] if of_anchors == "query" else queries
+                    to_each = self._similarities(of_anchors, anchors, every)
+                    of_positives = of_every_process(to_each, first, everywhere)[:, own]
                     own_columns = torch.arange(len(queries), device=own.device)
                 contrasts.append(
                     Contrast.of_scores(

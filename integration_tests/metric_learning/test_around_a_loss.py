@@ -150,6 +150,22 @@ def test_gradients_at_the_last_layer(make: Any) -> None:
     assert other(first, labels, ref_emb=second, ref_labels=labels.flip(0)).isfinite()
 
 
+def test_a_distance_that_is_set_later_is_looked_at() -> None:
+    criterion = undimix(losses.NTXentLoss())
+    criterion.distance = distances.LpDistance()
+    with pytest.raises(ValueError, match="distance: expected CosineSimilarity or DotProductSimilarity"):
+        criterion(*batch())
+
+
+def test_a_reference_in_another_precision() -> None:
+    """As autocast leaves it beside a memory in float32."""
+    embeddings, labels = batch()
+    half = embeddings.to(torch.bfloat16)
+    value = undimix(losses.NTXentLoss(), Uniform())(half, labels, ref_emb=embeddings.float(), ref_labels=labels.clone())
+    wanted = losses.NTXentLoss()(half.float(), labels, ref_emb=embeddings.float(), ref_labels=labels.clone())
+    torch.testing.assert_close(value, wanted, rtol=1e-6, atol=1e-6)
+
+
 def test_every_kind_of_method() -> None:
     for make in LOSSES:
         plain = make(temperature=0.3)(*batch())
@@ -246,7 +262,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "integers": ({"embeddings": batch()[0].long()}, "embeddings: expected floating-point embeddings, got torch.int64"),
     "three dimensions": ({"embeddings": batch()[0][:, None]}, "embeddings: expected a tensor of shape [rows, width]"),
     "another width": ({"ref_emb": batch()[0][:, :3], "ref_labels": batch()[1]}, "ref_emb: expected width 6"),
-    "another dtype": ({"ref_emb": batch()[0].float(), "ref_labels": batch()[1]}, "ref_emb: expected torch.float64"),
+    "another dtype": ({"ref_emb": batch()[0].half(), "ref_labels": batch()[1]}, "ref_emb: expected torch.float64"),
     "nothing to tell pairs by": ({"labels": None}, "labels and indices_tuple cannot both be None"),
     "no labels of the reference": (
         {"ref_emb": batch(1)[0]},
@@ -266,6 +282,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "indices_tuple: expected rows from 0 to 15, got 15 to 16",
     ),
     "below 0": ({"indices_tuple": (PAIR - 1, PAIR, PAIR)}, "indices_tuple: expected rows from 0 to 15, got -1 to 0"),
+    "its own negative": (
+        {"indices_tuple": (PAIR, PAIR.flip(0), PAIR, PAIR)},
+        "indices_tuple: expected no anchor as its own negative, got one",
+    ),
     "both kinds": (
         {"indices_tuple": (PAIR, PAIR.flip(0), PAIR, PAIR.flip(0))},
         "indices_tuple: expected each pair to be either positive or negative, got one as both",

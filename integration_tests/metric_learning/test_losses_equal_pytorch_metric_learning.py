@@ -61,6 +61,37 @@ def test_a_reference_with_labels(make: Make) -> None:
     assert_equal(make, rows(9), labels, control=False, **one)
 
 
+@pytest.mark.parametrize("make", LOSSES)
+def test_the_batch_itself_as_reference(make: Make) -> None:
+    """With labels of its own, it has an anchor's own row among the positives or the negatives."""
+    for of_reference in (classes(9, 4), classes(9, 4, seed=1)):
+        results = []
+        for loss in (make(), undimix(make(), Uniform())):
+            embeddings = rows(9).requires_grad_()
+            value = loss(embeddings, classes(9, 4), ref_emb=embeddings, ref_labels=of_reference)
+            results.append([value.detach(), *torch.autograd.grad(value, embeddings)])
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_small_losses_keep_their_digits_in_float32() -> None:
+    """Losses of 1e-8 beside log-sums of 20: the default reducer of SupConLoss leaves out what is rounded to 0."""
+    draw = torch.Generator().manual_seed(0)
+    views = torch.randn(32, 128, generator=draw).repeat(2, 1)
+    embeddings = views + 0.02 * torch.randn(64, 128, generator=draw)
+    embeddings[5] = torch.randn(128, generator=draw)
+    labels = torch.arange(32).repeat(2)
+    for make in LOSSES:
+        precise = make(temperature=0.05)(embeddings.double(), labels)
+        value = undimix(make(temperature=0.05), Uniform())(embeddings, labels)
+        torch.testing.assert_close(value.double(), precise, rtol=1e-4, atol=0)
+
+
+def test_yes_and_no_as_labels() -> None:
+    for make in LOSSES:
+        assert_equal(make, rows(5), torch.tensor([True, False, True, False, True]))
+
+
 def test_labels_of_any_kind() -> None:
     for labels in (torch.tensor([0.5, 2.5, 0.5, 2.5, 1.0]), torch.tensor([-3, 900, -3, 900, 7], dtype=torch.int16)):
         for make in LOSSES:
@@ -180,6 +211,7 @@ def test_one_pair_of_each_kind_is_none_at_all(make: Make) -> None:
     one = torch.tensor([0])
     assert_equal(make, rows(3), None, (one, one + 1, one, one + 2), control=False)
     assert_equal(make, rows(3), None, (one, one + 1, one.repeat(2), torch.tensor([1, 2])[[1, 1]]))
+    assert_equal(make, rows(3), None, (one.repeat(2), one.repeat(2) + 1, one, one + 2))
     empty = one[:0]
     assert_equal(make, rows(3), None, (empty, empty, one, one + 2), control=False)
     assert_equal(make, rows(3), None, (one.repeat(2), torch.tensor([1, 2]), empty, empty), control=False)

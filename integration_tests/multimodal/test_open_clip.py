@@ -79,6 +79,21 @@ def test_a_bias_cancels_and_has_a_gradient() -> None:
     assert torch.equal(outcome(undimix(host.ClipLoss()), **bias)[0], outcome(undimix(host.ClipLoss()))[0])
 
 
+def test_a_bias_that_is_a_number_or_several() -> None:
+    images, texts = features(BATCH)
+    loss, scale = undimix(host.ClipLoss(), Uniform()), torch.tensor(4.0, dtype=torch.float64)
+    assert torch.equal(loss(images, texts, scale, -10.0), loss(images, texts, scale))
+    with pytest.raises(ValueError, match=r"logit_bias: expected one number for all pairs, got shape \[6\]"):
+        loss(images, texts, scale, torch.zeros(BATCH))
+
+
+def test_texts_in_another_precision() -> None:
+    images, texts = (rows.float() for rows in features(BATCH))
+    mixed = undimix(host.ClipLoss(), Uniform())(images.to(torch.bfloat16), texts, torch.tensor(4.0))
+    plain = host.ClipLoss()(images.to(torch.bfloat16).float(), texts, torch.tensor(4.0))
+    torch.testing.assert_close(mixed, plain, rtol=1e-6, atol=1e-6)
+
+
 def test_dictionaries() -> None:
     images, texts = features(BATCH)
     scale = torch.tensor(4.0)
@@ -156,7 +171,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a scale of 0": (
         lambda: undimix(host.ClipLoss())(*features(3), torch.tensor(0.0)),
         ValueError,
-        "temperature: expected",
+        "logit_scale: expected",
     ),
     "images alone": (
         lambda: undimix(host.ClipLoss())(features(3)[0], features(4)[1], torch.tensor(4.0)),

@@ -295,14 +295,15 @@ class Contrast:
         """Returns a contrast of similarities that are given, for scorers that are no inner product of two rows.
 
         Late interaction (MaxSim) is one. Weightings that look at similarities alone work as with embeddings. So does
-        the influence of `UnDiMix`: it depends on the embeddings through the similarities alone. With S the similarities
-        and p - y the gradient of a task's cross-entropy at its logits,
+        the influence of `UnDiMix`. With S the similarities and p - y the gradient of a task's cross-entropy at its
+        logits,
 
             I_ij = (p_i - y_i)^T S^T (p_j - y_j) / t^2,
 
-        where the task of anchor i is among the candidates, and that of candidate j among the anchors. For embeddings
-        it is the inner product of the two gradients at the embeddings, as `influence` computes it. The distances of
-        candidates need `vectors`.
+        where the task of anchor i is among the candidates, and that of candidate j among the anchors. For inner
+        products of embeddings it is the inner product of the two gradients at the embeddings, as `influence` computes
+        it. For other similarities it is what stands in its place: those of the embeddings of which S would be the inner
+        products. The distances of candidates need `vectors`. Time grows with n * n * m.
 
         Args:
             scores: The similarity of each anchor to each candidate [n, m], floating point.

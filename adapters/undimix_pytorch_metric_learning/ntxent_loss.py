@@ -24,8 +24,9 @@ class NTXentLoss(PairLoss, HostNTXentLoss):
     1 for `Uniform`, which gives the host's own loss. A negative that is listed k times for an anchor, as in triplets,
     counts as k negatives.
 
-    The memory grows with the number of positive pairs, not with positive pairs times negative pairs as in the host's
-    loss. Without an `indices_tuple` there is no matrix of anchors times rows, either.
+    The memory does not grow with positive pairs times negative pairs, as in the host's loss. A matrix of anchors times
+    rows is kept only while it is small. In float32, the host's loss of a pair ends at 87 and has no gradient there; ours
+    goes on.
 
     Args:
         temperature: Similarities are divided by it. A finite number above 0.

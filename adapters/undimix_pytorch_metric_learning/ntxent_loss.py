@@ -25,8 +25,8 @@ class NTXentLoss(PairLoss, HostNTXentLoss):
     counts as k negatives.
 
     The memory does not grow with positive pairs times negative pairs, as in the host's loss. A matrix of anchors times
-    rows is kept only while it is small. In float32, the host's loss of a pair ends at 87 and has no gradient there; ours
-    goes on.
+    rows is kept only while it is small. In float32, the host's loss of a pair ends at 87, without a gradient. Ours goes
+    on.
 
     Args:
         temperature: Similarities are divided by it. A finite number above 0.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo  # imported once there is a process group, it would keep it
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from pytorch_metric_learning import losses

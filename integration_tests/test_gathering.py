@@ -5,8 +5,6 @@ Gradients are those of a layer whose outputs the losses get, averaged over the r
 
 from __future__ import annotations
 
-import gc
-import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +20,7 @@ from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.modules import BoW
 from torch import Tensor, nn
 
+from integration_tests.ranks import leave_group
 from integration_tests.text.tiny_models import encoder
 from tests.releases import is_older, needs
 from undimix_plugins import HCL, PositiveAware, SimilarityPenalty, UnDiMix, Uniform, Weighting, undimix
@@ -219,10 +218,7 @@ def on_a_rank(rank: int, ranks: int, root: str) -> None:
         if name in WITH_LAYER:
             results[name]["weight"] = with_layer(make, AT_WEIGHT, *batch)
     torch.save(results, f"{root}/{rank}.pt")
-    world = weakref.ref(dist.group.WORLD)
-    dist.destroy_process_group()
-    gc.collect()
-    assert world() is None  # whose threads would else abort the process now and then, as it ends
+    leave_group()
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])

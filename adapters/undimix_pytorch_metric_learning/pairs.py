@@ -52,14 +52,17 @@ def pairs_by_labels(labels: Tensor, ref_labels: Tensor) -> Pairs:
     start = torch.searchsorted(ordered, labels)
     count = torch.searchsorted(ordered, labels, right=True) - start
     anchors = torch.arange(len(labels), device=labels.device).repeat_interleave(count)
-    # Within an anchor's pairs: 0, 1, 2 and so on.
-    place = torch.arange(len(anchors), device=labels.device) - (count.cumsum(0) - count)[anchors]
-    positives = order[start[anchors] + place]
+    positives = order[start[anchors] + _places(anchors, count)]
     negative_count = len(labels) * len(of_reference) - len(anchors)
     if others_only:
         others = anchors != positives
         anchors, positives = anchors[others], positives[others]
     return Pairs(anchors, positives, len(anchors), negative_count)
+
+
+def _places(anchors: Tensor, count: Tensor) -> Tensor:
+    """Returns 0, 1, 2 and so on within each anchor's pairs [p], for ordered anchors with `count` pairs each [n]."""
+    return torch.arange(len(anchors), device=anchors.device) - (count.cumsum(0) - count)[anchors]
 
 
 def pairs_by_indices(
@@ -150,7 +153,6 @@ def positive_columns(pairs: Pairs, n: int) -> Tensor:
     """
     anchors, order = pairs.anchors.sort(stable=True)
     count = anchors.bincount(minlength=n)
-    place = torch.arange(len(anchors), device=anchors.device) - (count.cumsum(0) - count)[anchors]
     columns = anchors.new_full((n, int(count.max())), -1)
-    columns[anchors, place] = pairs.positives[order]
+    columns[anchors, _places(anchors, count)] = pairs.positives[order]
     return columns

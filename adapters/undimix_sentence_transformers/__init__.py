@@ -1,7 +1,6 @@
 """UnDiMix weights for sentence-transformers' losses: use `undimix(loss)`, or a class of this package."""
 
 from importlib.metadata import version
-from importlib.util import find_spec
 from typing import Any
 
 from undimix_plugins.toolkit import require
@@ -11,6 +10,7 @@ require("sentence_transformers", extra="sentence-transformers")
 from undimix_sentence_transformers.adapter import weighted  # noqa: E402
 from undimix_sentence_transformers.ance import ANCE  # noqa: E402
 from undimix_sentence_transformers.gist_embed import CachedGISTEmbedLoss, GISTEmbedLoss  # noqa: E402
+from undimix_sentence_transformers.host import RELEASE  # noqa: E402
 from undimix_sentence_transformers.multiple_negatives_ranking import (  # noqa: E402
     CachedMultipleNegativesRankingLoss,
     CachedMultipleNegativesSymmetricRankingLoss,
@@ -37,7 +37,7 @@ __all__ = [
     "weighted",
 ]
 LATE_INTERACTION = ("CachedMultiVectorMultipleNegativesRankingLoss", "MultiVectorMultipleNegativesRankingLoss")
-if find_spec("sentence_transformers.multi_vector_encoder"):  # from 6.0 on
+if RELEASE >= (6, 0):
     from undimix_sentence_transformers.multi_vector import (
         CachedMultiVectorMultipleNegativesRankingLoss,
         MultiVectorMultipleNegativesRankingLoss,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from copy import copy
-from importlib.util import find_spec
 from typing import Any
 
 from sentence_transformers.sparse_encoder import losses as sparse
@@ -11,7 +10,7 @@ from torch import nn
 
 from undimix_plugins.toolkit import WeightedLoss, Weighting, joined_class, reweight, with_parts
 from undimix_sentence_transformers import gist_embed, multiple_negatives_ranking
-from undimix_sentence_transformers.host import CachedLossDecorator
+from undimix_sentence_transformers.host import RELEASE, CachedLossDecorator
 from undimix_sentence_transformers.host import losses as host
 
 CLASSES: dict[type[nn.Module], type[WeightedLoss]] = {
@@ -33,7 +32,7 @@ REFUSED = {
         "a cross-encoder scores a pair of texts at once: there are no embeddings of negatives to compare"
     ),
 }
-if find_spec("sentence_transformers.multi_vector_encoder"):  # from 6.0 on
+if RELEASE >= (6, 0):
     from sentence_transformers.multi_vector_encoder import losses as late
 
     from undimix_sentence_transformers import multi_vector

@@ -38,14 +38,16 @@ class MultiVectorLoss(RankingLoss):
         check_number("scale", self.scale, above=0)
         super().weigh(weighting, **options)
 
-    def _scored(self, run: Callable[[], Any], gradient: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Runs the host, and returns the similarities that it works out [n, m] and a vector of each document [m, d].
+    def _scored(self, run: Callable[[], Any], gradient: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Runs the host, and returns the similarities that it works out [n, m], and the documents' token vectors.
+
+        These are [queries, documents, tokens, d], with their mask [queries, documents, tokens], or None.
 
         With a `gradient` of these similarities, a backward pass of the host has this one in place of its own.
         """
         scorer = self.similarity_fct
         scored: list[Tensor] = []
-        documents: list[Tensor] = []
+        documents: list[tuple[Tensor, Tensor | None]] = []
         given = vars(self).pop("similarity_fct", None)  # None: a module, which is kept elsewhere
 
         def record(queries: Tensor, stacked: Tensor, **masks: Tensor) -> Tensor:
@@ -53,7 +55,7 @@ class MultiVectorLoss(RankingLoss):
             start = sum(map(len, scored))
             scored.append(scores)
             if not documents:
-                documents.append(_mean_vectors(stacked, masks.get("documents_mask")))
+                documents.append((stacked, masks.get("documents_mask")))
             if gradient is None:
                 return scores
             replaced: Tensor = _WithGradient.apply(scores, gradient[start : start + len(scores)])
@@ -66,9 +68,9 @@ class MultiVectorLoss(RankingLoss):
             del vars(self)["similarity_fct"]
             if given is not None:
                 self.similarity_fct = given
-        return torch.cat(scored), documents[0]
+        return torch.cat(scored), *documents[0]
 
-    def _loss_of(self, scores: Tensor, vectors: Tensor) -> Tensor:
+    def _loss_of(self, scores: Tensor, documents: Tensor, mask: Tensor | None) -> Tensor:
         """The weighted loss of this process's queries with all documents, which stand query by query."""
         n, ranks = len(scores), processes() if self.gather_across_devices else 1
         first = get_rank() * n if ranks > 1 else 0
@@ -80,7 +82,7 @@ class MultiVectorLoss(RankingLoss):
             positives,
             None,
             1 / self.scale,
-            vectors=vectors,
+            vectors=_mean_vectors(documents, mask),
             own=own,
             hard_negative_columns=(
                 positives + torch.arange(1, of_query, device=scores.device) if of_query > 1 else None
@@ -282,9 +284,9 @@ class CachedMultiVectorMultipleNegativesRankingLoss(
         if not with_backward:
             return self._loss_of(*self._scored(lambda: calculate(reps, masks_chunks)))
         with torch.no_grad():
-            scores, vectors = self._scored(lambda: calculate(reps, masks_chunks))
+            scores, documents, mask = self._scored(lambda: calculate(reps, masks_chunks))
         with torch.enable_grad():
-            loss = self._loss_of(scores.requires_grad_(), vectors)
+            loss = self._loss_of(scores.requires_grad_(), documents, mask)
             (gradient,) = torch.autograd.grad(loss, scores)
         self._scored(lambda: calculate(reps, masks_chunks, with_backward=True), gradient)
         return loss.detach()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from pytorch_metric_learning import losses
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 from torch import Tensor, nn
 
+from integration_tests.ranks import leave_group
 from undimix_plugins import UnDiMix, Uniform, undimix
 
 BATCH, WIDTH, RANKS = 9, 5, 2
@@ -59,10 +58,7 @@ def on_a_rank(rank: int, root: str) -> None:
             "undimix": outcome(undimix(make()), rank, RANKS),
         }
     torch.save(results, f"{root}/{rank}.pt")
-    world = weakref.ref(dist.group.WORLD)
-    dist.destroy_process_group()
-    gc.collect()
-    assert world() is None
+    leave_group()
 
 
 @pytest.fixture(scope="module")

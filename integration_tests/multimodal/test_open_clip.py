@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gc
 import logging
 import pickle
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import undimix_open_clip
 from integration_tests.matrix.cells import apart, vector_of
 from integration_tests.multimodal.tiny_clip import clip, digits
+from integration_tests.ranks import leave_group
 from undimix_plugins import HCL, UnDiMix, Uniform, info_nce, undimix
 from undimix_plugins.toolkit import in_batch_negatives
 
@@ -241,10 +240,7 @@ def on_a_rank(rank: int, ranks: int, root: str) -> None:
         with pytest.raises(ValueError, match="expected as many rows on every process"):
             step(undimix(host.ClipLoss(**settings)), short)
     torch.save(results, f"{root}/{rank}.pt")
-    world = weakref.ref(dist.group.WORLD)
-    dist.destroy_process_group()
-    gc.collect()
-    assert world() is None
+    leave_group()
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])

@@ -10,6 +10,7 @@ import pytest
 
 from integration_tests.matrix import (
     lightly_cells,
+    open_clip_cells,
     pyg_cells,
     pytorch_metric_learning_cells,
     sentence_transformers_cells,
@@ -18,6 +19,7 @@ from integration_tests.matrix import (
 from integration_tests.matrix.cells import Run, apart, vector_of
 from integration_tests.matrix.plain_loop import Training
 from integration_tests.matrix.trainer_cells import MIDDLE, Toolkit, run_of, train
+from tests.releases import is_installed
 from undimix_plugins import (
     ADNCE,
     BCL,
@@ -111,7 +113,14 @@ HOSTS: dict[str, Callable[[Weighting, Path], Run]] = {
         f"pytorch_metric_learning - {row}": in_a_plain_loop(pytorch_metric_learning_cells.Training, row, "plain")
         for row in ("NTXentLoss", "NTXentLoss, triplets", "SupConLoss", "CrossBatchMemory")
     },
+    "open_clip - ClipLoss": in_a_plain_loop(open_clip_cells.Training, "ClipLoss", "plain"),
 }
+if is_installed("stable-pretraining"):  # not beside old releases of the others
+    import tests.quiet_imports  # noqa: F401
+    from integration_tests.matrix import stable_pretraining_cells
+
+    for row in stable_pretraining_cells.ROWS:
+        HOSTS[f"stable_pretraining - {row}"] = in_a_plain_loop(stable_pretraining_cells.Training, row, "plain")
 
 # Their loss of an anchor has a single positive.
 NO_ATTRACTION = (

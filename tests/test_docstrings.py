@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from lightly import loss as lightly_losses
 
+import tests.quiet_imports  # noqa: F401
 import undimix_plugins
+from tests.releases import is_installed, is_older
 from undimix_plugins import toolkit, weightings
 
 ADAPTERS = (
@@ -22,15 +23,18 @@ ADAPTERS = (
     "undimix_sentence_transformers",
     "undimix_pyg",
     "undimix_transformers",
+    *(["undimix_stable_pretraining"] if is_installed("stable-pretraining") else []),
 )
+SINCE = {  # what a module's losses came with
+    "undimix_lightly.directclr_loss": ("lightly", "1.5.23"),
+    "undimix_sentence_transformers.multi_vector": ("sentence-transformers", "6.0"),
+}
 
 
 def modules_of(package: str) -> list[ModuleType]:
     path = importlib.import_module(package).__path__
     names = [package, *(found.name for found in pkgutil.walk_packages(path, f"{package}."))]
-    if not hasattr(lightly_losses, "DirectCLRLoss"):  # before lightly 1.5.23
-        names = [name for name in names if name != "undimix_lightly.directclr_loss"]
-    return [importlib.import_module(name) for name in names]
+    return [importlib.import_module(name) for name in names if not (name in SINCE and is_older(*SINCE[name]))]
 
 
 def names_for(module: ModuleType) -> dict[str, Any]:

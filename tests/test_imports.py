@@ -12,6 +12,7 @@ TOOLKITS = (
     "open_clip",
     "pytorch_metric_learning",
     "sentence_transformers",
+    "stable_pretraining",
     "torch_geometric",
     "transformers",
     "sklearn",
@@ -61,6 +62,7 @@ print(asked, loaded)
         ("undimix_pyg", "torch_geometric", "pyg"),
         ("undimix_transformers", "transformers", "transformers"),
         ("undimix_open_clip", "open_clip", "open-clip"),
+        ("undimix_stable_pretraining", "stable_pretraining", "stable-pretraining"),
         ("undimix_pytorch_metric_learning", "pytorch_metric_learning", "pytorch-metric-learning"),
     ],
 )

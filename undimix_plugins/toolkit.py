@@ -6,6 +6,7 @@ registers one function under the entry-point group `undimix_plugins.adapters`, w
 
 from undimix_plugins.checks import (
     check_choice,
+    check_columns,
     check_embeddings,
     check_labels,
     check_number,
@@ -37,6 +38,7 @@ from undimix_plugins.rows import as_full_precision, full_precision, to_length_on
 from undimix_plugins.scoped import Scoped
 from undimix_plugins.settings import constant
 from undimix_plugins.sums import LogSums, weighted_log_sum
+from undimix_plugins.views import contrast_of_views
 from undimix_plugins.weighted_loss import (
     WeightedLoss,
     chosen_weighting,
@@ -61,6 +63,7 @@ __all__ = [
     "Weighting",
     "as_full_precision",
     "check_choice",
+    "check_columns",
     "check_embeddings",
     "check_equal_batches",
     "check_labels",
@@ -71,6 +74,7 @@ __all__ = [
     "check_warmup",
     "chosen_weighting",
     "constant",
+    "contrast_of_views",
     "decoupled",
     "full_precision",
     "gather_constants",

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 from lightly.loss.dcl_loss import DCLLoss as HostDCLLoss
 from lightly.loss.dcl_loss import DCLWLoss as HostDCLWLoss
+from lightly.utils import dist
 from torch import Tensor
 
-from undimix_lightly.views import contrast_of_views
-from undimix_plugins.toolkit import WeightedLoss, Weighting, decoupled, log_sums, release, unit_rows
+from undimix_plugins.toolkit import WeightedLoss, Weighting, contrast_of_views, decoupled, log_sums, release, unit_rows
 
 WeightFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -84,7 +84,8 @@ class DCLLoss(WeightedLoss, HostDCLLoss):
                 finite; if the labels do not match. On every process, if batches to gather differ in size. On other
                 devices, the loss is NaN for non-finite projections.
         """
-        contrast = contrast_of_views(self, out0, out1, self.temperature, gather=self.gather_distributed, labels=labels)
+        gather = dist.gather if self.gather_distributed else None
+        contrast = contrast_of_views(self, self.temperature, gather=gather, labels=labels, out0=out0, out1=out1)
         if self.weight_fn is None:
             return decoupled(contrast, self.weighting)
         first, second = unit_rows(out0=out0, out1=out1)

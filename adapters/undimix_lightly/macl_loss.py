@@ -6,8 +6,7 @@ import torch
 from lightly.loss.macl_loss import MACLLoss as HostMACLLoss
 from torch import Tensor
 
-from undimix_lightly.views import contrast_of_views
-from undimix_plugins.toolkit import WeightedLoss, Weighting, mean_loss, unit_rows
+from undimix_plugins.toolkit import WeightedLoss, Weighting, contrast_of_views, mean_loss, unit_rows
 
 
 class MACLLoss(WeightedLoss, HostMACLLoss):
@@ -64,7 +63,7 @@ class MACLLoss(WeightedLoss, HostMACLLoss):
         first, second = unit_rows(z0=z0, z1=z1)
         alignment = (first.detach() * second.detach()).sum(dim=1).mean()
         temperature = self.temperature * (1 + self.alpha * (alignment - self.A_0))
-        contrast = contrast_of_views(self, z0, z1, temperature, labels=labels)
+        contrast = contrast_of_views(self, temperature, labels=labels, z0=z0, z1=z1)
         return mean_loss(contrast, self.weighting, self._of_margin, one_positive=True)
 
     def _of_margin(self, margin: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,13 +13,13 @@ from lightly.models.modules.memory_bank import MemoryBankModule
 from lightly.utils import dist
 from torch import Tensor
 
-from undimix_lightly.views import contrast_of_views
 from undimix_plugins.toolkit import (
     Contrast,
     GatheredPool,
     WeightedLoss,
     Weighting,
     check_equal_batches,
+    contrast_of_views,
     gather_constants,
     info_nce,
     unit_rows,
@@ -96,9 +96,8 @@ class NTXentLoss(WeightedLoss, HostNTXentLoss):
         """
         bank = self.memory_bank
         if not bank.size[0]:
-            contrast = contrast_of_views(
-                self, out0, out1, self.temperature, gather=self.gather_distributed, labels=labels
-            )
+            of_all = dist.gather if self.gather_distributed else None
+            contrast = contrast_of_views(self, self.temperature, gather=of_all, labels=labels, out0=out0, out1=out1)
             return info_nce(contrast, self.weighting)
         if labels is not None:
             raise ValueError("labels: expected none beside a memory bank, whose entries have none, got some")

@@ -146,7 +146,10 @@ def cells(
 def processes() -> Any:
     """Where they are started from: a server that has imported the toolkits, so that a start takes no seconds."""
     context = multiprocessing.get_context("forkserver")
-    toolkits = ("lightly", "open_clip", "pyg", "pytorch_metric_learning", "sentence_transformers", "transformers")
+    toolkits = [
+        *("lightly", "open_clip", "pyg", "pytorch_metric_learning", "sentence_transformers", "stable_pretraining"),
+        "transformers",
+    ]
     context.set_forkserver_preload([f"integration_tests.matrix.{toolkit}_cells" for toolkit in toolkits])
     return context
 

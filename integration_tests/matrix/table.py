@@ -17,6 +17,7 @@ NAMES = {
     "transformers": "transformers",
     "pytorch_metric_learning": "pytorch-metric-learning",
     "open_clip": "open_clip",
+    "stable_pretraining": "stable-pretraining",
 }
 LETTERS = string.ascii_lowercase
 ABSENT = "the toolkit's training loop has no such feature"

@@ -17,6 +17,7 @@ from integration_tests.matrix import (
     transformers_cells,
 )
 from integration_tests.matrix.cells import cells, check
+from tests.releases import is_installed
 
 pytestmark = pytest.mark.usefixtures("frozen")
 
@@ -30,13 +31,21 @@ TOOLKITS: dict[str, tuple[ModuleType, tuple[str, ...]]] = {
     "pytorch_metric_learning": (pytorch_metric_learning_cells, ("compile", "SIGKILL", "DDP")),
     "open_clip": (open_clip_cells, ("compile", "SIGKILL", "DDP")),
 }
+if is_installed("stable-pretraining"):  # not beside old releases of the others
+    import tests.quiet_imports  # noqa: F401
+    from integration_tests.matrix import stable_pretraining_cells
+
+    TOOLKITS["stable_pretraining"] = (stable_pretraining_cells, ("compile", "SIGKILL", "DDP"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    toolkit, left_out = TOOLKITS[metafunc.function.__name__.removeprefix("test_")]
-    every = metafunc.config.getoption("--matrix", default=False)
-    chosen = cells(toolkit.ROWS, toolkit.MACHINERY, every, left_out)
-    parameters = [pytest.param(*cell, id=" - ".join(cell)) for cell in chosen]
+    name = metafunc.function.__name__.removeprefix("test_")
+    parameters = []
+    if name in TOOLKITS:
+        toolkit, left_out = TOOLKITS[name]
+        every = metafunc.config.getoption("--matrix", default=False)
+        chosen = cells(toolkit.ROWS, toolkit.MACHINERY, every, left_out)
+        parameters = [pytest.param(*cell, id=" - ".join(cell)) for cell in chosen]
     metafunc.parametrize(("row", "column"), parameters)
 
 
@@ -75,3 +84,7 @@ def test_pytorch_metric_learning(row: str, column: str, tmp_path: Path, record_p
 
 def test_open_clip(row: str, column: str, tmp_path: Path, record_property: Record) -> None:
     run_cell("open_clip", row, column, tmp_path, record_property)
+
+
+def test_stable_pretraining(row: str, column: str, tmp_path: Path, record_property: Record) -> None:
+    run_cell("stable_pretraining", row, column, tmp_path, record_property)

@@ -62,10 +62,12 @@ def main() -> None:
         folder = Path(name).resolve()
         venv.create(folder / "venv", with_pip=True)
         python = folder / "venv" / "bin" / "python"
-        install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"{wheel}[all]"]
+        # stable-pretraining asks for newer releases than the oldest of the others.
+        extras = "all" if options.constraint else "all,stable-pretraining"
+        install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"{wheel}[{extras}]"]
         if options.constraint:
             install += ["--constraint", options.constraint.resolve()]
-        print(f"installing {wheel.name}[all]", flush=True)
+        print(f"installing {wheel.name}[{extras}]", flush=True)
         subprocess.run(install, cwd=folder, check=True)
         for block in (WHERE.format(version=version, folder=str(folder)), *BLOCKS):
             # -I: neither the current folder nor PYTHONPATH is searched.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -103,8 +104,20 @@ def open_clip() -> Step:
     return model, lambda: descend(model, criterion(unit(model(images)), unit(model(texts)), torch.tensor(5.0)))
 
 
+def stable_pretraining() -> Step:
+    from stable_pretraining.losses import NTXEntLoss
+
+    model = nn.Linear(16, 8)
+    criterion = undimix(NTXEntLoss(temperature=0.5))
+    first, second = torch.randn(2, 32, 16)
+    return model, lambda: descend(model, criterion(model(first), model(second)))
+
+
 if __name__ == "__main__":
-    for toolkit in (lightly, sentence_transformers, torch_geometric, transformers, pytorch_metric_learning, open_clip):
+    toolkits = [lightly, sentence_transformers, torch_geometric, transformers, pytorch_metric_learning, open_clip]
+    if find_spec("stable_pretraining"):  # not in "all"
+        toolkits.append(stable_pretraining)
+    for toolkit in toolkits:
         torch.manual_seed(0)
         model, step = toolkit()
         before = [parameter.detach().clone() for parameter in model.parameters()]

@@ -325,9 +325,11 @@ def _weighted_class(loss: nn.Module, classes: Mapping[type[nn.Module], type[Weig
         wraps = isinstance(getattr(loss, "loss", None), tuple(classes))
         hint = f". Weight the loss inside it: {cls.__name__}(..., undimix(loss), ...)" if wraps else ""
         if _looks_like_a_model(loss):
+            names = (name for name, part in loss.named_modules() if name and isinstance(part, tuple(classes)))
+            inside = next((f", model.{name} = undimix(model.{name})" for name in names), "")
             raise TypeError(
-                f"loss: {cls.__name__} looks like a model, not a loss: weight the loss that trains it; supported: "
-                f"{supported}"
+                f"loss: {cls.__name__} looks like a model, not a loss: weight the loss that trains it{inside}; "
+                f"supported: {supported}"
             )
         looks = f", {why_no_loss(loss)}" if why_no_loss(loss) else ""
         raise TypeError(

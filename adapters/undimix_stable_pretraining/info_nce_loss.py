@@ -53,14 +53,13 @@ class InfoNCELoss(WeightedLoss, HostInfoNCELoss):
         >>> loss = InfoNCELoss(temperature=0.2)(anchors, candidates, targets=torch.arange(4))
     """
 
-    replaces = ("forward", "_compute")
+    replaces = ("_compute",)  # which its forward calls, and that of a user's subclass
     no_last_layer = "with candidates that may come from elsewhere"
 
     def __init__(self, temperature: float = 0.07, weighting: Weighting | None = None) -> None:
         super().__init__(temperature)
         self.weigh(weighting)
 
-    # The host's `forward` calls it.
     def _compute(
         self,
         anchors: Tensor,

@@ -1,0 +1,441 @@
+"""stable-pretraining's losses: with Uniform() they are its own; its own module and callbacks train ours."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from torch.utils.data import DataLoader, Dataset
+
+import tests.quiet_imports  # noqa: F401
+from integration_tests.matrix.cells import apart, vector_of
+from integration_tests.ranks import leave_group
+from undimix_plugins import HCL, UnDiMix, Uniform, info_nce, two_views, undimix
+from undimix_plugins.toolkit import Contrast, info_nce_both_ways
+
+spt = pytest.importorskip("stable_pretraining", reason="it is not installed beside old releases of the others")
+
+import lightning as pl  # noqa: E402
+import torchmetrics  # noqa: E402
+from stable_pretraining import forward  # noqa: E402
+from stable_pretraining.losses.joint_embedding import InfoNCELoss  # noqa: E402
+
+import undimix_lightly  # noqa: E402
+import undimix_stable_pretraining  # noqa: E402
+
+BATCH, WIDTH = 6, 8
+LOSSES: dict[str, Callable[..., nn.Module]] = {
+    "NTXEntLoss": spt.losses.NTXEntLoss,
+    "CLIPLoss": spt.losses.CLIPLoss,
+    "InfoNCELoss": InfoNCELoss,
+}
+METHODS: dict[str, Any] = {"uniform": Uniform(), "undimix": UnDiMix(), "linear": UnDiMix(mixing="linear"), "hcl": HCL()}
+
+
+def rows(count: int, seed: int = 0) -> Tensor:
+    return torch.randn(count, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def outcome(loss: nn.Module, *embeddings: Tensor, **further: Any) -> list[Tensor]:
+    """The value and the gradients."""
+    inputs = [part.clone().requires_grad_() for part in embeddings]
+    value = loss(*inputs, **further)
+    return [value.detach(), *torch.autograd.grad(value, inputs)]
+
+
+def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+@pytest.mark.parametrize("name", ["NTXEntLoss", "CLIPLoss"])
+def test_uniform_is_the_hosts(name: str, count: int) -> None:
+    for host in (LOSSES[name](), LOSSES[name](temperature=0.2)):
+        views = rows(count), 3 * rows(count, seed=1)
+        assert_equal(outcome(undimix(host, Uniform()), *views), outcome(host, *views))
+
+
+def test_uniform_is_the_hosts_for_any_candidates() -> None:
+    host = InfoNCELoss()
+    anchors, candidates = rows(5), rows(9, seed=1)
+    draw = torch.Generator().manual_seed(0)
+    targets, mask = torch.tensor([8, 0, 0, 3, 4]), torch.rand(5, 9, generator=draw) < 0.4
+    mask[torch.arange(5), targets] = False
+    for further in ({}, {"mask": mask}, {"mask": mask, "logit_scale": 0.3}, {"logit_scale": torch.tensor(0.4)}):
+        given = {"targets": targets, **further}
+        assert_equal(
+            outcome(undimix(host, Uniform()), anchors, candidates, **given),
+            outcome(host, anchors, candidates, **given),
+        )
+    pairs = {"targets": torch.arange(5)}  # anchors that are candidates, too, with nothing left out
+    assert_equal(outcome(undimix(host, Uniform()), anchors, anchors, **pairs), outcome(host, anchors, anchors, **pairs))
+
+
+def test_a_temperature_of_the_call() -> None:
+    """It divides, whatever its name; a learned one has the host's gradient."""
+    host, images, texts = spt.losses.CLIPLoss(), rows(BATCH), rows(BATCH, seed=1)
+    ours = undimix(host, Uniform())
+    for scale in (0.5, torch.tensor(0.5), torch.tensor([0.5])):
+        torch.testing.assert_close(ours(images, texts, scale), host(images, texts, scale), rtol=1e-12, atol=1e-12)
+    learned = torch.tensor(0.5, dtype=torch.float64)
+    of_ours, of_host = (
+        outcome(lambda scale, loss=loss: loss(images, texts, logit_scale=scale), learned) for loss in (ours, host)
+    )
+    assert_equal(of_ours, of_host)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_weighted(method: str) -> None:
+    first, second = rows(BATCH), rows(BATCH, seed=1)
+    units, weighting = (normalize(first, dim=1), normalize(second, dim=1)), METHODS[method]
+    wanted = {
+        "NTXEntLoss": info_nce(two_views(*units, 0.2), weighting),
+        "CLIPLoss": info_nce_both_ways(*units, 0.2, weighting),
+        "InfoNCELoss": info_nce(Contrast.of(units[0], torch.arange(BATCH)[:, None], units[1], None, 0.2), weighting),
+    }
+    for name, value in wanted.items():
+        further = {"targets": torch.arange(BATCH)} if name == "InfoNCELoss" else {}
+        got = undimix(LOSSES[name](temperature=0.2), weighting)(first, second, **further)
+        torch.testing.assert_close(got, value, rtol=1e-12, atol=1e-12)
+        plain = LOSSES[name](temperature=0.2)(first, second, **further)
+        assert bool(torch.isclose(got, plain, rtol=1e-4)) is (method == "uniform")
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_line_keeps_the_class_and_its_settings(name: str) -> None:
+    weighted = undimix(LOSSES[name](temperature=0.3), hardness=2.0)
+    assert type(weighted) is getattr(undimix_stable_pretraining, name)
+    assert (weighted.weighting, weighted.temperature) == (UnDiMix(hardness=2.0), 0.3)
+    assert undimix(weighted) is weighted
+    further = {"targets": torch.arange(BATCH)} if name == "InfoNCELoss" else {}
+    given = rows(BATCH), rows(BATCH, seed=1)
+    made = getattr(undimix_stable_pretraining, name)(temperature=0.3, weighting=UnDiMix(hardness=2.0))
+    for same in (copy.deepcopy(weighted), pickle.loads(pickle.dumps(weighted)), made):
+        for one, other in zip(outcome(same, *given, **further), outcome(weighted, *given, **further), strict=True):
+            assert torch.equal(one, other)
+    assert getattr(undimix_stable_pretraining, name)().temperature == LOSSES[name]().temperature
+    assert getattr(undimix_stable_pretraining, name)().weighting == UnDiMix()
+
+
+def test_the_weights_gradient_of_a_projector() -> None:
+    projector = nn.Linear(WIDTH, WIDTH).double()
+    loss = undimix(spt.losses.NTXEntLoss(0.2), last_layer=projector)
+    value = loss(projector(rows(BATCH)), projector(rows(BATCH, seed=1)))
+    other = undimix(spt.losses.NTXEntLoss(0.2))(projector(rows(BATCH)), projector(rows(BATCH, seed=1)))
+    assert value.isfinite()
+    assert not torch.isclose(value, other, rtol=1e-6)
+
+
+class OwnCompute(spt.losses.NTXEntLoss):  # type: ignore[misc]
+    def _compute(self, *arguments: Any, **named: Any) -> Tensor:
+        return torch.zeros(())
+
+
+class OwnLoss(InfoNCELoss):  # type: ignore[misc]
+    """As the host's own are made: it calls `_compute`."""
+
+    def forward(self, queries: Tensor, documents: Tensor) -> Tensor:
+        value: Tensor = self._compute(queries, documents, torch.arange(len(queries)))
+        return value
+
+
+def info(anchors: Any = None, candidates: Any = None, targets: Any = None, **further: Any) -> Callable[[], Tensor]:
+    anchors, candidates = rows(3) if anchors is None else anchors, rows(5) if candidates is None else candidates
+    targets = torch.arange(3) if targets is None else targets
+    return lambda: undimix(InfoNCELoss())(anchors, candidates, targets, **further)
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "no negatives": (lambda: undimix(spt.losses.BYOLLoss()), TypeError, "BYOLLoss has no negatives to weight"),
+    "a model": (
+        lambda: undimix(Net()),
+        TypeError,
+        "weight the loss that trains it, model.simclr_loss = undimix(model.simclr_loss); supported: stable_pretraining",
+    ),
+    "own compute": (lambda: undimix(OwnCompute()), TypeError, "OwnCompute replaces NTXEntLoss._compute by its own"),
+    "temperature": (lambda: undimix(spt.losses.NTXEntLoss(0.0)), ValueError, "temperature: expected"),
+    "a last layer": (
+        lambda: undimix(spt.losses.CLIPLoss(), last_layer=nn.Linear(2, 2)),
+        ValueError,
+        "last_layer: expected none with a loss of two kinds of features",
+    ),
+    "a scale of 0": (
+        lambda: undimix(spt.losses.CLIPLoss())(rows(3), rows(3), torch.tensor(0.0)),
+        ValueError,
+        "logit_scale: expected",
+    ),
+    "a scale below 0": (lambda: info(logit_scale=-1.0)(), ValueError, "logit_scale: expected"),
+    "lengths": (
+        lambda: undimix(spt.losses.NTXEntLoss())(rows(3), rows(4)),
+        ValueError,
+        "z_j: expected 3 rows, as z_i has, got 4",
+    ),
+    "not finite": (
+        lambda: undimix(spt.losses.CLIPLoss())(rows(3) * torch.nan, rows(3)),
+        ValueError,
+        "feats_i: expected finite embeddings",
+    ),
+    "targets of another shape": (info(targets=torch.arange(2)), ValueError, "targets: expected shape [3], got [2]"),
+    "targets of probabilities": (info(targets=torch.ones(3)), ValueError, "targets: expected integer columns"),
+    "no target": (info(targets=torch.tensor([0, -1, 2])), ValueError, "targets: expected a candidate for each anchor"),
+    "a target that is ignored": (info(targets=torch.tensor([0, -100, 2])), ValueError, "targets: expected columns"),
+    "a target too far": (info(targets=torch.tensor([0, 5, 2])), ValueError, "targets: expected columns"),
+    "a mask of numbers": (
+        info(mask=torch.zeros(3, 5)),
+        ValueError,
+        "mask: expected bool [3, 5] (anchors, candidates), got torch.float32 [3, 5]",
+    ),
+    "a mask of the target": (
+        info(mask=torch.eye(3, 5, dtype=torch.bool)),
+        ValueError,
+        "mask: expected each anchor's target left in, got one that is excluded",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused(name: str) -> None:
+    make, error, words = REFUSED[name]
+    with pytest.raises(error) as came:
+        make()
+    assert words in str(came.value)
+
+
+def test_a_users_loss_of_the_hosts_compute() -> None:
+    queries, documents = rows(BATCH), rows(BATCH, seed=1)
+    ours = undimix(OwnLoss(0.2))
+    assert isinstance(ours, OwnLoss)
+    wanted = undimix(InfoNCELoss(0.2))(queries, documents, torch.arange(BATCH))
+    assert torch.equal(ours(queries, documents), wanted)
+    assert_equal(
+        outcome(undimix(OwnLoss(0.2), Uniform()), queries, documents), outcome(OwnLoss(0.2), queries, documents)
+    )
+
+
+# --- several processes
+
+
+def shard(rank: int, ranks: int) -> list[Tensor]:
+    return [rows(BATCH * ranks, seed)[BATCH * rank : BATCH * (rank + 1)] for seed in (0, 1)]
+
+
+def step(loss: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
+    """The value, and the gradients at two layers."""
+    torch.manual_seed(2)
+    layers = [nn.Linear(WIDTH, WIDTH).double() for _ in range(2)]
+    value = loss(*(layer(part) for layer, part in zip(layers, inputs, strict=True)))
+    return [value.detach(), *torch.autograd.grad(value, [*layers[0].parameters(), *layers[1].parameters()])]
+
+
+def on_a_rank(rank: int, ranks: int, root: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{root}/init", rank=rank, world_size=ranks)
+    results: dict[str, Any] = {}
+    for name in ("NTXEntLoss", "CLIPLoss"):
+        host = LOSSES[name](0.2)
+        results[name] = {"host": step(host, shard(rank, ranks))}
+        for method, weighting in METHODS.items():
+            results[name][method] = step(undimix(host, weighting), shard(rank, ranks))
+        short = [part[: BATCH - (rank == ranks - 1)] for part in shard(rank, ranks)]
+        with pytest.raises(ValueError, match="expected as many rows on every process"):
+            step(undimix(host), short)
+    torch.save(results, f"{root}/{rank}.pt")
+    leave_group()
+
+
+@pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    root: Path = tmp_path_factory.mktemp("ranks")
+    mp.spawn(on_a_rank, (request.param, str(root)), nprocs=request.param)
+    return [torch.load(root / f"{rank}.pt") for rank in range(request.param)]
+
+
+@pytest.mark.parametrize("name", ["NTXEntLoss", "CLIPLoss"])
+def test_uniform_is_the_host_on_every_rank(name: str, ranks: list[dict[str, Any]]) -> None:
+    for results in ranks:
+        assert_equal(results[name]["uniform"], results[name]["host"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["NTXEntLoss", "CLIPLoss"])
+def test_the_ranks_together_are_one_process(name: str, method: str, ranks: list[dict[str, Any]]) -> None:
+    whole = [torch.cat(parts) for parts in zip(*(shard(rank, len(ranks)) for rank in range(len(ranks))), strict=True)]
+    want = step(undimix(LOSSES[name](0.2), METHODS[method]), whole)
+    of_ranks = zip(*(results[name][method] for results in ranks), strict=True)
+    for parts, other in zip(of_ranks, want, strict=True):
+        torch.testing.assert_close(torch.stack(parts).mean(dim=0), other, rtol=0, atol=1e-10)
+
+
+# --- its own module, Trainer and callbacks
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Where it writes what it says of a training."""
+    spt.set(cache_dir=str(tmp_path_factory.getbasetemp()))
+
+
+class Views(Dataset[dict[str, Any]]):
+    """Two views of each digit, or the digit alone."""
+
+    def __init__(self, two: bool) -> None:
+        data = load_digits()
+        self.images, self.labels, self.two = torch.tensor(data.images / 16).float()[:, None], data.target, two
+
+    def __len__(self) -> int:
+        return 128
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image, label = self.images[index], int(self.labels[index])
+        if not self.two:
+            return {"image": image, "label": label}
+        return {"views": [{"image": image.roll(by, dims=2), "label": label} for by in (0, 1)]}
+
+
+def loader(two: bool) -> DataLoader[dict[str, Any]]:
+    return DataLoader(Views(two), batch_size=32)
+
+
+FORWARDS = {"simclr": forward.simclr, "nnclr": forward.nnclr}
+
+
+def module(kind: str, method: str = "simclr") -> Any:
+    torch.manual_seed(0)
+    loss = spt.losses.NTXEntLoss(0.2)
+    if kind != "plain":
+        loss = undimix(loss, Uniform() if kind == "uniform" else None)
+    further: dict[str, Any] = {f"{method}_loss": loss}
+    if method == "nnclr":
+        further |= {"predictor": nn.Linear(16, 16), "hparams": {"support_set_size": 64, "projection_dim": 16}}
+    return spt.Module(
+        forward=FORWARDS[method],
+        backbone=nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU()),
+        projector=nn.Linear(32, 16),
+        optim={"optimizer": {"type": "SGD", "lr": 0.1}, "scheduler": {"type": "ConstantLR"}, "interval": "epoch"},
+        **further,
+    )
+
+
+def fit(
+    one: Any,
+    root: Path,
+    epochs: int = 2,
+    callbacks: Any = (),
+    ckpt: Path | None = None,
+    managed: bool = False,
+    **settings: Any,
+) -> Any:
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=root,
+        callbacks=list(callbacks),
+        **{"enable_checkpointing": False, **settings},
+    )
+    data = spt.data.DataModule(train=loader(True), val=loader(False))
+    if managed:
+        spt.Manager(trainer=trainer, module=one, data=data, seed=0)()
+    else:
+        trainer.fit(one, data, ckpt_path=ckpt)
+    return trainer
+
+
+def trained(kind: str, root: Path, method: str = "simclr", **settings: Any) -> Tensor:
+    one = module(kind, method)
+    start = vector_of(one.backbone)
+    fit(one, root, **settings)
+    return vector_of(one.backbone) - start
+
+
+# Settings of the Trainer, and how far Uniform may be from plain, relative.
+LOOPS: dict[str, tuple[dict[str, Any], float]] = {
+    "fp32": ({}, 1e-4),
+    "its Manager": ({"managed": True, "accumulate_grad_batches": 2}, 1e-4),
+    "nnclr": ({"method": "nnclr"}, 1e-4),
+}
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_its_own_module(loop: str, tmp_path: Path) -> None:
+    settings, tolerance = LOOPS[loop]
+    plain, uniform, weighted = (trained(kind, tmp_path, **settings) for kind in ("plain", "uniform", "undimix"))
+    assert apart(uniform, plain) < tolerance
+    assert apart(weighted, plain) > 0.01
+
+
+def test_half_precision(tmp_path: Path) -> None:
+    """What is rounded in the model changes more than what the host's loss rounds."""
+    kinds = ("plain", "uniform", "undimix")
+    plain, uniform, weighted = (trained(kind, tmp_path, precision="bf16-mixed") for kind in kinds)
+    assert apart(uniform, plain) < 2 * apart(trained("plain", tmp_path), plain)
+    assert apart(weighted, plain) > 2 * apart(uniform, plain)
+
+
+def test_its_callbacks(tmp_path: Path) -> None:
+    one = module("undimix")
+    probe = spt.callbacks.OnlineProbe(
+        one,
+        name="probe",
+        input="embedding",
+        target="label",
+        probe=nn.Linear(32, 10),
+        loss=nn.CrossEntropyLoss(),
+        metrics=torchmetrics.classification.MulticlassAccuracy(10),
+    )
+    knn = spt.callbacks.OnlineKNN(
+        name="knn",
+        input="embedding",
+        target="label",
+        queue_length=128,
+        metrics={"accuracy": torchmetrics.classification.MulticlassAccuracy(10)},
+        input_dim=32,
+        k=5,
+    )
+    rank = spt.callbacks.RankMe(name="rank", target="embedding", queue_length=128, target_shape=32)
+    metrics = fit(one, tmp_path, callbacks=[probe, knn, rank]).callback_metrics
+    assert metrics["eval/knn_accuracy"] > 0.3
+    assert metrics["fit/loss"].isfinite()
+    assert {"eval/probe_MulticlassAccuracy", "rank"} <= metrics.keys()
+
+
+def test_our_callbacks(tmp_path: Path) -> None:
+    """Those for lightly's Trainer, which is Lightning's under another name."""
+    callbacks = [undimix_lightly.HardnessWarmup(share=0.5), undimix_lightly.NegativeStatistics(every=1)]
+    metrics = fit(module("undimix"), tmp_path, epochs=3, callbacks=callbacks).callback_metrics
+    assert metrics["negatives/hardness"] == 1.0
+    assert 1 < metrics["negatives/effective_number"] < 62
+
+
+def test_a_resumed_training_is_as_an_uninterrupted_one(tmp_path: Path) -> None:
+    whole, first, again = (module("undimix") for _ in range(3))
+    fit(whole, tmp_path)
+    fit(first, tmp_path, epochs=1).save_checkpoint(tmp_path / "middle.ckpt")
+    fit(again, tmp_path, ckpt=tmp_path / "middle.ckpt")
+    assert torch.equal(vector_of(again), vector_of(whole))
+    assert not torch.equal(vector_of(first), vector_of(whole))
+
+
+class Net(nn.Module):
+    """As its SimCLR, which draws 224 pixels a side to learn a width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.simclr_loss = nn.Linear(4, 4), spt.losses.NTXEntLoss()
+
+
+Net.__module__ = "stable_pretraining.methods.simclr"  # where its adapter is looked for

@@ -19,12 +19,15 @@ from torch import Tensor
 
 from examples._shared.graphs import INK, DigitGraphs
 from examples._shared.texts import halves, lee_articles, lee_retrieval, lee_split
-from tests.releases import is_installed
+from tests.releases import is_installed, is_older
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 EVERY = sorted(path.name for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
-LACKING = () if is_installed("stable-pretraining") else ("stable_pretraining_simclr.py",)
-SCRIPTS = [script for script in EVERY if script not in LACKING]
+LACKING = {  # in old releases
+    "stable_pretraining_simclr.py": not is_installed("stable-pretraining"),
+    "sentence_transformers_multi_vector.py": is_older("sentence-transformers", "6.0"),
+}
+SCRIPTS = [script for script in EVERY if not LACKING.get(script)]
 IN_DEMO = {"lightly_simclr.py", "pyg_graphcl.py", "sentence_transformers_mnrl.py"}  # whose `train` the demo calls
 STEPS = {
     script: ["--seeds", "1", "--max-steps", "2", "--picture", "demo.partial"]
@@ -97,6 +100,7 @@ def test_there_is_a_script_per_toolkit() -> None:
         "pytorch_metric_learning_supcon.py",
         "sentence_transformers_ance.py",
         "sentence_transformers_mnrl.py",
+        "sentence_transformers_multi_vector.py",
         "stable_pretraining_simclr.py",
         "transformers_simcse.py",
     }

@@ -16,10 +16,13 @@ from typing import Any, NamedTuple
 
 import torch
 from lightly.loss import NTXentLoss
+from open_clip.loss import ClipLoss
 from pytorch_metric_learning import losses as metric_losses
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import BoW
+from sentence_transformers.util import euclidean_sim
+from stable_pretraining.losses import CLIPLoss, NTXEntLoss
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.utils.benchmark import Timer
@@ -60,8 +63,10 @@ def published_graphcl(z1: Tensor, z2: Tensor, temperature: float = 0.2) -> Tenso
     return -(positive / (similarity.sum(dim=1) - positive)).log().mean()
 
 
-def ranking(model: SentenceTransformer) -> tuple[Callable[..., Tensor], Callable[[Weighting], Callable[..., Tensor]]]:
-    host = MultipleNegativesRankingLoss(model)
+def ranking(
+    model: SentenceTransformer, **settings: Any
+) -> tuple[Callable[..., Tensor], Callable[[Weighting], Callable[..., Tensor]]]:
+    host = MultipleNegativesRankingLoss(model, **settings)
 
     def of(loss: MultipleNegativesRankingLoss) -> Callable[..., Tensor]:
         return lambda *columns: loss.compute_loss_from_embeddings(list(columns), None)
@@ -72,10 +77,19 @@ def ranking(model: SentenceTransformer) -> tuple[Callable[..., Tensor], Callable
 def losses(device: str) -> list[Case]:
     """The losses alone, on random embeddings."""
     bank = NTXentLoss(memory_bank_size=(65536, 128)).to(device)
-    plain_ranking, weighted_ranking = ranking(SentenceTransformer(modules=[BoW(vocab=["a"])], device=device))
+    model = SentenceTransformer(modules=[BoW(vocab=["a"])], device=device)
+    plain_ranking, weighted_ranking = ranking(model)
 
-    def lightly(loss: NTXentLoss) -> tuple[Callable[..., Tensor], Callable[[Weighting], Callable[..., Tensor]]]:
+    def of_views(loss: nn.Module) -> tuple[Callable[..., Tensor], Callable[[Weighting], Callable[..., Tensor]]]:
         return loss, lambda weighting: undimix(loss, weighting)
+
+    def open_clip(loss: nn.Module) -> tuple[Callable[..., Tensor], Callable[[Weighting], Callable[..., Tensor]]]:
+        """At a scale of 14.3, with which its models begin."""
+
+        def of(loss: nn.Module) -> Callable[..., Tensor]:
+            return lambda *columns: loss(*(normalize(rows, dim=1) for rows in columns), torch.tensor(14.3))
+
+        return of(loss), lambda weighting: of(undimix(loss, weighting))
 
     def metric(
         loss: nn.Module, each: int
@@ -88,10 +102,10 @@ def losses(device: str) -> list[Case]:
         return of(loss), lambda weighting: of(undimix(loss, weighting))
 
     made = {
-        "lightly NTXentLoss, batch 256, width 128": (*lightly(NTXentLoss()), (2, 256, 128)),
-        "lightly NTXentLoss, batch 1024, width 128": (*lightly(NTXentLoss()), (2, 1024, 128)),
-        "lightly NTXentLoss, batch 4096, width 128": (*lightly(NTXentLoss()), (2, 4096, 128)),
-        "lightly NTXentLoss, batch 256, bank of 65,536": (*lightly(bank), (2, 256, 128)),
+        "lightly NTXentLoss, batch 256, width 128": (*of_views(NTXentLoss()), (2, 256, 128)),
+        "lightly NTXentLoss, batch 1024, width 128": (*of_views(NTXentLoss()), (2, 1024, 128)),
+        "lightly NTXentLoss, batch 4096, width 128": (*of_views(NTXentLoss()), (2, 4096, 128)),
+        "lightly NTXentLoss, batch 256, bank of 65,536": (*of_views(bank), (2, 256, 128)),
         "sentence-transformers MNRL, batch 64, width 384, a hard negative": (
             plain_ranking,
             weighted_ranking,
@@ -102,6 +116,13 @@ def losses(device: str) -> list[Case]:
             weighted_ranking,
             (3, 1024, 384),
         ),
+        "sentence-transformers MNRL, Euclidean similarity, batch 64, width 384, a hard negative": (
+            *ranking(model, similarity_fct=euclidean_sim, scale=1.0),
+            (3, 64, 384),
+        ),
+        "open_clip ClipLoss, batch 1024, width 512": (*open_clip(ClipLoss()), (2, 1024, 512)),
+        "stable-pretraining NTXEntLoss, batch 256, width 128": (*of_views(NTXEntLoss()), (2, 256, 128)),
+        "stable-pretraining CLIPLoss, batch 1024, width 512": (*of_views(CLIPLoss()), (2, 1024, 512)),
         "pytorch-metric-learning NTXentLoss, 128 rows, 4 of a class, width 128": (
             *metric(metric_losses.NTXentLoss(), 4),
             (1, 128, 128),

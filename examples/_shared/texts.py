@@ -103,11 +103,23 @@ def lee_retrieval(embed: Callable[[list[str]], Tensor]) -> float:
     Returns:
         The mean reciprocal rank (MRR), by cosine.
     """
+
+    def cosines(firsts: list[str], seconds: list[str]) -> Tensor:
+        return normalize(embed(firsts), dim=1) @ normalize(embed(seconds), dim=1).T
+
+    return lee_mrr(cosines)
+
+
+def lee_mrr(similarities: Callable[[list[str], list[str]], Tensor]) -> float:
+    """Returns the mean reciprocal rank of `lee_retrieval` for any similarities.
+
+    Args:
+        similarities: A function from n first halves and n second halves to their similarities [n, n].
+    """
     held_out = as_pairs(lee_split()[1])
     with torch.no_grad():
-        firsts, seconds = (normalize(embed(list(held_out[half])), dim=1) for half in ("anchor", "positive"))
-        cosines = firsts @ seconds.T
-    ranks = 1 + (cosines > cosines.diagonal()[:, None]).sum(1)
+        found = similarities(list(held_out["anchor"]), list(held_out["positive"]))
+    ranks = 1 + (found > found.diagonal()[:, None]).sum(1)
     return float((1 / ranks).mean())
 
 

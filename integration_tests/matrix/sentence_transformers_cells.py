@@ -27,7 +27,16 @@ from transformers import TrainerCallback
 from integration_tests.matrix import trainer_cells
 from integration_tests.matrix.cells import LOGITS, TEMPERATURE, Lack, Machinery, Run, plugged, vector_of
 from integration_tests.matrix.trainer_cells import BOTH, LOSS, MODEL, SETTINGS, Recording, Toolkit, run_of, train
-from integration_tests.text.tiny_models import encoder, features, news, saved, sparse_autoencoder, splade
+from integration_tests.text.tiny_models import (
+    encoder,
+    features,
+    news,
+    saved,
+    sparse_autoencoder,
+    splade,
+    token_encoder,
+)
+from tests.releases import is_older
 
 
 class Row(NamedTuple):
@@ -62,6 +71,21 @@ def inside(wrap: Callable[[Any, nn.Module], nn.Module], name: str, **settings: A
 def sparse_ranking(model: Any, gather: bool, scale: float) -> nn.Module:
     """Inner products, of which SPLADE's are in the thousands."""
     return sparse.SparseMultipleNegativesRankingLoss(model, scale, **gathering(gather))
+
+
+def late_interaction(name: str, **settings: Any) -> Callable[[Any, bool], nn.Module]:
+    """With a similarity in the model's precision; the toolkit's own are in float32."""
+    return lambda model, gather: getattr(multi_vector_encoder.losses, name)(
+        model, scale=LOGITS, similarity_fct=mean_maxsim, **gathering(gather), **settings
+    )
+
+
+def mean_maxsim(queries: Tensor, documents: Tensor, queries_mask: Tensor, documents_mask: Tensor) -> Tensor:
+    """The mean over a query's tokens of the largest cosine with a document's tokens [queries, documents]."""
+    cosines = torch.einsum("qad,ngtd->qngat", queries, documents)
+    largest = cosines.masked_fill(~documents_mask[None, :, :, None].bool(), -torch.inf).amax(dim=-1)
+    asked = queries_mask.to(largest.dtype)
+    return ((largest * asked[:, None, None]).sum(dim=-1) / asked.sum(dim=1)[:, None, None]).flatten(1)
 
 
 def csr_model(**settings: Any) -> Any:
@@ -111,6 +135,22 @@ ROWS = {
         inside(matryoshka, "CachedMultipleNegativesRankingLoss", **CACHED), compiles=MODEL
     ),
 }
+if not is_older("sentence-transformers", "6.0"):  # which it came with
+    from sentence_transformers import (
+        MultiVectorEncoderTrainer,
+        MultiVectorEncoderTrainingArguments,
+        multi_vector_encoder,
+    )
+
+    ROWS["MultiVectorMultipleNegativesRankingLoss"] = Row(
+        late_interaction("MultiVectorMultipleNegativesRankingLoss"), token_encoder, MultiVectorEncoderTrainer
+    )
+    ROWS["CachedMultiVectorMultipleNegativesRankingLoss"] = Row(
+        late_interaction("CachedMultiVectorMultipleNegativesRankingLoss", **CACHED),
+        token_encoder,
+        MultiVectorEncoderTrainer,
+        compiles=MODEL,
+    )
 
 
 @cache
@@ -124,12 +164,17 @@ def make(row: Row, kind: str, dropout: float = 0.0, gather: bool = False) -> tup
     return model, plugged(row.make(model, gather), kind)
 
 
-class RecordingDense(Recording, SentenceTransformerTrainer):
-    pass
+def recording(trainer: type[Any]) -> type[Any]:
+    return type(trainer.__name__, (Recording, trainer), {})
 
 
-class RecordingSparse(Recording, SparseEncoderTrainer):
-    pass
+# For each Trainer one that records, and the class of its arguments.
+TRAINERS = {
+    SentenceTransformerTrainer: (recording(SentenceTransformerTrainer), SentenceTransformerTrainingArguments),
+    SparseEncoderTrainer: (recording(SparseEncoderTrainer), SparseEncoderTrainingArguments),
+}
+if "MultiVectorMultipleNegativesRankingLoss" in ROWS:
+    TRAINERS[MultiVectorEncoderTrainer] = (recording(MultiVectorEncoderTrainer), MultiVectorEncoderTrainingArguments)
 
 
 def make_trainer(
@@ -141,9 +186,8 @@ def make_trainer(
     dataset: Any = None,
     **settings: Any,
 ) -> Any:
-    dense = row.trainer is SentenceTransformerTrainer
-    arguments = SentenceTransformerTrainingArguments if dense else SparseEncoderTrainingArguments
-    return (RecordingDense if dense else RecordingSparse)(
+    trainer, arguments = TRAINERS[row.trainer]
+    return trainer(
         model=model,
         args=arguments(output_dir=str(root), **{**SETTINGS, **settings}),
         train_dataset=data() if dataset is None else dataset,

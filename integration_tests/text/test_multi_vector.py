@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from datasets import Dataset
 from torch import Tensor, nn
 
 from integration_tests.matrix.cells import apart
+from integration_tests.ranks import leave_group
 from integration_tests.text.tiny_models import saved
 from tests.releases import is_older
 from undimix_plugins import HCL, Contrast, MoCHi, UnDiMix, Uniform, info_nce, undimix
@@ -54,10 +57,11 @@ def model() -> MultiVectorEncoder:
     return encoder.double()
 
 
-def outcome(loss: nn.Module, columns: int = 3, rows: int = 5) -> tuple[Tensor, Tensor]:
+def outcome(loss: nn.Module, columns: int = 3, rows: int = 5, first: int = 0) -> tuple[Tensor, Tensor]:
     """The value and the gradient at all of the model's parameters."""
     encoder = loss.model
-    features = [encoder.preprocess([texts[column] for texts in TEXTS[:rows]]) for column in range(columns)]
+    texts_of = TEXTS[first : first + rows]
+    features = [encoder.preprocess([texts[column] for texts in texts_of]) for column in range(columns)]
     encoder.zero_grad()
     value = loss(features, None)
     value.backward()
@@ -170,3 +174,57 @@ def test_the_hosts_own_trainer(name: str, tmp_path: Path) -> None:
         moved.append(torch.cat([parameter.detach().flatten() for parameter in encoder.parameters()]) - start)
     assert apart(moved[1], moved[0]) < 1e-4
     assert apart(moved[2], moved[0]) > 1e-2
+
+
+# --- several processes
+
+RANKS, ROWS = 2, 2
+METHODS: dict[str, Any] = {"uniform": Uniform(), "undimix": UnDiMix(), "linear": UnDiMix(mixing="linear"), "hcl": HCL()}
+
+
+def on_a_rank(rank: int, root: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{root}/init", rank=rank, world_size=RANKS)
+    torch.manual_seed(0)
+    encoder = MultiVectorEncoder(f"{root}/model", device="cpu").double()
+    results: dict[str, Any] = {}
+    for name in ("plain", "cached"):
+        host = LOSSES[name](encoder, scale=0.5, gather_across_devices=True)
+        results[name] = {"host": outcome(host, rows=ROWS, first=ROWS * rank)}
+        for method, weighting in METHODS.items():
+            results[name][method] = outcome(undimix(host, weighting), rows=ROWS, first=ROWS * rank)
+        with pytest.raises(ValueError, match="expected as many rows on every process"):
+            outcome(undimix(host), rows=ROWS - (rank == RANKS - 1), first=ROWS * rank)
+    torch.save(results, f"{root}/{rank}.pt")
+    leave_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], MultiVectorEncoder]:
+    """What each rank got, and the model that they had."""
+    root: Path = tmp_path_factory.mktemp("ranks")
+    encoder = model()
+    encoder.save(str(root / "model"))
+    mp.spawn(on_a_rank, (str(root),), nprocs=RANKS)
+    return [torch.load(root / f"{rank}.pt") for rank in range(RANKS)], encoder
+
+
+@pytest.mark.parametrize("name", ["plain", "cached"])
+def test_uniform_is_the_host_on_every_rank(name: str, ranks: tuple[list[dict[str, Any]], MultiVectorEncoder]) -> None:
+    for results in ranks[0]:
+        for one, other in zip(results[name]["uniform"], results[name]["host"], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)  # scores are in float32
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["plain", "cached"])
+def test_the_ranks_together_are_one_process(
+    name: str, method: str, ranks: tuple[list[dict[str, Any]], MultiVectorEncoder]
+) -> None:
+    results, encoder = ranks
+    want = outcome(undimix(LOSSES[name](encoder, scale=0.5), METHODS[method]), rows=RANKS * ROWS)
+    means = [torch.stack(parts).mean(dim=0) for parts in zip(*(of[name][method] for of in results), strict=True)]
+    for one, other in zip(means, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    if method != "uniform":
+        assert not torch.isclose(means[0], results[0][name]["host"][0], rtol=1e-4)

@@ -60,6 +60,15 @@ def splade() -> SparseEncoder:
     return SparseEncoder(modules=[MLMTransformer(saved(BertForMaskedLM)), SpladePooling()], device="cpu")
 
 
+def token_encoder(dropout: float = 0.0) -> Any:
+    """An encoder of a vector for each token, for late interaction."""
+    import sentence_transformers  # which has it from 6.0 on
+
+    folder = saved(dropout=dropout)  # a file, before anything is drawn for what comes on top
+    set_seed(0)
+    return sentence_transformers.MultiVectorEncoder(folder, device="cpu")
+
+
 def sparse_autoencoder() -> SparseEncoder:
     """A sparse encoder by an autoencoder on top of a dense one."""
     set_seed(0)

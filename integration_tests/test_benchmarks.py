@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import io
 import json
 import operator
@@ -37,7 +38,8 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from benchmarks.embeddings import graphs, tables, text, vision
+import tests.quiet_imports  # noqa: F401
+from benchmarks.embeddings import graphs, tables, text, toolkits, vision
 from benchmarks.embeddings.command_line import main
 from benchmarks.embeddings.files import atomic_path, write_atomically
 from benchmarks.embeddings.geometry import geometry
@@ -868,6 +870,42 @@ def test_results_are_whole_and_where_they_belong() -> None:
             assert result["seed"] == trial.seed
             assert result["seconds"] > 0
             assert are_scores(result["metrics"])
+
+
+def test_the_table_of_four_more_toolkits(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    one = toolkits.BY_TOOLKIT["open_clip"]
+    scores = {name: 0.2 * place + 0.01 * draw.random(12) for place, name in enumerate(toolkits.CONTENDERS)}
+    for name, values in scores.items():
+        for trial, value in zip(one.trials(name), values.tolist(), strict=True):
+            result_of(lambda trial, data_dir, value=value: {"metrics": {"score": value}}, trial, None, tmp_path)
+    *_, row = tables.further_toolkits(tables.Results.read(tmp_path)).splitlines()
+    began, plain, weighted = (100 * values for values in scores.values())
+    p = stats.ttest_rel(weighted, plain).pvalue
+    assert p < 0.001
+    told = [f"{values.mean():.2f} ± {values.std(ddof=1):.2f}" for values in (began, plain, weighted)]
+    found = f"{(weighted - plain).mean():+.2f} (p < .001)"
+    assert row == f"| open_clip, CLIP | 0.07 | accuracy among a hundred texts | {' | '.join([*told, found])} |"
+
+
+def test_the_examples_of_four_more_toolkits_have_the_temperatures_of_these() -> None:
+    from open_clip import CLIP
+    from pytorch_metric_learning.losses import SupConLoss
+    from sentence_transformers.multi_vector_encoder.losses import MultiVectorMultipleNegativesRankingLoss
+    from stable_pretraining.losses import NTXEntLoss
+
+    def default(of: Any, name: str) -> float:
+        return float(inspect.signature(of).parameters[name].default)
+
+    wanted = {
+        "pytorch-metric-learning": default(SupConLoss, "temperature"),
+        "open_clip": float(np.exp(-default(CLIP, "init_logit_scale"))),
+        "sentence-transformers": 1 / default(MultiVectorMultipleNegativesRankingLoss, "scale"),
+        "stable-pretraining": default(NTXEntLoss, "temperature"),
+    }
+    assert {name: one.base.temperature for name, one in toolkits.BY_TOOLKIT.items()} == pytest.approx(wanted)
+    for one in toolkits.BY_TOOLKIT.values():
+        assert (toolkits.EXAMPLES / f"{one.script}.py").is_file()
 
 
 def never(trial: Trial, data_dir: Path | None) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from scipy.stats import bootstrap, ttest_rel
 from statsmodels.formula.api import ols
 from statsmodels.stats.multitest import multipletests
 
-from benchmarks.embeddings import graphs, text, vision
+from benchmarks.embeddings import graphs, text, toolkits, vision
 from benchmarks.embeddings.files import atomic_path, write_atomically
 from benchmarks.embeddings.protocol import (
     AT_RAISED,
@@ -609,6 +609,21 @@ def without_false_negatives(results: Results) -> str:
     return markdown(["data, recipe", "weighting", "t", "as it is", "none of the class", "difference", "seeds"], rows)
 
 
+def further_toolkits(results: Results) -> str:
+    """Held-out scores of the examples of four more toolkits, and the difference that UnDiMix makes."""
+    rows = []
+    for toolkit, one in toolkits.BY_TOOLKIT.items():
+        scores = {name: results.scores(one.trials(name), "score") for name in toolkits.CONTENDERS}
+        if any(values is None for values in scores.values()):
+            continue
+        began, plain, weighted = scores.values()
+        told = [f"{toolkit}, {one.base.recipe}", f"{one.base.temperature:g}", f"{one.metric}"]
+        counts = "" if moves(plain, began) else " (does not count)"
+        rows.append([*told[:2], told[2] + counts, *map(spread, (began, plain, weighted)), difference(weighted, plain)])
+    head = ["toolkit, recipe", "t", "score, %", UNTRAINED, "plain", contender(UNDIMIX), "difference"]
+    return markdown(head, rows)
+
+
 def took(results: Results) -> str:
     """The number of trainings, and their time with the evaluation."""
     table = pd.DataFrame(
@@ -650,6 +665,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "batch_sizes": batch_sizes,
     "diagnosis": diagnosis,
     "without_false_negatives": without_false_negatives,
+    "further_toolkits": further_toolkits,
     "took": took,
 }
 

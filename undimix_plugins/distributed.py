@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from undimix_plugins.checks import FLOATS
+
 Checked = TypeVar("Checked")
 
 REFUSED = -1  # the count of a batch that a process has refused
@@ -33,7 +35,7 @@ def check_equal_batches(
 ) -> Checked:
     """Checks the batches of all processes before a collective.
 
-    A collective would hang or abort if one process raised an error or if sizes differed. So an error on one process
+    A collective would hang or abort if one process raised an error or if shapes differed. So an error on one process
     raises an error on all processes. Sizes are exchanged between the CPUs: no process waits for its device. All
     processes have to call it.
 
@@ -47,8 +49,8 @@ def check_equal_batches(
         What `check` returned.
 
     Raises:
-        ValueError: On every process, if the numbers of rows differ, if only some processes have labels, or if `check`
-            raised an error on another process.
+        ValueError: On every process, if the numbers of rows, or the widths or dtypes of embeddings, differ, if only
+            some processes have labels, or if `check` raised an error on another process.
         Exception: What `check` raised on this process.
 
     Examples:
@@ -61,9 +63,12 @@ def check_equal_batches(
     try:
         checked = check()
     except Exception:
-        _of_all(REFUSED, 0)  # tells the others
+        _of_all(REFUSED, 0, 0, 0)  # tells the others
         raise
-    counts, labelled = _of_all(len(rows(checked)), int(labels is not None))
+    batch = rows(checked)
+    embeds = batch.is_floating_point() and batch.dim() > 1  # other batches, such as tokens, may differ in width
+    width, dtype = (batch.shape[-1], FLOATS.index(batch.dtype)) if embeds else (0, 0)
+    counts, labelled, widths, dtypes = _of_all(len(batch), int(labels is not None), width, dtype)
     if REFUSED in counts:
         refused = [rank for rank, count in enumerate(counts) if count == REFUSED]
         raise ValueError(
@@ -74,6 +79,11 @@ def check_equal_batches(
         raise ValueError(
             f"{name}: expected as many rows on every process, since negatives are gathered, got {counts}; "
             "drop the last, incomplete batch (drop_last=True), or do without gathering"
+        )
+    if len(set(widths)) > 1 or len(set(dtypes)) > 1:
+        came = [f"{width} of {FLOATS[dtype]}" for width, dtype in zip(widths, dtypes, strict=True)]
+        raise ValueError(
+            f"{name}: expected one width and dtype on every process, since negatives are gathered, got {came}"
         )
     if len(set(labelled)) > 1:
         those = [rank for rank, given in enumerate(labelled) if given]

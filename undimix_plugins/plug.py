@@ -20,6 +20,7 @@ GROUP = "undimix_plugins.adapters"
 ELSEWHERE = {
     "temperature": "it belongs to the loss, as in NTXentLoss(temperature=0.2); a ranking loss has scale=5 for that",
     "scale": "it belongs to the loss, as in MultipleNegativesRankingLoss(model, scale=5)",
+    "logit_scale": "it goes into the loss's call",
     "beta": "it belongs to HCL, as in undimix(loss, HCL(beta=0.5, tau_plus=0))",
     "tau_plus": "it belongs to HCL or Debiased, as in undimix(loss, HCL(beta=0.5, tau_plus=0))",
     "alpha": "it belongs to SimilarityPenalty or HCL, as in undimix(loss, SimilarityPenalty(alpha=9.0))",
@@ -82,13 +83,17 @@ def undimix(
         if weighting is None:
             ours.setdefault("gradient", "weight")
     weighting = chosen_weighting(weighting, ours, before=_weighting_in(loss) if ours else None)
+    weighted = _adapter(loss).load()(loss, weighting, **settings)
     needs_last_layer = weighting is not None and weighting.needs_last_layer
     if needs_last_layer and last_layer is None and not _has_last_layer(loss):
+        for one in _weighted_losses(weighted):
+            if one.no_last_layer:
+                raise ValueError(f"gradient: expected 'embedding' {one.no_last_layer}, got 'weight'")
         raise TypeError(
             "last_layer: expected the nn.Linear whose outputs the loss is given, which gradient='weight' needs, got "
             "None: undimix(loss, last_layer=linear)"
         )
-    return cast(Loss, _adapter(loss).load()(loss, weighting, **settings))
+    return cast(Loss, weighted)
 
 
 def _weighted_losses(loss: object) -> list[WeightedLoss]:

@@ -41,6 +41,7 @@ from undimix_plugins.sums import LogSums, weighted_log_sum
 from undimix_plugins.views import contrast_of_views
 from undimix_plugins.weighted_loss import (
     WeightedLoss,
+    around,
     chosen_weighting,
     joined_class,
     release,
@@ -61,6 +62,7 @@ __all__ = [
     "TemperatureCycle",
     "WeightedLoss",
     "Weighting",
+    "around",
     "as_full_precision",
     "check_choice",
     "check_columns",

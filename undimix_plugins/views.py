@@ -39,8 +39,8 @@ def contrast_of_views(
         A Contrast of 2n anchors, the first views, then the second views.
 
     Raises:
-        ValueError: If views or labels do not fit. On every process, if batches to gather differ in size, or if only
-            some processes have labels.
+        ValueError: If there are not two views, or if views or labels do not fit. On every process, if batches to gather
+            differ in size, or if only some processes have labels.
 
     Examples:
         >>> class MyLoss(WeightedLoss):
@@ -51,6 +51,9 @@ def contrast_of_views(
         >>> loss(torch.randn(8, 32), torch.randn(8, 32)).shape
         torch.Size([])
     """
+
+    if len(views) != 2:
+        raise ValueError(f"views: expected two, by name, got {len(views)}")
 
     def checked() -> tuple[Tensor, Tensor, list[Tensor] | None]:
         first, second = unit_rows(**views)

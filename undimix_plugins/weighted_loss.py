@@ -286,6 +286,55 @@ def with_parts(module: nn.Module, **parts: nn.Module) -> nn.Module:
     return new
 
 
+class Around(nn.Module):
+    """What `around` adds to the class of a toolkit's loss that holds another one: settings reach the one inside."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._modules["loss"], name) if self._is_of_inside(name) else super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._is_of_inside(name):
+            setattr(self._modules["loss"], name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _is_of_inside(self, name: str) -> bool:
+        if name in ("weighting", "last_layer", "settings"):
+            return True
+        return name not in self.__dict__ and name in getattr(self.__dict__["_modules"].get("loss"), "settings", ())
+
+
+def around(loss: nn.Module, inner: nn.Module) -> nn.Module:
+    """Returns a toolkit's loss with another loss inside, the attribute `loss`, for an adapter of such losses.
+
+    Args:
+        loss: The outer loss. It is not changed.
+        inner: The weighted loss to put into it.
+
+    Returns:
+        A loss with the class's name, modules and buffers of `loss`. Its `weighting` and settings are those of `inner`:
+        what you set on it reaches `inner`. `loss` itself if it is such a loss of `inner` already.
+
+    Examples:
+        >>> class Twice(torch.nn.Module):
+        ...     def __init__(self, loss):
+        ...         super().__init__()
+        ...         self.loss = loss
+        >>> class MyLoss(WeightedLoss):
+        ...     weighting = UnDiMix()
+        >>> outer = around(Twice(MyLoss()), MyLoss())
+        >>> outer.weighting = HCL(beta=0.5, tau_plus=0)
+        >>> outer.loss.weighting
+        HCL(beta=0.5, tau_plus=0)
+    """
+    if isinstance(loss, Around) and inner is loss.loss:
+        return loss
+    wrapper = with_parts(loss, loss=inner)
+    if not isinstance(loss, Around):
+        wrapper.__class__ = joined_class(Around, type(loss))  # type: ignore[arg-type]
+    return wrapper
+
+
 def why_no_loss(loss: object) -> str:
     """Returns why an object is probably not a contrastive loss, to follow its name in a message.
 
@@ -325,11 +374,9 @@ def _weighted_class(loss: nn.Module, classes: Mapping[type[nn.Module], type[Weig
         wraps = isinstance(getattr(loss, "loss", None), tuple(classes))
         hint = f". Weight the loss inside it: {cls.__name__}(..., undimix(loss), ...)" if wraps else ""
         if _looks_like_a_model(loss):
-            names = (name for name, part in loss.named_modules() if name and isinstance(part, tuple(classes)))
-            inside = next((f", model.{name} = undimix(model.{name})" for name in names), "")
             raise TypeError(
-                f"loss: {cls.__name__} looks like a model, not a loss: weight the loss that trains it{inside}; "
-                f"supported: {supported}"
+                f"loss: {cls.__name__} looks like a model, not a loss: weight the loss that trains "
+                f"it{_how_to_weight_inside(loss, classes)}; supported: {supported}"
             )
         looks = f", {why_no_loss(loss)}" if why_no_loss(loss) else ""
         raise TypeError(
@@ -346,8 +393,18 @@ def _weighted_class(loss: nn.Module, classes: Mapping[type[nn.Module], type[Weig
     return ours if cls is host else joined_class(ours, cls)  # type: ignore[arg-type]  # classes do hash
 
 
+def _how_to_weight_inside(model: nn.Module, classes: Mapping[type[nn.Module], type[WeightedLoss]]) -> str:
+    """Returns the assignments that weight the losses inside a model, to follow a message; none if it has none."""
+    names = [
+        re.sub(r"\.(\d+)", r"[\1]", f"model.{name}")
+        for name, part in model.named_modules()
+        if isinstance(part, tuple(classes)) and not isinstance(part, WeightedLoss)
+    ]
+    return "".join(f", {name} = undimix({name})" for name in names)
+
+
 @cache
-def joined_class(ours: type[WeightedLoss], theirs: type[nn.Module]) -> type[nn.Module]:
+def joined_class(ours: type[nn.Module], theirs: type[nn.Module]) -> type[nn.Module]:
     """Returns a class that inherits from both, for a user's own subclass of a toolkit's loss.
 
     Args:
@@ -377,7 +434,7 @@ def joined_class(ours: type[WeightedLoss], theirs: type[nn.Module]) -> type[nn.M
     return type(theirs.__name__, (ours, theirs), namespace)
 
 
-def _blank(ours: type[WeightedLoss], theirs: type[nn.Module]) -> nn.Module:
+def _blank(ours: type[nn.Module], theirs: type[nn.Module]) -> nn.Module:
     cls = joined_class(ours, theirs)  # type: ignore[arg-type]  # classes do hash
     return cls.__new__(cls)
 

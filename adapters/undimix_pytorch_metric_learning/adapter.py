@@ -12,7 +12,7 @@ from pytorch_metric_learning.losses.supcon_loss import SupConLoss as HostSupConL
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 from torch import nn
 
-from undimix_plugins.toolkit import WeightedLoss, Weighting, reweight, with_parts
+from undimix_plugins.toolkit import WeightedLoss, Weighting, around, reweight, with_parts
 from undimix_pytorch_metric_learning.ntxent_loss import NTXentLoss
 from undimix_pytorch_metric_learning.supcon_loss import SupConLoss
 
@@ -24,8 +24,7 @@ WRAPPERS = (CrossBatchMemory, SelfSupervisedLoss, DistributedLossWrapper)
 def weighted(loss: nn.Module, weighting: Weighting | None, **settings: Any) -> nn.Module:
     """pytorch-metric-learning's adapter for `undimix()`; in a loss around others, those inside are weighted."""
     if isinstance(loss, WRAPPERS):
-        inner = weighted(loss.loss, weighting, **settings)
-        return loss if inner is loss.loss else with_parts(loss, loss=inner)
+        return around(loss, weighted(loss.loss, weighting, **settings))
     if isinstance(loss, MultipleLosses):
         inside: nn.ModuleList | nn.ModuleDict = loss.losses
         names = list(inside._modules)
@@ -35,6 +34,10 @@ def weighted(loss: nn.Module, weighting: Weighting | None, **settings: Any) -> n
             if all(new[name] is inside._modules[name] for name in can_be):
                 return loss
             return with_parts(loss, losses=with_parts(inside, **new))
+        raise TypeError(
+            "loss: expected a MultipleLosses with a loss that can be weighted, directly in it, got "
+            f"{', '.join(type(part).__name__ for part in inside._modules.values())}"
+        )
     if "exclude_same_class" in settings and isinstance(loss, tuple(CLASSES)):
         raise TypeError(
             f"exclude_same_class: expected none for {type(loss).__name__}, whose negatives already have other labels "

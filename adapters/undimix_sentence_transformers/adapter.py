@@ -8,7 +8,7 @@ from typing import Any
 from sentence_transformers.sparse_encoder import losses as sparse
 from torch import nn
 
-from undimix_plugins.toolkit import WeightedLoss, Weighting, joined_class, reweight, with_parts
+from undimix_plugins.toolkit import WeightedLoss, Weighting, around, reweight
 from undimix_sentence_transformers import gist_embed, multiple_negatives_ranking
 from undimix_sentence_transformers.host import RELEASE, CachedLossDecorator
 from undimix_sentence_transformers.host import losses as host
@@ -24,7 +24,6 @@ CLASSES: dict[type[nn.Module], type[WeightedLoss]] = {
     host.CachedGISTEmbedLoss: gist_embed.CachedGISTEmbedLoss,
     sparse.SparseMultipleNegativesRankingLoss: multiple_negatives_ranking.SparseMultipleNegativesRankingLoss,
 }
-SETTINGS = ("weighting", "last_layer", *multiple_negatives_ranking.RankingLoss.settings)
 # Each holds the loss that it modifies as `loss`. Matryoshka2dLoss and CachedSpladeLoss are subclasses.
 WRAPPERS = (host.MatryoshkaLoss, host.AdaptiveLayerLoss, sparse.SpladeLoss, sparse.CSRLoss)
 REFUSED = {
@@ -43,21 +42,6 @@ if RELEASE >= (6, 0):
     }
 
 
-class Around(nn.Module):
-    """What `undimix()` adds to the class of a host's loss around a weighted one: settings reach the one inside."""
-
-    loss: nn.Module
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.loss, name) if name in SETTINGS else super().__getattr__(name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in SETTINGS:
-            setattr(self.loss, name, value)
-        else:
-            super().__setattr__(name, value)
-
-
 def weighted(loss: nn.Module, weighting: Weighting | None, **settings: Any) -> nn.Module:
     """sentence-transformers' adapter for `undimix()`; in a loss around another one, the inner loss is weighted."""
     for package, why in REFUSED.items():
@@ -69,13 +53,7 @@ def weighted(loss: nn.Module, weighting: Weighting | None, **settings: Any) -> n
             "margin: there is no sum over negatives"
         )
     if isinstance(loss, WRAPPERS):
-        inner = weighted(loss.loss, weighting, **settings)
-        if inner is loss.loss and isinstance(loss, Around):
-            return loss
-        wrapper = with_parts(loss, loss=inner)
-        if not isinstance(loss, Around):
-            wrapper.__class__ = joined_class(Around, type(loss))  # type: ignore[arg-type]
-        return wrapper
+        return around(loss, weighted(loss.loss, weighting, **settings))
     decorator = vars(loss).get("calculate_loss")
     if not isinstance(decorator, CachedLossDecorator):
         return reweight(loss, weighting, CLASSES, **settings)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 from stable_pretraining.losses.joint_embedding import InfoNCELoss as HostInfoNCELoss
 from stable_pretraining.losses.joint_embedding import NTXEntLoss as HostNTXEntLoss
@@ -16,7 +18,7 @@ from undimix_plugins.toolkit import (
     check_columns,
     check_embeddings,
     check_equal_batches,
-    check_number,
+    check_temperature,
     contrast_of_views,
     info_nce,
     info_nce_both_ways,
@@ -34,8 +36,16 @@ class InfoNCELoss(WeightedLoss, HostInfoNCELoss):
 
     with cosines s, temperature t and weights w. The weights have mean 1 for `UnDiMix`; they are all 1 for `Uniform`,
     which gives stable-pretraining's own loss. An anchor's negatives are all candidates but its target and those that
-    `mask` excludes. It gathers nothing: if candidates come from several processes, the weights are computed from this
-    process's anchors.
+    `mask` excludes.
+
+    The influence compares all anchors with all candidates of a call. It does not know which candidates are anchors
+    themselves, nor the anchors of other processes. For two views, use `NTXEntLoss`, which knows both.
+
+    A call takes `anchors` [n, width], `candidates` [m, width], `targets` [n], `mask` and `logit_scale`. `targets` are
+    the indices of the positives among the candidates. `mask` is bool [n, m], True where a candidate is left out, or
+    None. `logit_scale` is the temperature of the call, or None. The result is a scalar, in float32 for half precision.
+    A call raises a ValueError if these do not match each other, if the mask leaves out a target, or (on the CPU) if an
+    embedding is not finite.
 
     Args:
         temperature: Cosines are divided by it. A finite number above 0.
@@ -53,11 +63,11 @@ class InfoNCELoss(WeightedLoss, HostInfoNCELoss):
         >>> loss = InfoNCELoss(temperature=0.2)(anchors, candidates, targets=torch.arange(4))
     """
 
-    replaces = ("_compute",)  # which its forward calls, and that of a user's subclass
+    replaces: ClassVar[tuple[str, ...]] = ("_compute",)  # which its forward calls, and that of a user's subclass
     no_last_layer = "with candidates that may come from elsewhere"
 
     def __init__(self, temperature: float = 0.07, weighting: Weighting | None = None) -> None:
-        super().__init__(temperature)
+        HostInfoNCELoss.__init__(self, temperature)
         self.weigh(weighting)
 
     def _compute(
@@ -72,7 +82,7 @@ class InfoNCELoss(WeightedLoss, HostInfoNCELoss):
 
         Args:
             anchors: Embeddings [n, width], floating point.
-            candidates: Embeddings to compare them with [m, width], same dtype.
+            candidates: Embeddings to compare them with [m, width].
             targets: The index of each anchor's positive among the candidates [n], integers.
             mask: Whether a candidate is no negative of an anchor, bool [n, m].
             logit_scale: The temperature of this call, instead of the loss's own. Cosines are divided by it.
@@ -85,10 +95,10 @@ class InfoNCELoss(WeightedLoss, HostInfoNCELoss):
                 match them, if the mask excludes a target, if `logit_scale` is not above 0, or (on the CPU) if an
                 embedding is not finite.
         """
+        anchors, candidates = _in_one_dtype(anchors, candidates)
         check_embeddings(anchors=anchors, candidates=candidates)
+        _check_targets(targets, candidates)
         targets = check_columns("targets", targets, shape=(len(anchors),), pool=candidates)
-        if values_are_free(targets) and int(targets.min()) < 0:
-            raise ValueError(f"targets: expected a candidate for each anchor, got {int(targets.min())}")
         if mask is not None:
             _check_mask(mask, targets, candidates)
         contrast = Contrast.of(
@@ -102,7 +112,7 @@ class InfoNCELoss(WeightedLoss, HostInfoNCELoss):
         return info_nce(contrast, self.weighting)
 
 
-class NTXEntLoss(WeightedLoss, HostNTXEntLoss):
+class NTXEntLoss(InfoNCELoss, HostNTXEntLoss):
     """stable-pretraining's `NTXEntLoss` (SimCLR, NNCLR) with its negatives weighted.
 
         loss_i = -log( exp(s_i+ / t) / (exp(s_i+ / t) + sum over j of w_ij exp(s_ij / t)) ),
@@ -127,17 +137,17 @@ class NTXEntLoss(WeightedLoss, HostNTXEntLoss):
     """
 
     replaces = ("forward", "_compute")
+    no_last_layer = ""
 
     def __init__(self, temperature: float = 0.5, weighting: Weighting | None = None) -> None:
-        super().__init__(temperature)
-        self.weigh(weighting)
+        super().__init__(temperature, weighting)
 
     def forward(self, z_i: Tensor, z_j: Tensor) -> Tensor:  # type: ignore[override]  # as the host does
         """Computes the weighted loss of two views.
 
         Args:
             z_i: Projections of the first views [batch, width], floating point.
-            z_j: Projections of the second views [batch, width], same dtype.
+            z_j: Projections of the second views [batch, width].
 
         Returns:
             A scalar in the projections' dtype (float32 for half precision). It is 0 for a batch of one pair.
@@ -147,11 +157,12 @@ class NTXEntLoss(WeightedLoss, HostNTXEntLoss):
                 finite. On every process, if batches differ in size. On other devices, the loss is NaN for non-finite
                 projections.
         """
+        z_i, z_j = _in_one_dtype(z_i, z_j)
         contrast = contrast_of_views(self, self.temperature, gather=all_gather, z_i=z_i, z_j=z_j)
         return info_nce(contrast, self.weighting)
 
 
-class CLIPLoss(WeightedLoss, HostCLIPLoss):
+class CLIPLoss(InfoNCELoss, HostCLIPLoss):
     """stable-pretraining's `CLIPLoss` with its negatives weighted.
 
         loss = mean over both directions of mean over i of
@@ -180,8 +191,7 @@ class CLIPLoss(WeightedLoss, HostCLIPLoss):
     no_last_layer = "with a loss of two kinds of features, which come from a layer each"
 
     def __init__(self, temperature: float = 0.07, weighting: Weighting | None = None) -> None:
-        super().__init__(temperature)
-        self.weigh(weighting)
+        super().__init__(temperature, weighting)
 
     def forward(  # type: ignore[override]  # as the host does
         self, feats_i: Tensor, feats_j: Tensor, logit_scale: Tensor | float | None = None
@@ -190,7 +200,7 @@ class CLIPLoss(WeightedLoss, HostCLIPLoss):
 
         Args:
             feats_i: Features of one kind [batch, width], such as of images, floating point.
-            feats_j: Features of the other kind [batch, width], same dtype.
+            feats_j: Features of the other kind [batch, width].
             logit_scale: The temperature of this call, instead of the loss's own: a number, or a tensor with one
                 element, which gets its gradient. As in stable-pretraining, cosines are *divided* by it.
 
@@ -204,7 +214,8 @@ class CLIPLoss(WeightedLoss, HostCLIPLoss):
         """
 
         def checked() -> tuple[Tensor, Tensor, Tensor | float]:
-            first, second = unit_rows(feats_i=feats_i, feats_j=feats_j)
+            of_i, of_j = _in_one_dtype(feats_i, feats_j)
+            first, second = unit_rows(feats_i=of_i, feats_j=of_j)
             return first, second, _temperature(self.temperature, logit_scale)
 
         first, second, temperature = check_equal_batches("feats_i", checked, lambda batch: batch[0])
@@ -226,10 +237,32 @@ def _temperature(of_loss: float, of_call: Tensor | float | None) -> Tensor | flo
     if of_call is None:
         return of_loss
     if not isinstance(of_call, Tensor):
-        return check_number("logit_scale", of_call, above=0)
-    if of_call.numel() == 1 and values_are_free(of_call):
-        check_number("logit_scale", float(of_call.detach()), above=0)
-    return of_call
+        return check_temperature("logit_scale", of_call)
+    if of_call.numel() != 1:
+        raise ValueError(f"logit_scale: expected one number, got shape {list(of_call.shape)}")
+    if values_are_free(of_call):
+        check_temperature("logit_scale", of_call.item())
+    return of_call if of_call.is_floating_point() else of_call.float()
+
+
+def _in_one_dtype(first: Any, second: Any) -> tuple[Any, Any]:
+    """Returns both in the larger dtype: mixed precision makes one of them in half precision, and not the other."""
+    if not isinstance(first, Tensor) or not isinstance(second, Tensor) or first.dtype == second.dtype:
+        return first, second
+    dtype = torch.promote_types(first.dtype, second.dtype)
+    return first.to(dtype), second.to(dtype)
+
+
+def _check_targets(targets: object, candidates: Tensor) -> None:
+    """Raises a ValueError if an index is no candidate's, as -100, which `cross_entropy` would ignore."""
+    if not isinstance(targets, Tensor) or targets.is_floating_point() or not values_are_free(targets):
+        return  # another check tells of it, or the values are not looked at
+    low, high = (int(end) for end in targets.aminmax()) if targets.numel() else (0, 0)
+    if low < 0 or high >= len(candidates):
+        most = len(candidates) - 1
+        raise ValueError(
+            f"targets: expected the index of a candidate for each anchor, 0 to {most}, got {low} to {high}"
+        )
 
 
 def _check_mask(mask: object, targets: Tensor, candidates: Tensor) -> None:
@@ -238,5 +271,7 @@ def _check_mask(mask: object, targets: Tensor, candidates: Tensor) -> None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or list(mask.shape) != shape:
         came = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"mask: expected bool {shape} (anchors, candidates), got {came}")
+    if mask.device != targets.device:
+        raise ValueError(f"mask: expected device {targets.device}, as the candidates have, got {mask.device}")
     if values_are_free(mask) and bool(mask.gather(1, targets[:, None]).any()):
         raise ValueError("mask: expected each anchor's target left in, got one that is excluded")

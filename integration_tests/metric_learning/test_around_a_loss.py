@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import undimix_pytorch_metric_learning
 from undimix_plugins import HCL, FalseNegativeAttraction, Ring, UnDiMix, Uniform, negative_statistics, undimix, watch
+from undimix_plugins.toolkit import set_hardness
 
 WIDTH = 6
 LOSSES = [losses.NTXentLoss, losses.SupConLoss]
@@ -77,7 +78,8 @@ def test_a_loss_around_it(name: str, make: Any) -> None:
     outside, inside = undimix(AROUND[name](make()), Uniform()), AROUND[name](undimix(make(), Uniform()))
     other = undimix(AROUND[name](make(temperature=0.3)), HCL(beta=1.0, tau_plus=0.0))
     plain = AROUND[name](make(temperature=0.3))
-    assert type(outside) is type(host)
+    assert isinstance(outside, type(host))
+    assert type(outside).__name__ == type(host).__name__
     for step in range(5):
         of_step = batch(step)
         if step == 0 and name == "CrossBatchMemory":
@@ -88,6 +90,19 @@ def test_a_loss_around_it(name: str, make: Any) -> None:
         assert not torch.isclose(other(*of_step), plain(*of_step), rtol=1e-4)
     assert outside.state_dict().keys() == host.state_dict().keys()
     assert undimix(other) is other
+
+
+def test_settings_reach_the_loss_inside() -> None:
+    views = batch()[0], batch(1)[0]
+    around = undimix(losses.SelfSupervisedLoss(losses.NTXentLoss(temperature=0.3)), hardness=2.0)
+    assert around.weighting is around.loss.weighting
+    around.weighting = Uniform()
+    assert around.loss.weighting == Uniform()
+    want = losses.SelfSupervisedLoss(losses.NTXentLoss(temperature=0.3))(*views)
+    for same in (around, copy.deepcopy(around), pickle.loads(pickle.dumps(around))):
+        torch.testing.assert_close(same(*views), want, rtol=1e-12, atol=1e-12)
+    set_hardness(around, 0.5)
+    assert around.loss.weighting == Uniform().softened(0.5)
 
 
 @pytest.mark.parametrize("make", LOSSES)
@@ -211,7 +226,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "losses of triplets": (
         lambda: undimix(losses.MultipleLosses([losses.TripletMarginLoss(), losses.ContrastiveLoss()])),
         TypeError,
-        "MultipleLosses has no negatives to weight",
+        "expected a MultipleLosses with a loss that can be weighted, directly in it, got Triplet",
     ),
     "a memory of triplets": (
         lambda: undimix(losses.CrossBatchMemory(losses.TripletMarginLoss(), 4)),

@@ -163,6 +163,16 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "last_layer: expected none with a loss of images and texts",
     ),
+    "gradients at a weight": (
+        lambda: undimix(host.ClipLoss(), gradient="weight"),
+        ValueError,
+        "gradient: expected 'embedding' with a loss of images and texts, which come from a layer each, got 'weight'",
+    ),
+    "a scale as an option": (
+        lambda: undimix(host.ClipLoss(), logit_scale=5.0),
+        TypeError,
+        "logit_scale is no option of undimix(), got logit_scale=5.0: it goes into the loss's call",
+    ),
     "a factory": (lambda: undimix(open_clip.create_loss), TypeError, "expected a contrastive loss"),
     "a scale that is no tensor": (
         lambda: undimix(host.ClipLoss())(*features(3), 0.0),

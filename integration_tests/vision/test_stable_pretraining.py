@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import tests.quiet_imports  # noqa: F401
 from integration_tests.matrix.cells import apart, vector_of
 from integration_tests.ranks import leave_group
 from undimix_plugins import HCL, UnDiMix, Uniform, info_nce, two_views, undimix
-from undimix_plugins.toolkit import Contrast, info_nce_both_ways
+from undimix_plugins.toolkit import Contrast, LastLayerInputs, info_nce_both_ways
 
 spt = pytest.importorskip("stable_pretraining", reason="it is not installed beside old releases of the others")
 
@@ -129,12 +131,33 @@ def test_the_line_keeps_the_class_and_its_settings(name: str) -> None:
 
 
 def test_the_weights_gradient_of_a_projector() -> None:
-    projector = nn.Linear(WIDTH, WIDTH).double()
+    projector, inputs = nn.Linear(WIDTH, WIDTH).double(), torch.cat([rows(BATCH), rows(BATCH, seed=1)])
     loss = undimix(spt.losses.NTXEntLoss(0.2), last_layer=projector)
-    value = loss(projector(rows(BATCH)), projector(rows(BATCH, seed=1)))
-    other = undimix(spt.losses.NTXEntLoss(0.2))(projector(rows(BATCH)), projector(rows(BATCH, seed=1)))
-    assert value.isfinite()
-    assert not torch.isclose(value, other, rtol=1e-6)
+    first, second = projector(inputs[:BATCH]), projector(inputs[BATCH:])
+    lengths = torch.cat([first, second]).detach().norm(dim=1, keepdim=True)
+    layer = LastLayerInputs(inputs / lengths, inputs / lengths, normalized=True)
+    contrast = two_views(normalize(first, dim=1), normalize(second, dim=1), 0.2, last_layer=layer)
+    wanted = info_nce(contrast, UnDiMix(gradient="weight"))
+    torch.testing.assert_close(loss(first, second), wanted, rtol=1e-12, atol=1e-12)
+    assert not torch.isclose(undimix(spt.losses.NTXEntLoss(0.2))(first, second), wanted, rtol=1e-6)
+
+
+def simclr_model() -> Any:
+    """A model of a built-in method, with a small encoder."""
+    encoder = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 8))
+    return spt.methods.SimCLR(encoder, projector_dims=(8, 8, 8))
+
+
+def test_a_built_in_method() -> None:
+    torch.manual_seed(0)
+    model, images = simclr_model(), torch.randn(2, 6, 3, 8, 8)
+    plain = model(*images).loss
+    model.simclr_loss = undimix(model.simclr_loss, Uniform())
+    torch.testing.assert_close(model(*images).loss, plain, rtol=1e-5, atol=1e-6)
+    model.simclr_loss = undimix(model.simclr_loss)
+    loss = model(*images).loss
+    loss.backward()
+    assert not torch.isclose(loss, plain, rtol=1e-4)
 
 
 class OwnCompute(spt.losses.NTXEntLoss):  # type: ignore[misc]
@@ -159,9 +182,14 @@ def info(anchors: Any = None, candidates: Any = None, targets: Any = None, **fur
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no negatives": (lambda: undimix(spt.losses.BYOLLoss()), TypeError, "BYOLLoss has no negatives to weight"),
     "a model": (
-        lambda: undimix(Net()),
+        lambda: undimix(simclr_model()),
         TypeError,
         "weight the loss that trains it, model.simclr_loss = undimix(model.simclr_loss); supported: stable_pretraining",
+    ),
+    "a model with several": (
+        lambda: undimix(spt.Module(crits=nn.ModuleList([InfoNCELoss(), nn.Linear(2, 2), InfoNCELoss()]))),
+        TypeError,
+        "it, model.crits[0] = undimix(model.crits[0]), model.crits[2] = undimix(model.crits[2]); supported",
     ),
     "own compute": (lambda: undimix(OwnCompute()), TypeError, "OwnCompute replaces NTXEntLoss._compute by its own"),
     "temperature": (lambda: undimix(spt.losses.NTXEntLoss(0.0)), ValueError, "temperature: expected"),
@@ -186,11 +214,20 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "feats_i: expected finite embeddings",
     ),
+    "a scale of two numbers": (
+        lambda: undimix(spt.losses.CLIPLoss())(rows(3), rows(3), torch.ones(2)),
+        ValueError,
+        "logit_scale: expected one number, got shape [2]",
+    ),
+    "a tiny scale": (info(logit_scale=1e-16), ValueError, "logit_scale: expected at least 1e-10"),
     "targets of another shape": (info(targets=torch.arange(2)), ValueError, "targets: expected shape [3], got [2]"),
     "targets of probabilities": (info(targets=torch.ones(3)), ValueError, "targets: expected integer columns"),
-    "no target": (info(targets=torch.tensor([0, -1, 2])), ValueError, "targets: expected a candidate for each anchor"),
-    "a target that is ignored": (info(targets=torch.tensor([0, -100, 2])), ValueError, "targets: expected columns"),
-    "a target too far": (info(targets=torch.tensor([0, 5, 2])), ValueError, "targets: expected columns"),
+    "a target that is ignored": (
+        info(targets=torch.tensor([0, -100, 2])),
+        ValueError,
+        "targets: expected the index of a candidate for each anchor, 0 to 4, got -100 to 2",
+    ),
+    "a target too far": (info(targets=torch.tensor([0, 5, 2])), ValueError, "0 to 4, got 0 to 5"),
     "a mask of numbers": (
         info(mask=torch.zeros(3, 5)),
         ValueError,
@@ -210,6 +247,55 @@ def test_what_is_refused(name: str) -> None:
     with pytest.raises(error) as came:
         make()
     assert words in str(came.value)
+
+
+@pytest.mark.parametrize("scale", [14.3, torch.tensor(14.3)], ids=["number", "tensor"])
+def test_a_scale_that_multiplies_elsewhere_is_warned_of(scale: Any) -> None:
+    with pytest.warns(UserWarning, match="logit_scale=14.3.*: at such a temperature all candidates count nearly"):
+        undimix(spt.losses.CLIPLoss())(rows(3), rows(3, seed=1), scale)
+
+
+def test_dtypes_that_mixed_precision_mixes() -> None:
+    first, second = rows(BATCH).to(torch.bfloat16), rows(BATCH, seed=1).float()
+    for name in LOSSES:
+        further = {"targets": torch.arange(BATCH)} if name == "InfoNCELoss" else {}
+        got = undimix(LOSSES[name](0.2), Uniform())(first, second, **further)
+        torch.testing.assert_close(got, LOSSES[name](0.2)(first.float(), second, **further), rtol=1e-5, atol=1e-6)
+
+
+def test_what_a_mask_leaves_out_has_no_weight() -> None:
+    """As weights of the similarity show, which each negative has by itself."""
+    anchors, candidates, draw = rows(5), rows(9, seed=1), torch.Generator().manual_seed(0)
+    targets, mask = torch.tensor([8, 0, 0, 3, 4]), torch.rand(5, 9, generator=draw) < 0.4
+    mask[torch.arange(5), targets] = False
+    similarity = UnDiMix(similarity=1, influence=0, diversity=0)
+    got = undimix(InfoNCELoss(0.2), similarity)(anchors, candidates, targets, mask)
+    each = []
+    for i in range(5):
+        kept = [int(targets[i]), *(j for j in range(9) if not mask[i, j] and j != targets[i])]
+        of_one = undimix(InfoNCELoss(0.2), similarity)
+        each.append(of_one(anchors[i : i + 1], candidates[kept], torch.tensor([0])))
+    torch.testing.assert_close(got, torch.stack(each).mean(), rtol=1e-10, atol=1e-10)
+
+
+HOSTS_OWN = {
+    "test_clip_loss": ("TestCLIPLoss", ("CLIPLoss",)),
+    "test_collectives": ("TestCollectivesSingleProcess", ("NTXEntLoss",)),
+}
+
+
+@pytest.mark.parametrize("name", HOSTS_OWN)
+def test_the_hosts_own_tests(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come with it. One of them asks for the last bit of a float32."""
+    theirs = importlib.import_module(f"stable_pretraining.tests.unit.{name}")
+    group, losses = HOSTS_OWN[name]
+    for loss in losses:
+        monkeypatch.setattr(theirs, loss, partial(getattr(undimix_stable_pretraining, loss), weighting=Uniform()))
+    tests = [test for test in vars(getattr(theirs, group)) if test.startswith("test_")]
+    assert len(tests) >= 4
+    for test in tests:
+        if test != "test_loss_is_high_for_mismatch":
+            getattr(getattr(theirs, group)(), test)()
 
 
 def test_a_users_loss_of_the_hosts_compute() -> None:
@@ -386,6 +472,12 @@ def test_half_precision(tmp_path: Path) -> None:
     assert apart(weighted, plain) > 2 * apart(uniform, plain)
 
 
+def test_half_precision_of_a_prediction_and_a_queue(tmp_path: Path) -> None:
+    """NNCLR compares a prediction in bf16 with a queue in float32."""
+    plain, uniform = (trained(kind, tmp_path, "nnclr", precision="bf16-mixed") for kind in ("plain", "uniform"))
+    assert apart(uniform, plain) < 2 * apart(trained("plain", tmp_path, "nnclr"), plain)
+
+
 def test_its_callbacks(tmp_path: Path) -> None:
     one = module("undimix")
     probe = spt.callbacks.OnlineProbe(
@@ -428,14 +520,3 @@ def test_a_resumed_training_is_as_an_uninterrupted_one(tmp_path: Path) -> None:
     fit(again, tmp_path, ckpt=tmp_path / "middle.ckpt")
     assert torch.equal(vector_of(again), vector_of(whole))
     assert not torch.equal(vector_of(first), vector_of(whole))
-
-
-class Net(nn.Module):
-    """As its SimCLR, which draws 224 pixels a side to learn a width."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.backbone, self.simclr_loss = nn.Linear(4, 4), spt.losses.NTXEntLoss()
-
-
-Net.__module__ = "stable_pretraining.methods.simclr"  # where its adapter is looked for

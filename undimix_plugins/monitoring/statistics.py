@@ -198,7 +198,9 @@ def _same_label(contrast: Contrast, labels: Tensor, rows: slice) -> Tensor:
     elif contrast.gathered is not None:
         why = "the batches of all processes"
     elif contrast.positive_columns is not None:
-        why = "several positives, so that rows are parts of samples (regions of images, nodes of graphs)"
+        why = (
+            "several positives: rows are then parts of samples (regions, nodes), or negatives have other labels anyway"
+        )
     if why:
         raise ValueError(f"labels: expected none, since they could not be used, got some with {why}")
     if not b or n % b or m % b:

@@ -24,7 +24,7 @@ from _shared.compare import compare
 from _shared.images import DATA, FEATURES, digit_views, images, knn_accuracy, small_backbone
 from undimix_plugins import undimix
 
-CLASSES, PROJECTED = 10, 64
+PROJECTED = 64  # the width of the projections
 
 
 class Views(Dataset[dict[str, Any]]):
@@ -92,8 +92,7 @@ def train(
         start = time.perf_counter()
         trainer.fit(module, spt.data.DataModule(**loaders))
         seconds = time.perf_counter() - start
-    backbone: nn.Module = module.backbone.eval()
-    return backbone, knn_accuracy(backbone, data), seconds
+    return module.backbone, knn_accuracy(module.backbone, data), seconds
 
 
 def main() -> None:

@@ -299,9 +299,8 @@ class Around(nn.Module):
             super().__setattr__(name, value)
 
     def _is_of_inside(self, name: str) -> bool:
-        if name in ("weighting", "last_layer", "settings"):
-            return True
-        return name not in self.__dict__ and name in getattr(self.__dict__["_modules"].get("loss"), "settings", ())
+        inner = vars(self).get("_modules", {}).get("loss")  # none yet in one that is unpickled
+        return name in ("weighting", "last_layer", "settings") or name in getattr(inner, "settings", ())
 
 
 def around(loss: nn.Module, inner: nn.Module) -> nn.Module:

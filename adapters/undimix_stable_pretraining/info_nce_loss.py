@@ -78,23 +78,7 @@ class InfoNCELoss(WeightedLoss, HostInfoNCELoss):
         mask: Tensor | None = None,
         logit_scale: Tensor | float | None = None,
     ) -> Tensor:
-        """Computes the weighted loss of anchors and candidates.
-
-        Args:
-            anchors: Embeddings [n, width], floating point.
-            candidates: Embeddings to compare them with [m, width].
-            targets: The index of each anchor's positive among the candidates [n], integers.
-            mask: Whether a candidate is no negative of an anchor, bool [n, m].
-            logit_scale: The temperature of this call, instead of the loss's own. Cosines are divided by it.
-
-        Returns:
-            A scalar in the embeddings' dtype (float32 for half precision).
-
-        Raises:
-            ValueError: If embeddings are not matrices, are empty or do not match each other, if targets or mask do not
-                match them, if the mask excludes a target, if `logit_scale` is not above 0, or (on the CPU) if an
-                embedding is not finite.
-        """
+        """Computes the weighted loss of a call, as the class describes it. The host's `forward` calls it."""
         anchors, candidates = _in_one_dtype(anchors, candidates)
         check_embeddings(anchors=anchors, candidates=candidates)
         _check_targets(targets, candidates)
@@ -189,9 +173,6 @@ class CLIPLoss(InfoNCELoss, HostCLIPLoss):
 
     replaces = ("forward", "_compute")
     no_last_layer = "with a loss of two kinds of features, which come from a layer each"
-
-    def __init__(self, temperature: float = 0.07, weighting: Weighting | None = None) -> None:
-        super().__init__(temperature, weighting)
 
     def forward(  # type: ignore[override]  # as the host does
         self, feats_i: Tensor, feats_j: Tensor, logit_scale: Tensor | float | None = None

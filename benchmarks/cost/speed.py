@@ -63,76 +63,69 @@ def published_graphcl(z1: Tensor, z2: Tensor, temperature: float = 0.2) -> Tenso
     return -(positive / (similarity.sum(dim=1) - positive)).log().mean()
 
 
-def ranking(
-    model: SentenceTransformer, **settings: Any
+def of_loss(loss: nn.Module, *inputs: Tensor) -> Tensor:
+    value: Tensor = loss(*inputs)
+    return value
+
+
+def of_ranking(loss: MultipleNegativesRankingLoss, *columns: Tensor) -> Tensor:
+    return loss.compute_loss_from_embeddings(list(columns), None)
+
+
+def of_clip(loss: nn.Module, images: Tensor, texts: Tensor) -> Tensor:
+    """At a scale of 14.3, with which open_clip's models begin."""
+    return of_loss(loss, normalize(images, dim=1), normalize(texts, dim=1), torch.tensor(14.3))
+
+
+def of_classes(each: int, loss: nn.Module, rows: Tensor) -> Tensor:
+    """Of rows of which so many are of each class."""
+    return of_loss(loss, rows, torch.arange(len(rows), device=rows.device) // each)
+
+
+def both(
+    host: nn.Module, call: Callable[..., Tensor] = of_loss
 ) -> tuple[Callable[..., Tensor], Callable[[Weighting], Callable[..., Tensor]]]:
-    host = MultipleNegativesRankingLoss(model, **settings)
-
-    def of(loss: MultipleNegativesRankingLoss) -> Callable[..., Tensor]:
-        return lambda *columns: loss.compute_loss_from_embeddings(list(columns), None)
-
-    return of(host), lambda weighting: of(undimix(host, weighting))
+    """A call of the plain loss, and a function from a weighting to the same call of the weighted one."""
+    return functools.partial(call, host), lambda weighting: functools.partial(call, undimix(host, weighting))
 
 
 def losses(device: str) -> list[Case]:
     """The losses alone, on random embeddings."""
     bank = NTXentLoss(memory_bank_size=(65536, 128)).to(device)
     model = SentenceTransformer(modules=[BoW(vocab=["a"])], device=device)
-    plain_ranking, weighted_ranking = ranking(model)
-
-    def of_views(loss: nn.Module) -> tuple[Callable[..., Tensor], Callable[[Weighting], Callable[..., Tensor]]]:
-        return loss, lambda weighting: undimix(loss, weighting)
-
-    def open_clip(loss: nn.Module) -> tuple[Callable[..., Tensor], Callable[[Weighting], Callable[..., Tensor]]]:
-        """At a scale of 14.3, with which its models begin."""
-
-        def of(loss: nn.Module) -> Callable[..., Tensor]:
-            return lambda *columns: loss(*(normalize(rows, dim=1) for rows in columns), torch.tensor(14.3))
-
-        return of(loss), lambda weighting: of(undimix(loss, weighting))
-
-    def metric(
-        loss: nn.Module, each: int
-    ) -> tuple[Callable[..., Tensor], Callable[[Weighting], Callable[..., Tensor]]]:
-        """Of rows of which so many are of each class."""
-
-        def of(loss: nn.Module) -> Callable[..., Tensor]:
-            return lambda rows: loss(rows, torch.arange(len(rows), device=rows.device) // each)
-
-        return of(loss), lambda weighting: of(undimix(loss, weighting))
-
+    ranking = both(MultipleNegativesRankingLoss(model), of_ranking)
+    euclidean = both(MultipleNegativesRankingLoss(model, similarity_fct=euclidean_sim, scale=1.0), of_ranking)
+    of_4, of_16 = (functools.partial(of_classes, each) for each in (4, 16))
     made = {
-        "lightly NTXentLoss, batch 256, width 128": (*of_views(NTXentLoss()), (2, 256, 128)),
-        "lightly NTXentLoss, batch 1024, width 128": (*of_views(NTXentLoss()), (2, 1024, 128)),
-        "lightly NTXentLoss, batch 4096, width 128": (*of_views(NTXentLoss()), (2, 4096, 128)),
-        "lightly NTXentLoss, batch 256, bank of 65,536": (*of_views(bank), (2, 256, 128)),
+        "lightly NTXentLoss, batch 256, width 128": (*both(NTXentLoss()), (2, 256, 128)),
+        "lightly NTXentLoss, batch 1024, width 128": (*both(NTXentLoss()), (2, 1024, 128)),
+        "lightly NTXentLoss, batch 4096, width 128": (*both(NTXentLoss()), (2, 4096, 128)),
+        "lightly NTXentLoss, batch 256, bank of 65,536": (*both(bank), (2, 256, 128)),
         "sentence-transformers MNRL, batch 64, width 384, a hard negative": (
-            plain_ranking,
-            weighted_ranking,
+            *ranking,
             (3, 64, 384),
         ),
         "sentence-transformers MNRL, batch 1024, width 384, a hard negative": (
-            plain_ranking,
-            weighted_ranking,
+            *ranking,
             (3, 1024, 384),
         ),
         "sentence-transformers MNRL, Euclidean similarity, batch 64, width 384, a hard negative": (
-            *ranking(model, similarity_fct=euclidean_sim, scale=1.0),
+            *euclidean,
             (3, 64, 384),
         ),
-        "open_clip ClipLoss, batch 1024, width 512": (*open_clip(ClipLoss()), (2, 1024, 512)),
-        "stable-pretraining NTXEntLoss, batch 256, width 128": (*of_views(NTXEntLoss()), (2, 256, 128)),
-        "stable-pretraining CLIPLoss, batch 1024, width 512": (*of_views(CLIPLoss()), (2, 1024, 512)),
+        "open_clip ClipLoss, batch 1024, width 512": (*both(ClipLoss(), of_clip), (2, 1024, 512)),
+        "stable-pretraining NTXEntLoss, batch 256, width 128": (*both(NTXEntLoss()), (2, 256, 128)),
+        "stable-pretraining CLIPLoss, batch 1024, width 512": (*both(CLIPLoss()), (2, 1024, 512)),
         "pytorch-metric-learning NTXentLoss, 128 rows, 4 of a class, width 128": (
-            *metric(metric_losses.NTXentLoss(), 4),
+            *both(metric_losses.NTXentLoss(), of_4),
             (1, 128, 128),
         ),
         "pytorch-metric-learning SupConLoss, 128 rows, 4 of a class, width 128": (
-            *metric(metric_losses.SupConLoss(), 4),
+            *both(metric_losses.SupConLoss(), of_4),
             (1, 128, 128),
         ),
         "pytorch-metric-learning SupConLoss, 1024 rows, 16 of a class, width 128": (
-            *metric(metric_losses.SupConLoss(), 16),
+            *both(metric_losses.SupConLoss(), of_16),
             (1, 1024, 128),
         ),
         "GraphCL as published, batch 128, width 32": (

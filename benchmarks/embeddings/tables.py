@@ -617,9 +617,9 @@ def further_toolkits(results: Results) -> str:
         if any(values is None for values in scores.values()):
             continue
         began, plain, weighted = scores.values()
-        told = [f"{toolkit}, {one.base.recipe}", f"{one.base.temperature:g}", f"{one.metric}"]
-        counts = "" if moves(plain, began) else " (does not count)"
-        rows.append([*told[:2], told[2] + counts, *map(spread, (began, plain, weighted)), difference(weighted, plain)])
+        score = one.metric + ("" if moves(plain, began) else " (does not count)")
+        told = [f"{toolkit}, {one.base.recipe}", f"{one.base.temperature:g}", score]
+        rows.append([*told, *map(spread, (began, plain, weighted)), difference(weighted, plain)])
     head = ["toolkit, recipe", "t", "score, %", UNTRAINED, "plain", contender(UNDIMIX), "difference"]
     return markdown(head, rows)
 

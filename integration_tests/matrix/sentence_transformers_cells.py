@@ -135,22 +135,6 @@ ROWS = {
         inside(matryoshka, "CachedMultipleNegativesRankingLoss", **CACHED), compiles=MODEL
     ),
 }
-if not is_older("sentence-transformers", "6.0"):  # which it came with
-    from sentence_transformers import (
-        MultiVectorEncoderTrainer,
-        MultiVectorEncoderTrainingArguments,
-        multi_vector_encoder,
-    )
-
-    ROWS["MultiVectorMultipleNegativesRankingLoss"] = Row(
-        late_interaction("MultiVectorMultipleNegativesRankingLoss"), token_encoder, MultiVectorEncoderTrainer
-    )
-    ROWS["CachedMultiVectorMultipleNegativesRankingLoss"] = Row(
-        late_interaction("CachedMultiVectorMultipleNegativesRankingLoss", **CACHED),
-        token_encoder,
-        MultiVectorEncoderTrainer,
-        compiles=MODEL,
-    )
 
 
 @cache
@@ -173,7 +157,22 @@ TRAINERS = {
     SentenceTransformerTrainer: (recording(SentenceTransformerTrainer), SentenceTransformerTrainingArguments),
     SparseEncoderTrainer: (recording(SparseEncoderTrainer), SparseEncoderTrainingArguments),
 }
-if "MultiVectorMultipleNegativesRankingLoss" in ROWS:
+if not is_older("sentence-transformers", "6.0"):  # which it came with
+    from sentence_transformers import (
+        MultiVectorEncoderTrainer,
+        MultiVectorEncoderTrainingArguments,
+        multi_vector_encoder,
+    )
+
+    ROWS["MultiVectorMultipleNegativesRankingLoss"] = Row(
+        late_interaction("MultiVectorMultipleNegativesRankingLoss"), token_encoder, MultiVectorEncoderTrainer
+    )
+    ROWS["CachedMultiVectorMultipleNegativesRankingLoss"] = Row(
+        late_interaction("CachedMultiVectorMultipleNegativesRankingLoss", **CACHED),
+        token_encoder,
+        MultiVectorEncoderTrainer,
+        compiles=MODEL,
+    )
     TRAINERS[MultiVectorEncoderTrainer] = (recording(MultiVectorEncoderTrainer), MultiVectorEncoderTrainingArguments)
 
 

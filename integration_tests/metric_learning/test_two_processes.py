@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-import torch._dynamo  # imported once there is a process group, it would keep it
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from pytorch_metric_learning import losses
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 from torch import Tensor, nn
 
-from integration_tests.ranks import leave_group
+from integration_tests.ranks import on_ranks
 from undimix_plugins import UnDiMix, Uniform, undimix
 
 BATCH, WIDTH, RANKS = 9, 5, 2
@@ -47,25 +43,20 @@ def outcome(loss: nn.Module, rank: int, ranks: int) -> list[Tensor]:
     return [value.detach(), *torch.autograd.grad(value, list(layer.parameters()))]
 
 
-def on_a_rank(rank: int, root: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{root}/init", rank=rank, world_size=RANKS)
-    results = {}
-    for name, make in HOSTS.items():
-        results[name] = {
-            "host": outcome(make(), rank, RANKS),
-            "uniform": outcome(undimix(make(), Uniform()), rank, RANKS),
-            "undimix": outcome(undimix(make()), rank, RANKS),
+def on_a_rank(rank: int, ranks: int) -> dict[str, dict[str, list[Tensor]]]:
+    return {
+        name: {
+            "host": outcome(make(), rank, ranks),
+            "uniform": outcome(undimix(make(), Uniform()), rank, ranks),
+            "undimix": outcome(undimix(make()), rank, ranks),
         }
-    torch.save(results, f"{root}/{rank}.pt")
-    leave_group()
+        for name, make in HOSTS.items()
+    }
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, list[Tensor]]]]:
-    root: Path = tmp_path_factory.mktemp("ranks")
-    mp.spawn(on_a_rank, (str(root),), nprocs=RANKS)
-    return [torch.load(root / f"{rank}.pt") for rank in range(RANKS)]
+    return on_ranks(on_a_rank, RANKS, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", HOSTS)

@@ -7,14 +7,11 @@ import copy
 import logging
 import pickle
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import open_clip
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from open_clip import loss as host
 from open_clip_train.params import parse_args
 from open_clip_train.train import train_one_epoch
@@ -25,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import undimix_open_clip
 from integration_tests.matrix.cells import apart, vector_of
 from integration_tests.multimodal.tiny_clip import clip, digits
-from integration_tests.ranks import leave_group
+from integration_tests.ranks import on_ranks
 from tests.releases import needs
 from undimix_plugins import HCL, UnDiMix, Uniform, info_nce, undimix
 from undimix_plugins.toolkit import in_batch_negatives
@@ -235,9 +232,7 @@ def step(loss: nn.Module, inputs: Tensor) -> list[Tensor]:
     return [result.detach(), *torch.autograd.grad(result, parameters)]
 
 
-def on_a_rank(rank: int, ranks: int, root: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{root}/init", rank=rank, world_size=ranks)
+def on_a_rank(rank: int, ranks: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for mode, kind in MODES.items():
         settings = {**kind, "rank": rank, "world_size": ranks, "cache_labels": True}
@@ -251,15 +246,12 @@ def on_a_rank(rank: int, ranks: int, root: str) -> None:
         short = shard(rank, ranks)[:, : BATCH - (rank == ranks - 1)]
         with pytest.raises(ValueError, match="expected as many rows on every process"):
             step(undimix(host.ClipLoss(**settings)), short)
-    torch.save(results, f"{root}/{rank}.pt")
-    leave_group()
+    return results
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    root: Path = tmp_path_factory.mktemp("ranks")
-    mp.spawn(on_a_rank, (request.param, str(root)), nprocs=request.param)
-    return [torch.load(root / f"{rank}.pt") for rank in range(request.param)]
+    return on_ranks(on_a_rank, request.param, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("mode", MODES)

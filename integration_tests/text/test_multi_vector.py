@@ -11,13 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from datasets import Dataset
 from torch import Tensor, nn
 
 from integration_tests.matrix.cells import apart
-from integration_tests.ranks import leave_group
+from integration_tests.ranks import on_ranks
 from integration_tests.text.tiny_models import saved
 from tests.releases import is_older
 from undimix_plugins import HCL, Contrast, MoCHi, UnDiMix, Uniform, info_nce, undimix
@@ -182,11 +180,9 @@ RANKS, ROWS = 2, 2
 METHODS: dict[str, Any] = {"uniform": Uniform(), "undimix": UnDiMix(), "linear": UnDiMix(mixing="linear"), "hcl": HCL()}
 
 
-def on_a_rank(rank: int, root: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{root}/init", rank=rank, world_size=RANKS)
+def on_a_rank(rank: int, ranks: int, folder: str) -> dict[str, Any]:
     torch.manual_seed(0)
-    encoder = MultiVectorEncoder(f"{root}/model", device="cpu").double()
+    encoder = MultiVectorEncoder(folder, device="cpu").double()
     results: dict[str, Any] = {}
     for name in ("plain", "cached"):
         host = LOSSES[name](encoder, scale=0.5, gather_across_devices=True)
@@ -194,9 +190,8 @@ def on_a_rank(rank: int, root: str) -> None:
         for method, weighting in METHODS.items():
             results[name][method] = outcome(undimix(host, weighting), rows=ROWS, first=ROWS * rank)
         with pytest.raises(ValueError, match="expected as many rows on every process"):
-            outcome(undimix(host), rows=ROWS - (rank == RANKS - 1), first=ROWS * rank)
-    torch.save(results, f"{root}/{rank}.pt")
-    leave_group()
+            outcome(undimix(host), rows=ROWS - (rank == ranks - 1), first=ROWS * rank)
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -205,8 +200,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]
     root: Path = tmp_path_factory.mktemp("ranks")
     encoder = model()
     encoder.save(str(root / "model"))
-    mp.spawn(on_a_rank, (str(root),), nprocs=RANKS)
-    return [torch.load(root / f"{rank}.pt") for rank in range(RANKS)], encoder
+    return on_ranks(on_a_rank, RANKS, root, str(root / "model")), encoder
 
 
 @pytest.mark.parametrize("name", ["plain", "cached"])

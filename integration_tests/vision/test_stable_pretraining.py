@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -21,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import tests.quiet_imports  # noqa: F401
 from integration_tests.matrix.cells import apart, vector_of
-from integration_tests.ranks import leave_group
+from integration_tests.ranks import on_ranks
 from undimix_plugins import HCL, UnDiMix, Uniform, info_nce, two_views, undimix
 from undimix_plugins.toolkit import Contrast, LastLayerInputs, info_nce_both_ways
 
@@ -279,8 +277,8 @@ def test_what_a_mask_leaves_out_has_no_weight() -> None:
 
 
 HOSTS_OWN = {
-    "test_clip_loss": ("TestCLIPLoss", ("CLIPLoss",)),
-    "test_collectives": ("TestCollectivesSingleProcess", ("NTXEntLoss",)),
+    "test_clip_loss": ("TestCLIPLoss", "CLIPLoss"),
+    "test_collectives": ("TestCollectivesSingleProcess", "NTXEntLoss"),
 }
 
 
@@ -288,9 +286,8 @@ HOSTS_OWN = {
 def test_the_hosts_own_tests(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """They come with it. One of them asks for the last bit of a float32."""
     theirs = importlib.import_module(f"stable_pretraining.tests.unit.{name}")
-    group, losses = HOSTS_OWN[name]
-    for loss in losses:
-        monkeypatch.setattr(theirs, loss, partial(getattr(undimix_stable_pretraining, loss), weighting=Uniform()))
+    group, loss = HOSTS_OWN[name]
+    monkeypatch.setattr(theirs, loss, partial(getattr(undimix_stable_pretraining, loss), weighting=Uniform()))
     tests = [test for test in vars(getattr(theirs, group)) if test.startswith("test_")]
     assert len(tests) >= 4
     for test in tests:
@@ -324,9 +321,7 @@ def step(loss: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
     return [value.detach(), *torch.autograd.grad(value, [*layers[0].parameters(), *layers[1].parameters()])]
 
 
-def on_a_rank(rank: int, ranks: int, root: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{root}/init", rank=rank, world_size=ranks)
+def on_a_rank(rank: int, ranks: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for name in ("NTXEntLoss", "CLIPLoss"):
         host = LOSSES[name](0.2)
@@ -336,15 +331,12 @@ def on_a_rank(rank: int, ranks: int, root: str) -> None:
         short = [part[: BATCH - (rank == ranks - 1)] for part in shard(rank, ranks)]
         with pytest.raises(ValueError, match="expected as many rows on every process"):
             step(undimix(host), short)
-    torch.save(results, f"{root}/{rank}.pt")
-    leave_group()
+    return results
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    root: Path = tmp_path_factory.mktemp("ranks")
-    mp.spawn(on_a_rank, (request.param, str(root)), nprocs=request.param)
-    return [torch.load(root / f"{rank}.pt") for rank in range(request.param)]
+    return on_ranks(on_a_rank, request.param, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", ["NTXEntLoss", "CLIPLoss"])
@@ -393,9 +385,6 @@ def loader(two: bool) -> DataLoader[dict[str, Any]]:
     return DataLoader(Views(two), batch_size=32)
 
 
-FORWARDS = {"simclr": forward.simclr, "nnclr": forward.nnclr}
-
-
 def module(kind: str, method: str = "simclr") -> Any:
     torch.manual_seed(0)
     loss = spt.losses.NTXEntLoss(0.2)
@@ -405,7 +394,7 @@ def module(kind: str, method: str = "simclr") -> Any:
     if method == "nnclr":
         further |= {"predictor": nn.Linear(16, 16), "hparams": {"support_set_size": 64, "projection_dim": 16}}
     return spt.Module(
-        forward=FORWARDS[method],
+        forward=getattr(forward, method),
         backbone=nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU()),
         projector=nn.Linear(32, 16),
         optim={"optimizer": {"type": "SGD", "lr": 0.1}, "scheduler": {"type": "ConstantLR"}, "interval": "epoch"},
